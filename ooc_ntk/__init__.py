@@ -1,0 +1,43 @@
+"""ooc-ntk: exact empirical neural tangent kernels larger than memory, planned before they start.
+
+>>> import ooc_ntk
+>>> ooc_ntk.Budget(host="16GiB").host
+17179869184
+
+Nothing heavy is imported until a name is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import Budget, Job, Kernel, Plan, Preferences, calibrate, info, open, plan, run, verify  # noqa: A004
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "Job",
+    "Kernel",
+    "Plan",
+    "Preferences",
+    "__version__",
+    "calibrate",
+    "info",
+    "open",
+    "plan",
+    "run",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return getattr(import_module(".api", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

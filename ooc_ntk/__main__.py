@@ -1,0 +1,5 @@
+"""``python -m ooc_ntk``."""
+
+from .cli import main
+
+main()

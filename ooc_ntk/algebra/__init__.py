@@ -1,0 +1,1 @@
+"""The finished kernel as an object: entries, diagonal, ridge regression."""

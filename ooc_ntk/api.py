@@ -1,0 +1,272 @@
+"""The public verbs: plan a job, run it, open what it left, verify it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from .algebra.kernel import Kernel
+from .algebra.ridge import Solution
+from .errors import BudgetError, InputError, OocNtkError, RunConflictError
+from .execution import calibration
+from .execution.audit import AUDITED_SAMPLES, Audit, audit
+from .execution.driver import Observer, check_budget, check_same_job, create_run, execute, run_directory
+from .execution.executors import executor_named
+from .execution.prepare import PreparedJob, available_resources, measure, prepare, resolved_device
+from .execution.status import RunInfo, run_info
+from .inputs.job import LIVE, Job
+from .inputs.jobfile import format_toml, read_job_file
+from .inputs.weights import save_weights
+from .planning.budget import Budget
+from .planning.plan import Plan
+from .planning.planner import Preferences, make_plan
+from .planning.rates import MachineRates
+from .report.progress import TerminalProgress
+from .storage.directory import RunDirectory, free_disk_bytes
+
+__all__ = [
+    "Audit",
+    "Budget",
+    "BudgetError",
+    "InputError",
+    "Job",
+    "Kernel",
+    "MachineRates",
+    "Observer",
+    "OocNtkError",
+    "Plan",
+    "Preferences",
+    "RunInfo",
+    "Solution",
+    "calibrate",
+    "info",
+    "job_of_run",
+    "open",
+    "plan",
+    "run",
+    "verify",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def plan(
+    job: Job,
+    budget: Budget | None = None,
+    *,
+    preferences: Preferences | None = None,
+    out: str | Path | None = None,
+    rates: MachineRates | None = None,
+) -> Plan:
+    """Plan a job: load it, probe it on its device, and choose how to run it. Computes no kernel.
+
+    The machine is calibrated first, once, if it never was (a few seconds).
+
+    Args:
+        job: what is wanted.
+        budget: limits; None, or a limit that is None, takes 80% of what is free.
+        preferences: what to fix by hand: dataflow, tile size, passes.
+        out: where the run will be, for the free disk space; None is the current folder.
+        rates: machine rates; None uses the calibrated ones.
+
+    Returns:
+        The plan. ``print(plan)`` shows it.
+
+    Raises:
+        InputError: if the job is wrong.
+        BudgetError: if no plan fits; says the smallest budget that would do.
+    """
+    return _plan(prepare(job), budget, preferences, Path(out or "."), rates)
+
+
+def _plan(
+    prepared: PreparedJob,
+    budget: Budget | None,
+    preferences: Preferences | None,
+    out: Path,
+    rates: MachineRates | None,
+) -> Plan:
+    rates = rates or calibration.cached_rates(prepared.device)
+    if not rates.measured:
+        logger.info("first plan on this machine: calibrating for a few seconds")
+        rates = calibration.calibrate(prepared.device, _existing(out))
+    limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
+    return make_plan(measure(prepared, limits), limits, rates, preferences, prepared.digest)
+
+
+def run(
+    job: Job,
+    out: str | Path,
+    *,
+    plan: Plan | None = None,
+    budget: Budget | None = None,
+    preferences: Preferences | None = None,
+    scheduler: str | None = None,
+    progress: bool | Observer = True,
+) -> Kernel:
+    """Compute a job's kernel into a run directory, or go on where an earlier run of the same job stopped.
+
+    A directory that holds a plan is resumed with that plan, whatever today's free memory or rates are.
+
+    Args:
+        job: what is wanted.
+        out: run directory; made if it is not there.
+        plan: a plan made by :func:`plan`; None makes one.
+        budget: limits for a new plan; an explicit one that a stored plan cannot keep is refused.
+        preferences: what to fix by hand in a new plan.
+        scheduler: ``threads`` (default, Dask's threaded scheduler) or ``serial``.
+        progress: whether to show progress on the terminal, or an observer.
+
+    Returns:
+        The finished kernel.
+
+    Raises:
+        InputError: if the job is wrong, or data change while they are read.
+        BudgetError: if no plan fits.
+        RunConflictError: if the directory holds another job or plan.
+        RunLockedError: if another process is running there.
+        RunInterrupted: if it was stopped; the same call goes on.
+        StorageError: if the disk is full or files cannot be written; the same call goes on.
+    """
+    directory = run_directory(out)
+    executor = executor_named(scheduler)
+    prepared = prepare(job)
+    with directory.locked():
+        if directory.holds_run:
+            stored = Plan.load(directory.plan_path)
+            check_same_job(directory, prepared.digests)
+            check_budget(stored, budget)
+            if plan is not None and plan.digest != stored.digest:
+                raise RunConflictError(
+                    f"{directory.root} holds a run of another plan (there {stored.digest[:8]}, given {plan.digest[:8]}); "
+                    "leave the plan out to go on with the stored one, or choose another --out"
+                )
+            chosen = stored
+        else:
+            chosen = plan or _plan(prepared, budget, preferences, directory.root, None)
+            if chosen.job_digest != prepared.digest:
+                raise RunConflictError(
+                    f"the plan was made for another job (plan {chosen.job_digest[:8]}, this job {prepared.digest[:8]}); "
+                    "make a new plan"
+                )
+            check_budget(chosen, budget)
+            _write_new_run(directory, chosen, prepared)
+        with TerminalProgress.of(progress) as observer:
+            execute(chosen, directory, prepared.function, prepared.reader, executor, observer)
+    return Kernel(out)
+
+
+def _write_new_run(directory: RunDirectory, chosen: Plan, prepared: PreparedJob) -> None:
+    """Write job, plan and, for a live model, its weights."""
+    spec = dict(prepared.job.spec())
+    if spec["model"] == LIVE:
+        save_weights(prepared.module, directory.weights_path)
+        spec["weights"] = str(directory.weights_path.absolute())
+    create_run(directory, chosen, format_toml(spec), prepared.digests)
+
+
+def open(path: str | Path) -> Kernel:  # noqa: A001 - `ooc_ntk.open`, as `zarr.open`
+    """Open the finished kernel of a run directory.
+
+    Args:
+        path: the run directory.
+
+    Returns:
+        The kernel.
+
+    Raises:
+        StorageError: if there is no run.
+        IncompleteRunError: if it is not finished.
+    """
+    return Kernel(path)
+
+
+def info(path: str | Path) -> RunInfo:
+    """What became of a run: promises beside measurements.
+
+    Args:
+        path: the run directory, finished or not.
+
+    Returns:
+        Its state.
+
+    Raises:
+        StorageError: if there is no run.
+    """
+    return run_info(path)
+
+
+def verify(
+    path: str | Path,
+    job: Job | None = None,
+    *,
+    samples: int = AUDITED_SAMPLES,
+    seed: int = 0,
+    advance: Callable[[str], None] = lambda what: None,  # noqa: ARG005
+) -> Audit:
+    """Prove a finished kernel: checksums, symmetry, finite entries, and entries recomputed in float64.
+
+    Args:
+        path: the run directory.
+        job: the job; None makes it again from the stored job file.
+        samples: samples whose rows and columns are recomputed; 0 recomputes nothing and needs no job.
+        seed: of the choice of samples.
+        advance: told what is being checked.
+
+    Returns:
+        The audit; ``.passed`` says whether everything held.
+
+    Raises:
+        StorageError: if there is no run, or it is not finished.
+        InputError: if the job was made from live objects and is not given.
+        RunConflictError: if it is another job.
+    """
+    kernel = Kernel(path)
+    prepared = None
+    if samples:
+        prepared = prepare(job or job_of_run(path))
+        check_same_job(RunDirectory(path), prepared.digests)
+    return audit(kernel.path, kernel.plan, prepared, samples, seed, advance)
+
+
+def job_of_run(path: str | Path, **given: object) -> Job:
+    """Make the job of a run again from its job file.
+
+    Args:
+        path: the run directory.
+        given: arguments of a job that replace those in the file, for what was live (``model="net.py:make"``).
+
+    Returns:
+        The job.
+
+    Raises:
+        InputError: if something live is not given.
+        StorageError: if there is no job file.
+    """
+    directory = RunDirectory(path)
+    stored = read_job_file(directory.job_path).arguments()
+    return Job.from_spec({**stored, **given})
+
+
+def calibrate(device: str | None = None, disk: str | Path = ".") -> MachineRates:
+    """Measure the machine's rates and keep them for later plans.
+
+    Args:
+        device: torch device; None is CUDA if there is one, otherwise the CPU.
+        disk: folder on the file system where runs will be.
+
+    Returns:
+        The rates.
+    """
+    return calibration.calibrate(resolved_device(device), _existing(Path(disk)))
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that exists."""
+    folder = path.absolute()
+    with suppress(OSError):
+        while not folder.is_dir():
+            folder = folder.parent
+    return folder

@@ -1,0 +1,194 @@
+"""Jacobian rows by torch.func: the general path, right for every model, one method per strategy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .contract import TORCH_DTYPE
+from .outputs import OutputRows, model_logits
+
+
+@dataclass(frozen=True)
+class ModelBatch:
+    """One batch of samples on the plan's device, floating-point inputs in the plan's dtype.
+
+    Attributes:
+        args: positional model inputs, each (samples, ...).
+        kwargs: keyword model inputs, each (samples, ...).
+        targets: (samples, ...) or None.
+    """
+
+    args: tuple[Tensor, ...]
+    kwargs: Mapping[str, Tensor]
+    targets: Tensor | None
+
+    def __len__(self) -> int:
+        return next(iter((*self.args, *self.kwargs.values()))).shape[0]
+
+    def sample(self, index: int) -> ModelBatch:
+        """The batch of sample ``index`` alone."""
+        chosen = slice(index, index + 1)
+        return ModelBatch(
+            tuple(value[chosen] for value in self.args),
+            {name: value[chosen] for name, value in self.kwargs.items()},
+            None if self.targets is None else self.targets[chosen],
+        )
+
+    def to(self, device: str, precision: str) -> ModelBatch:
+        """Move to a device and cast floating-point inputs; targets keep their dtype."""
+        dtype = TORCH_DTYPE[precision]
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+        return ModelBatch(
+            tuple(move(value) for value in self.args),
+            {name: move(value) for name, value in self.kwargs.items()},
+            None if self.targets is None else self.targets.to(device),
+        )
+
+
+class ModelFunction:
+    """A module as a function of chosen parameters, without changing the module itself.
+
+    Attributes:
+        names: chosen parameter names, in column order.
+        sizes: number of scalars of each.
+        rows: which Jacobian rows are wanted.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str], rows: OutputRows, precision: str, device: str) -> None:
+        """Take the module's state as it is now, on ``device`` in ``precision`` (shared where nothing has to change)."""
+        dtype = TORCH_DTYPE[precision]
+        self.module = module
+        self.names = tuple(names)
+        self.rows = rows
+
+        def move(value: Tensor) -> Tensor:
+            return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
+
+        self.parameters = {name: move(value) for name, value in module.named_parameters()}
+        self.buffers = {name: move(value) for name, value in module.named_buffers()}
+        self.sizes = {name: self.parameters[name].numel() for name in self.names}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of parameters and buffers."""
+        values = (*self.parameters.values(), *self.buffers.values())
+        return sum(value.numel() * value.element_size() for value in values)
+
+    def logits(self, parameters: Mapping[str, Tensor], batch: ModelBatch) -> Tensor:
+        """Model outputs (samples, outputs) of a batch with some parameters replaced."""
+        state = {**self.parameters, **self.buffers, **parameters}
+        return model_logits(functional_call(self.module, state, batch.args, dict(batch.kwargs)))
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Switch off what autograd and vmap cannot see through: the fused path of transformer layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class JacobianMethod(ABC):
+    """A way to derive Jacobian rows. Both methods give the same numbers, up to rounding.
+
+    Attributes:
+        name: as plans call it.
+    """
+
+    name: str
+
+    def __init__(self, function: ModelFunction) -> None:
+        """Derive rows of ``function``."""
+        self.function = function
+
+    @abstractmethod
+    def derive(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Derive every Jacobian row of a batch, for the named parameters.
+
+        Args:
+            batch: samples on the plan's device.
+            names: parameter names in column order, a subset of the function's.
+
+        Yields:
+            Consecutive groups of rows, sample by sample and output by output within a sample. A group is a list with
+            one (rows, parameters) tensor per name, on the plan's device.
+        """
+
+
+class LoopJacobian(JacobianMethod):
+    """One sample at a time, one reverse pass per row: no per-sample copies of weights, small memory, any model."""
+
+    name = "loop"
+
+    def derive(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """See :meth:`JacobianMethod.derive`; every group is one row."""
+        function = self.function
+        leaves = {name: function.parameters[name].detach().requires_grad_() for name in names}
+        variables = list(leaves.values())
+        for index in range(len(batch)):
+            one = batch.sample(index)
+            with torch.enable_grad(), plain_layers():
+                logits = function.logits(leaves, one)
+            target = None if one.targets is None else one.targets[0]
+            cotangents = function.rows.cotangents(logits[0].detach(), target)
+            last = cotangents.shape[0] - 1
+            for row in range(last + 1):
+                if not logits.requires_grad:
+                    yield [torch.zeros_like(leaf).reshape(1, -1) for leaf in variables]
+                    continue
+                gradients = torch.autograd.grad(
+                    logits,
+                    variables,
+                    cotangents[row : row + 1],
+                    retain_graph=row < last,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                yield [gradient.reshape(1, -1) for gradient in gradients]
+                del gradients
+
+
+class VmapJacobian(JacobianMethod):
+    """All samples of a batch at once: ``vmap`` over samples of the reverse pass, ``vmap`` over its cotangents."""
+
+    name = "vmap"
+
+    def derive(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """See :meth:`JacobianMethod.derive`; one group holds the whole batch."""
+        function = self.function
+        chosen = {name: function.parameters[name] for name in names}
+
+        def one_sample(
+            args: tuple[Tensor, ...], kwargs: dict[str, Tensor], target: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            single = ModelBatch(
+                tuple(value.unsqueeze(0) for value in args),
+                {name: value.unsqueeze(0) for name, value in kwargs.items()},
+                None,
+            )
+            logits, pull, *_ = vjp(lambda parameters: function.logits(parameters, single)[0], chosen)
+            cotangents = function.rows.cotangents(logits, target)
+            (gradients,) = vmap(pull)(cotangents)
+            return tuple(gradients[name].flatten(1) for name in names)
+
+        axes = (0, 0, None if batch.targets is None else 0)
+        with plain_layers(), sdpa_kernel(SDPBackend.MATH):
+            stacked = vmap(one_sample, in_dims=axes)(batch.args, dict(batch.kwargs), batch.targets)
+        yield [gradient.flatten(0, 1) for gradient in stacked]
+
+
+METHODS: dict[str, type[JacobianMethod]] = {"loop": LoopJacobian, "vmap": VmapJacobian}

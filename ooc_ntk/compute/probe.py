@@ -1,0 +1,238 @@
+"""The probe: measure a model on the real device, at the batch size that the run will use."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ooc_ntk.errors import BudgetError, InputError, OocNtkError
+from ooc_ntk.planning.workload import Derivation
+from ooc_ntk.units import format_bytes
+
+from .jacobian import LoopJacobian, ModelBatch, ModelFunction, VmapJacobian, plain_layers
+from .machine import PeakSampler
+from .model import is_smooth
+
+logger = logging.getLogger(__name__)
+
+#: Samples of the first vmap trial (guessed: enough to amortise its overhead, few enough to be cheap).
+TRIAL_SAMPLES: Final = 4
+
+#: Largest batch that is tried without being asked for (measured: nothing gained beyond it on a CPU).
+LARGEST_BATCH: Final = 64
+
+#: Share of the memory left by the process that deriving one batch may take; the rest is for tiles.
+BATCH_SHARE: Final = 0.25
+
+#: A vmap trial slower than the loop by this factor is not repeated at a larger batch.
+HOPELESS: Final = 2.0
+
+#: Seconds after which a timing is not repeated.
+ENOUGH_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the probe found.
+
+    Attributes:
+        outputs: scalars of the output function per sample (C).
+        rows_per_sample: Jacobian rows per sample.
+        derivation: the faster method with its batch size and measurements.
+        smooth: whether no kinked operation was seen.
+    """
+
+    outputs: int
+    rows_per_sample: int
+    derivation: Derivation
+    smooth: bool
+
+
+def probe(
+    function: ModelFunction,
+    fetch: Callable[[int], ModelBatch],
+    available: int,
+    free_bytes: int,
+    batch_size: int | None = None,
+    chain_names: Sequence[str] = (),
+) -> Probe:
+    """Measure how rows of ``function`` are derived fastest.
+
+    Args:
+        function: model, parameters and rows.
+        fetch: returns the first n samples, on the device.
+        available: samples there are.
+        free_bytes: bytes of the memory of the device that the process has left under its budget.
+        batch_size: batch size to use; None chooses one.
+        chain_names: parameters of the earliest block, whose derivation alone costs the chain of a backward pass.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        InputError: if the model cannot be run or differentiated on its data.
+        BudgetError: if deriving one sample already exceeds the memory left.
+    """
+    first = fetch(1)
+    outputs, rows, smooth, activation_bytes = _first_look(function, first)
+    row_bytes = sum(function.sizes.values()) * next(iter(function.parameters.values())).element_size()
+    needed = 2 * activation_bytes + 2 * row_bytes
+    if needed > free_bytes:
+        raise BudgetError(
+            f"deriving one sample needs about {format_bytes(needed)} "
+            f"(saved activations {format_bytes(activation_bytes)}, one Jacobian row {format_bytes(row_bytes)}), "
+            f"{format_bytes(max(0, free_bytes))} are left of the budget after the process itself; raise --host-memory by {format_bytes(needed - free_bytes)} or more"
+        )
+
+    loop = LoopJacobian(function)
+    samples = min(available, 2)
+    _drain(loop, first, function.names)
+    seconds, peak = _timed(lambda: _drain(loop, fetch(samples), function.names))
+    chain = min(1.0, _timed(lambda: _drain(loop, fetch(samples), chain_names))[0] / seconds) if chain_names else 1.0
+    best = Derivation(
+        method="loop",
+        batch_size=min(batch_size or LARGEST_BATCH, available),
+        seconds_per_sample=seconds / samples,
+        chain_seconds_per_sample=chain * seconds / samples,
+        working_bytes=max(peak, 2 * activation_bytes + 2 * row_bytes),
+        activation_bytes=activation_bytes,
+    )
+    per_sample = 2 * activation_bytes + 2 * rows * row_bytes
+    allowed = int(min(BATCH_SHARE * free_bytes // max(1, per_sample), LARGEST_BATCH, available))
+    vmapped, refused = _try_vmap(function, fetch, best, per_sample, allowed, batch_size)
+    if vmapped is not None and vmapped.seconds_per_sample < best.seconds_per_sample:
+        best = vmapped
+    elif refused is not None:
+        best = replace(best, refused=refused)
+    logger.info("rows by %s: %.4f s per sample, %s", best.method, best.seconds_per_sample, best.refused or "")
+    return Probe(outputs, rows, best, smooth)
+
+
+def _first_look(function: ModelFunction, batch: ModelBatch) -> tuple[int, int, bool, int]:
+    """Run one sample forward: outputs, rows, smoothness, bytes of saved activations."""
+    known = {
+        value.untyped_storage().data_ptr() for value in (*function.parameters.values(), *function.buffers.values())
+    }
+    saved: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    leaves = {name: function.parameters[name].detach().requires_grad_() for name in function.names}
+    known.update(leaf.untyped_storage().data_ptr() for leaf in leaves.values())
+    try:
+        with torch.enable_grad(), plain_layers(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            logits = function.logits(leaves, batch)
+    except OocNtkError:
+        raise
+    except Exception as error:
+        shapes = [f"{value.dtype} {tuple(value.shape)}" for value in batch.args]
+        shapes += [f"{name}={value.dtype} {tuple(value.shape)}" for name, value in batch.kwargs.items()]
+        raise InputError(
+            f"the model failed on the first sample ({type(error).__name__}: {error}); it was called with "
+            f"{', '.join(shapes)}; check that the data has the shape and dtype that the model takes"
+        ) from error
+    if not logits.requires_grad:
+        raise InputError(
+            "the model's output does not depend on the chosen parameters; check for torch.no_grad() or .detach() in it"
+        )
+    if logits.shape[0] != 1:
+        raise InputError(
+            f"the model turned one sample into {logits.shape[0]} outputs along its first dimension; "
+            "it must keep samples first"
+        )
+    target = None if batch.targets is None else batch.targets[0]
+    output = logits[0].detach()
+    count = function.rows.count(output, target)
+    function.rows.check(count)
+    rows = function.rows.cotangents(output, target).shape[0]
+    return count, rows, is_smooth(logits), sum(saved.values())
+
+
+def _try_vmap(
+    function: ModelFunction,
+    fetch: Callable[[int], ModelBatch],
+    loop: Derivation,
+    per_sample: int,
+    allowed: int,
+    batch_size: int | None,
+) -> tuple[Derivation | None, str | None]:
+    """Time vmap on a small batch and, if it has a chance, at the batch size that the run would use."""
+    if allowed < 1:
+        return None, f"not tried: one sample would take {format_bytes(per_sample)}"
+    method = VmapJacobian(function)
+    wanted = min(batch_size or allowed, allowed)
+    result = None
+    for size in sorted({min(TRIAL_SAMPLES, wanted), wanted}):
+        try:
+            if result is None:
+                _drain(method, fetch(1), function.names)
+            seconds, peak = _timed(partial(_drain_first, method, fetch, size, function.names))
+        except OocNtkError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            # vmap refuses by many kinds of exception (RuntimeError, NotImplementedError, ValueError of a user's code).
+            return None, _refusal(error)
+        result = Derivation(
+            method="vmap",
+            batch_size=size,
+            seconds_per_sample=seconds / size,
+            chain_seconds_per_sample=seconds / size * loop.chain_seconds_per_sample / loop.seconds_per_sample,
+            working_bytes=max(peak, size * per_sample),
+            activation_bytes=size * loop.activation_bytes,
+        )
+        if result.seconds_per_sample > HOPELESS * loop.seconds_per_sample:
+            break
+    return result, None
+
+
+def _refusal(error: Exception) -> str:
+    """The first line of what vmap said, short enough for a table."""
+    line = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    return f"{type(error).__name__}: {line[:160]}"
+
+
+def _drain(method: LoopJacobian | VmapJacobian, batch: ModelBatch, names: Sequence[str]) -> None:
+    """Derive every row of a batch and let it go."""
+    for group in method.derive(batch, names):
+        del group
+
+
+def _drain_first(method: VmapJacobian, fetch: Callable[[int], ModelBatch], samples: int, names: Sequence[str]) -> None:
+    """Derive every row of the first samples and let it go."""
+    _drain(method, fetch(samples), names)
+
+
+def _timed(work: Callable[[], None]) -> tuple[float, int]:
+    """Seconds of ``work`` (the best of a few, unless it is long) and the memory it took beside, in bytes."""
+    with PeakSampler() as sampler:
+        start = time.perf_counter()
+        work()
+        _synchronize()
+        took = time.perf_counter() - start
+    best = took
+    spent = took
+    for _ in range(3):
+        if spent > ENOUGH_SECONDS:
+            break
+        start = time.perf_counter()
+        work()
+        _synchronize()
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + took
+    return best, sampler.increase
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,74 @@
+"""The error tree: one small family, so that a caller can catch everything this package raises on purpose.
+
+Every message says what went wrong, what was found, what the limit is and what to do about it. The command
+line turns any :class:`OocNtkError` into one red line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OocNtkError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(OocNtkError, ValueError):
+    """The job itself is wrong: model, data, names, shapes or values."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity was found in weights, inputs or gradients."""
+
+
+class DataChangedError(InputError):
+    """A sample range read twice gave different samples, so the data set shuffles or augments at random."""
+
+
+class BudgetError(OocNtkError, ValueError):
+    """No plan fits the budget; the message names the largest term and the smallest budget that would do."""
+
+
+class RunConflictError(OocNtkError):
+    """The output directory belongs to another job or another plan; nothing was overwritten."""
+
+
+class RunLockedError(OocNtkError):
+    """Another process is running in this directory."""
+
+
+class StorageError(OocNtkError, OSError):
+    """A file could not be read or written (disk full, damaged tile, newer manifest)."""
+
+
+class IncompleteRunError(StorageError):
+    """The run directory holds a kernel that is not finished yet."""
+
+
+class RunInterrupted(OocNtkError):  # noqa: N818 - an outcome, not an error
+    """The run was asked to stop; everything committed so far is kept and the run can be resumed."""
+
+
+class VerificationError(OocNtkError):
+    """A finished kernel did not pass its audit."""
+
+
+def unknown_name(kind: str, got: str, known: Iterable[str]) -> InputError:
+    """Build the error for a name that is not known, with the nearest known names suggested.
+
+    Args:
+        kind: what the name is for, as a user would say it (``"kernel"``).
+        got: the name given.
+        known: every name that would have been accepted.
+
+    Returns:
+        An :class:`InputError`, to be raised by the caller.
+
+    >>> str(unknown_name("kernel", "trase", ["trace", "pseudo"]))
+    "unknown kernel 'trase'; did you mean 'trace'? Known: pseudo, trace"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ";"
+    return InputError(f"unknown {kind} {got!r}{hint} Known: {', '.join(names)}")

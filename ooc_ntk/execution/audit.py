@@ -1,0 +1,267 @@
+"""The audit: prove a finished kernel without trusting the engine that made it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+
+from ooc_ntk.errors import StorageError
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.tiles import Range
+from ooc_ntk.storage.arrays import open_tile_array
+from ooc_ntk.storage.manifest import Manifest
+
+from .context import SampleReader
+from .prepare import PreparedJob
+
+#: Samples whose rows, and columns, are recomputed by default: 8 × 8 entries (a choice: seconds for a small network).
+AUDITED_SAMPLES: Final = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One part of an audit.
+
+    Attributes:
+        name: what was checked.
+        passed: whether it held.
+        detail: figures, or what is wrong.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The outcome of an audit.
+
+    Attributes:
+        checks: every check, in order.
+        relative_error: relative Frobenius error of the recomputed entries; None if none were recomputed.
+        entries: number of recomputed entries.
+        coverage: recomputed entries over all entries.
+        tolerance: the plan's tolerance.
+    """
+
+    checks: tuple[Check, ...]
+    relative_error: float | None
+    entries: int
+    coverage: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+
+def audit(
+    root: Path,
+    plan: Plan,
+    prepared: PreparedJob | None,
+    samples: int = AUDITED_SAMPLES,
+    seed: int = 0,
+    advance: Callable[[str], None] = lambda what: None,  # noqa: ARG005
+) -> Audit:
+    """Check a finished run: checksums, structure, and entries recomputed in float64.
+
+    Args:
+        root: run directory.
+        plan: its plan.
+        prepared: the job, for recomputing entries; None leaves that out.
+        samples: samples whose rows and columns are recomputed.
+        seed: of the choice of samples.
+        advance: told what is being checked.
+
+    Returns:
+        The outcome.
+    """
+    advance("checksums")
+    checks = [_checksums(root)]
+    if checks[0].passed:
+        advance("structure")
+        checks.extend(_structure(root, plan))
+    error, entries = None, 0
+    if prepared is not None and all(check.passed for check in checks):
+        advance("recomputing entries in float64")
+        error, entries = _recompute(root, plan, prepared, samples, seed)
+        checks.append(
+            Check(
+                "entries recomputed in float64",
+                error <= plan.tolerance,
+                f"{entries} entries, relative error {error:.1e}, tolerance {plan.tolerance:.0e}",
+            )
+        )
+    rows, columns = plan.kernel_shape
+    return Audit(tuple(checks), error, entries, entries / (rows * columns), plan.tolerance)
+
+
+def _checksums(root: Path) -> Check:
+    """Every committed file against its checksum."""
+    manifest = Manifest(root, read_only=True)
+    try:
+        files = manifest.files()
+        damage = manifest.damage(thorough=True)
+    finally:
+        manifest.close()
+    if damage.reasons:
+        shown = "; ".join(f"{path} {reason}" for path, reason in list(damage.reasons.items())[:5])
+        more = f" and {len(damage.reasons) - 5} more" if len(damage.reasons) > 5 else ""
+        return Check("checksums", False, f"{shown}{more}; 'ooc-ntk run' computes them again")
+    return Check("checksums", True, f"{len(files)} files")
+
+
+def _structure(root: Path, plan: Plan) -> list[Check]:
+    """Finite entries, symmetry of the train square, positive diagonal, tile by tile."""
+    kernel, diagonal = open_tile_array(root, "kernel.zarr"), open_tile_array(root, "diagonal")
+    grid, entries = plan.sample_grid, plan.entries_per_sample
+    bad, worst, checked = 0, 0.0, 0
+    diagonal_error = 0.0
+    diagonals = np.asarray(diagonal[:])
+    for i, j in grid.kernel_tiles():
+        rows, columns = grid.rows(i), grid.columns(j)
+        tile = np.asarray(kernel[_times(rows, entries), _times(columns, entries)])
+        bad += int((~np.isfinite(tile)).sum())
+        checked += tile.size
+        train = grid.mirror_rows(i) * entries
+        if train:
+            start = rows.start * entries
+            other = np.asarray(kernel[_times(columns, entries), start : start + train])
+            bad += int((~np.isfinite(other)).sum())
+            with np.errstate(invalid="ignore"):
+                worst = max(worst, float(np.abs(tile[:train] - other.T).max(initial=0.0)))
+        if i == j and plan.normalize is None:
+            mine = tile.diagonal()
+            stored = diagonals[rows.start * entries :][: mine.size]
+            scale = float(np.abs(stored).max(initial=0.0)) or 1.0
+            diagonal_error = max(diagonal_error, float(np.abs(mine - stored).max(initial=0.0)) / scale)
+    negative = int((diagonals < 0).sum() + (~np.isfinite(diagonals)).sum())
+    return [
+        Check("finite entries", bad == 0, f"{checked:,} entries" if bad == 0 else f"{bad:,} are NaN or infinite"),
+        Check("symmetry", worst == 0.0, "exact" if worst == 0.0 else f"entries differ by up to {worst:.1e}"),
+        Check(
+            "diagonal",
+            negative == 0 and diagonal_error <= max(plan.tolerance, 1e-6 if plan.precision != "float64" else 0.0),
+            f"{diagonals.size:,} entries, none negative, {diagonal_error:.1e} from the squared norms"
+            if negative == 0
+            else f"{negative} entries are negative or not finite",
+        ),
+    ]
+
+
+def _times(samples: Range, entries: int) -> slice:
+    """Kernel rows of a range of samples."""
+    return slice(samples.start * entries, samples.stop * entries)
+
+
+class _Reference:
+    """Gradients by plain autograd in float64, one sample and one output at a time, on a copy of the model."""
+
+    def __init__(self, prepared: PreparedJob, plan: Plan) -> None:
+        self._module = copy.deepcopy(prepared.module).to("cpu").double().eval()
+        self._outputs = prepared.job.output_function()
+        self._kernel = plan.kernel
+        self._reader: SampleReader = prepared.reader
+        chosen = set(prepared.function.names)
+        self._variables = [p for name, p in self._module.named_parameters() if name in chosen]
+
+    def scalars(self, sample: int) -> list[Tensor]:
+        """The scalars whose gradients are the Jacobian rows of a sample, with their graph."""
+        (_, found) = next(self._reader.pieces(Range(sample, sample + 1), 1))
+        args = [value.double() if value.is_floating_point() else value for value in found.args]
+        kwargs = {k: value.double() if value.is_floating_point() else value for k, value in found.kwargs.items()}
+        with torch.enable_grad():
+            output: Any = self._module(*args, **kwargs)
+            output = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
+            values = self._values(output.reshape(-1), None if found.targets is None else found.targets[0])
+            if self._kernel == "pseudo":
+                return [values.sum()]
+            if self._kernel.startswith("output:"):
+                return [values[int(self._kernel[7:])]]
+            return list(values)
+
+    def _values(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        if callable(self._outputs):
+            return self._outputs(logits, target).reshape(-1)
+        if self._outputs == "logits" or target is None:
+            return logits
+        if self._outputs == "loss" and target.is_floating_point():
+            return 0.5 * (logits - target.double().reshape(-1)).pow(2).sum().reshape(1)
+        label = int(target)
+        if self._outputs == "loss":
+            return F.cross_entropy(logits[None], torch.tensor([label])).reshape(1)
+        rest = torch.cat([logits[:label], logits[label + 1 :]])
+        return (logits[label] - torch.logsumexp(rest, 0)).reshape(1)
+
+    def gradient(self, scalar: Tensor) -> Tensor:
+        """One Jacobian row (parameters,) float64."""
+        parts = torch.autograd.grad(
+            scalar, self._variables, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed: int) -> tuple[float, int]:
+    """Relative error of randomly chosen entries, and their number."""
+    random = np.random.default_rng(seed)
+    rows = np.sort(random.choice(plan.samples, min(samples, plan.samples), replace=False))
+    among = [int(row) for row in rows if row < plan.train_samples][: samples // 2]
+    others = random.permutation(np.setdiff1d(np.arange(plan.train_samples), among))[: samples - len(among)]
+    columns = np.sort(np.concatenate([np.asarray(among, dtype=np.int64), others.astype(np.int64)]))
+    reference = _Reference(prepared, plan)
+    was_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        expected = _reference_entries(reference, plan, rows, columns)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fast)
+    kernel = open_tile_array(root, "kernel.zarr")
+    entries = plan.entries_per_sample
+    row_index = (rows[:, None] * entries + np.arange(entries)).reshape(-1)
+    column_index = (columns[:, None] * entries + np.arange(entries)).reshape(-1)
+    stored = np.asarray(kernel.oindex[row_index, column_index], dtype=np.float64)
+    norm = float(np.linalg.norm(expected))
+    error = float(np.linalg.norm(stored - expected))
+    if not np.isfinite(error):
+        raise StorageError("the recomputed entries are not finite; the model's float64 gradients overflow")
+    return (error / norm if norm else error), int(expected.size)
+
+
+def _reference_entries(reference: _Reference, plan: Plan, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Kernel entries by the definitions, in float64: (rows · entries, columns · entries).
+
+    Row gradients are held for one output at a time, so memory is (rows + 1) · parameters · 8 bytes.
+    """
+    full = plan.kernel == "full"
+    entries, outputs = plan.entries_per_sample, plan.rows_per_sample
+    result = np.zeros((len(rows), entries, len(columns), entries))
+    row_norms, column_norms = np.zeros((len(rows), entries)), np.zeros((len(columns), entries))
+    for c in range(outputs):
+        held = torch.stack([reference.gradient(reference.scalars(int(row))[c]) for row in rows])
+        row_norms[:, c if full else 0] += held.square().sum(1).numpy()
+        for j, column in enumerate(columns):
+            scalars = reference.scalars(int(column))
+            for d in range(outputs) if full else (c,):
+                gradient = reference.gradient(scalars[d])
+                result[:, c if full else 0, j, d if full else 0] += (held @ gradient).numpy()
+                if c == d:
+                    column_norms[j, d if full else 0] += float(gradient @ gradient)
+    if plan.scale == "mean":
+        result /= plan.outputs
+    flat = result.reshape(len(rows) * entries, len(columns) * entries)
+    if plan.normalize == "cosine":
+        scale = plan.outputs if plan.scale == "mean" else 1
+        left, right = np.sqrt(row_norms.reshape(-1) / scale), np.sqrt(column_norms.reshape(-1) / scale)
+        flat = flat * np.divide(1, left, out=np.zeros_like(left), where=left > 0)[:, None]
+        flat = flat * np.divide(1, right, out=np.zeros_like(right), where=right > 0)[None, :]
+    return flat

@@ -1,0 +1,216 @@
+"""What every task body of a run shares: plan, model, data, stores, and the wish to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from ooc_ntk.compute.contract import KernelAccumulator, precision_context
+from ooc_ntk.compute.jacobian import METHODS, JacobianMethod, ModelBatch, ModelFunction
+from ooc_ntk.compute.machine import limited_threads, peak_resident_bytes, return_free_memory
+from ooc_ntk.errors import NonFiniteError, RunInterrupted
+from ooc_ntk.inputs.samples import Samples, SampleSource
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.tiles import Range
+from ooc_ntk.storage.arrays import TileArray
+from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.units import STORED_DTYPE
+
+from .stores import TileStore
+
+
+class SampleReader:
+    """Train and test samples as one sequence, train first."""
+
+    def __init__(self, train: SampleSource, test: SampleSource | None) -> None:
+        """Join two sources; ``test`` may be None."""
+        self.train, self.test = train, test
+
+    def __len__(self) -> int:
+        return len(self.train) + (len(self.test) if self.test is not None else 0)
+
+    def pieces(self, samples: Range, batch: int) -> Iterator[tuple[Range, Samples]]:
+        """Read a range of samples in batches that do not mix train and test.
+
+        Yields:
+            The global range of a batch and its samples.
+
+        Raises:
+            NonFiniteError: if an input holds NaN or infinity.
+        """
+        train = len(self.train)
+        start = samples.start
+        while start < samples.stop:
+            in_train = start < train
+            stop = min(start + batch, samples.stop, train if in_train else samples.stop)
+            offset = 0 if in_train else train
+            source = self.train if in_train or self.test is None else self.test
+            found = source.fetch(start - offset, stop - offset)
+            self._check_finite(found, start)
+            yield Range(start, stop), found
+            start = stop
+
+    def _check_finite(self, samples: Samples, start: int) -> None:
+        for value in (*samples.args, *samples.kwargs.values()):
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                flat = torch.isfinite(value).reshape(value.shape[0], -1).all(1)
+                index = start + int((~flat).nonzero()[0])
+                train = len(self.train)
+                where = f"train sample {index}" if index < train else f"test sample {index - train}"
+                raise NonFiniteError(f"the inputs hold NaN or infinity, first in {where}; clean the data")
+
+
+@dataclass
+class PeakMeter:
+    """Peak resident memory since the run began.
+
+    The kernel's high-water mark is exact but covers the whole life of the process; where it has not risen during the
+    run, samples of the resident size are the best there is.
+    """
+
+    _mark: int = field(default_factory=peak_resident_bytes)
+    _sampled: int = 0
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Sample in the background."""
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.02):
+            self._sampled = max(self._sampled, process.memory_info().rss)
+
+    def peak_bytes(self) -> int:
+        """Peak resident bytes since the run began, children added."""
+        mark = peak_resident_bytes()
+        return mark if mark > self._mark else max(self._sampled, psutil.Process().memory_info().rss)
+
+
+@dataclass
+class RunContext:
+    """What task bodies share. One per process; one task at a time.
+
+    Attributes:
+        plan: the plan.
+        directory: the run directory.
+        function: model and chosen parameters on the plan's device.
+        reader: train and test samples.
+        store: Jacobian tiles.
+        stop: set when the run should stop.
+        meter: peak memory since the run began.
+        advance: called with (phase, amount) as work gets done: samples for ``rows``, tiles for ``kernel``.
+        digests: known digests of sample ranges by row tile, from earlier passes and sessions.
+        tiles_only: keys of ``rows`` tasks that are finished but for their tiles, which were lost.
+    """
+
+    plan: Plan
+    directory: RunDirectory
+    function: ModelFunction
+    reader: SampleReader
+    store: TileStore
+    stop: threading.Event
+    meter: PeakMeter
+    advance: Callable[[str, float], None]
+    digests: dict[int, str]
+    tiles_only: set[str] = field(default_factory=set)
+    _accumulator: KernelAccumulator | None = None
+    _phase: str = ""
+
+    @property
+    def method(self) -> JacobianMethod:
+        """How rows are derived."""
+        return METHODS[self.plan.method](self.function)
+
+    @property
+    def kernel_array(self) -> TileArray:
+        """The finished kernel: (samples · entries, train · entries), one chunk per kernel tile."""
+        plan, edge = self.plan, self.plan.tile_samples * self.plan.entries_per_sample
+        return TileArray(
+            self.directory.root, "kernel.zarr", plan.kernel_shape, (edge, edge), STORED_DTYPE[plan.precision]
+        )
+
+    @property
+    def diagonal_array(self) -> TileArray:
+        """The diagonal of all samples: (samples · entries,), float64."""
+        plan, edge = self.plan, self.plan.tile_samples * self.plan.entries_per_sample
+        return TileArray(self.directory.root, "diagonal", (plan.kernel_shape[0],), (edge,), "<f8")
+
+    def accumulator(self) -> KernelAccumulator:
+        """The reused accumulator of kernel tiles."""
+        if self._accumulator is None:
+            edge = self.plan.tile_samples * self.plan.entries_per_sample
+            self._accumulator = KernelAccumulator(edge, self.plan.precision, self.plan.device)
+        return self._accumulator
+
+    def enter(self, phase: str) -> None:
+        """Note which kind of task runs, and give back what the other kind held: the plan counts only one of them."""
+        if phase != self._phase:
+            if phase != "kernel":
+                self._accumulator = None
+            return_free_memory()
+            self._phase = phase
+
+    def check_stop(self) -> None:
+        """Raise if the run should stop.
+
+        Raises:
+            RunInterrupted: then.
+        """
+        if self.stop.is_set():
+            raise RunInterrupted(
+                f"stopped; finished tiles are kept in {self.directory.root}, the same command goes on from there"
+            )
+
+    def batch(self, samples: Samples) -> ModelBatch:
+        """Samples on the plan's device in its precision."""
+        return ModelBatch(samples.args, samples.kwargs, samples.targets).to(self.plan.device, self.plan.precision)
+
+
+@dataclass
+class Outcome:
+    """What a task body leaves behind.
+
+    Attributes:
+        files: staged files, complete but not yet published.
+        bytes_read: bytes read from disk.
+        digest: digest of the samples (``rows`` tasks).
+        replaces: files of the generation before, which may go once this task is committed.
+    """
+
+    files: Sequence[StagedFile] = ()
+    bytes_read: int = 0
+    digest: str | None = None
+    replaces: tuple[str, ...] = ()
+
+
+@contextmanager
+def reproducible(plan: Plan) -> Iterator[None]:
+    """Run under the plan's thread count and precision, with deterministic algorithms; set everything back after."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
+    with limited_threads(plan.threads):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False
+        precision_context(plan.precision, plan.device)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            memory.fill_uninitialized_memory = filling

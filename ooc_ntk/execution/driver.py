@@ -1,0 +1,287 @@
+"""The driver: opens or resumes a run, hands tasks to an executor, and alone commits what they return."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import numpy as np
+import torch
+import zarr
+
+from ooc_ntk.compute.jacobian import ModelFunction
+from ooc_ntk.errors import BudgetError, RunConflictError, RunInterrupted
+from ooc_ntk.planning.budget import Budget
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.tasks import Task
+from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
+from ooc_ntk.storage.manifest import Manifest, Receipt
+from ooc_ntk.units import format_bytes
+
+from .context import PeakMeter, RunContext, SampleReader, reproducible
+from .executors import Executor
+from .resume import Remaining, remaining_tasks
+from .stores import JACOBIAN, DiskStore, MemoryStore
+from .work import perform
+
+logger = logging.getLogger(__name__)
+
+#: What an observer is told: phase (``rows`` or ``kernel``), amount done just now.
+Advance = Callable[[str, float], None]
+#: Called once before work starts, with the amount of each phase that was done before and in all.
+Begin = Callable[[Mapping[str, tuple[float, float]], Remaining], None]
+
+#: Names of the parts of a job's digest, as errors call them.
+DIGEST_PARTS: Final = {"model": "model", "data": "data", "kernel": "kernel settings"}
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Who wants to know how a run gets on.
+
+    Attributes:
+        begin: called once, before the first task.
+        advance: called as work gets done, from the task's thread.
+    """
+
+    begin: Begin = lambda totals, remaining: None  # noqa: ARG005
+    advance: Advance = lambda phase, amount: None  # noqa: ARG005
+
+
+def check_same_job(directory: RunDirectory, digests: Mapping[str, str]) -> None:
+    """Refuse a run directory that was made for another job.
+
+    Args:
+        directory: an existing run.
+        digests: this job's digests by part.
+
+    Raises:
+        RunConflictError: saying which part differs; nothing is overwritten.
+    """
+    manifest = Manifest(directory.root, read_only=True)
+    try:
+        stored: dict[str, str] = json.loads(manifest.meta("job") or "{}")
+    finally:
+        manifest.close()
+    differing = [name for name in digests if stored.get(name) != digests[name]]
+    if differing:
+        details = ", ".join(
+            f"{DIGEST_PARTS.get(name, name)} (there {stored.get(name, 'unknown')[:8]}, here {digests[name][:8]})"
+            for name in differing
+        )
+        raise RunConflictError(
+            f"{directory.root} holds a run of another job: {details} differ; choose another --out, nothing was changed"
+        )
+
+
+def check_budget(plan: Plan, budget: Budget | None) -> None:
+    """Refuse to resume under an explicit budget that the stored plan cannot keep.
+
+    Raises:
+        BudgetError: naming promise and budget.
+    """
+    promises = {
+        "host": plan.promised.host_bytes,
+        "device": plan.promised.device_bytes,
+        "disk": plan.promised.disk_bytes,
+    }
+    for name, promised in promises.items():
+        limit = getattr(budget, name) if budget is not None else None
+        if limit is not None and promised > int(limit):
+            raise BudgetError(
+                f"the stored plan of this run promises a peak of {format_bytes(promised)} of {name} memory, the budget "
+                f"is {format_bytes(int(limit))}; raise the budget, or start anew in another --out"
+            )
+
+
+def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[str, str]) -> None:
+    """Write plan, job and manifest of a new run; the plan last, as the mark that the run exists.
+
+    Args:
+        directory: the locked run directory.
+        plan: the plan.
+        job: text of the job file.
+        digests: the job's digests by part.
+
+    Raises:
+        BudgetError: if the disk has less room than the plan needs.
+    """
+    free = free_disk_bytes(directory.root)
+    if plan.promised.disk_bytes > free:
+        raise BudgetError(
+            f"the run needs up to {format_bytes(plan.promised.disk_bytes)} of disk, {format_bytes(free)} are free at "
+            f"{directory.root}; make room or choose another --out"
+        )
+    manifest = Manifest(directory.root)
+    try:
+        manifest.set_meta("job", json.dumps(dict(digests)))
+        manifest.set_meta("plan", plan.digest)
+        manifest.set_meta("versions", json.dumps(versions()))
+    finally:
+        manifest.close()
+    directory.write_text(directory.job_path, job)
+    directory.write_text(directory.plan_path, plan.to_json() + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and stores."""
+    return {"torch": torch.__version__, "numpy": np.__version__, "zarr": zarr.__version__}
+
+
+def execute(
+    plan: Plan,
+    directory: RunDirectory,
+    function: ModelFunction,
+    reader: SampleReader,
+    executor: Executor,
+    observer: Observer | None = None,
+) -> None:
+    """Run what is left of a run that exists; the caller holds its lock.
+
+    Args:
+        plan: the stored plan.
+        directory: the run directory.
+        function: model and parameters on the plan's device.
+        reader: the samples.
+        executor: runs the tasks.
+        observer: told about progress.
+
+    Raises:
+        OocNtkError: whatever a task raises; finished tiles stay committed.
+    """
+    observer = observer or Observer()
+    manifest = Manifest(directory.root)
+    try:
+        records = manifest.files()
+        store = MemoryStore(plan) if plan.layout.in_memory else DiskStore(plan, directory.root, records)
+        digests = _known_digests(manifest.receipts().values())
+        remaining = remaining_tasks(plan, directory, manifest, store)
+        records.clear()
+        records.update(manifest.files())
+        if not remaining.tasks:
+            observer.begin(_totals(plan, remaining), remaining)
+            return
+        stop = threading.Event()
+        meter = PeakMeter()
+        context = RunContext(
+            plan, directory, function, reader, store, stop, meter, observer.advance, digests, remaining.again
+        )
+        _create_arrays(context, manifest)
+        waits = remaining.waits(plan)
+        observer.begin(_totals(plan, remaining), remaining)
+
+        def commit(receipt: Receipt) -> None:
+            manifest.commit(receipt)
+            records.update({record.path: record for record in receipt.files})
+            directory.log_receipt(receipt)
+            directory.drop_receipt(receipt.key)
+            directory.delete(*receipt.replaces)
+            if receipt.key.startswith("release"):
+                _release(directory, manifest, records)
+            logger.debug("%s: %.2f s", receipt.key, receipt.seconds)
+
+        def body(task: Task, *upstream: Receipt) -> Receipt:
+            return perform(context, task, *upstream)
+
+        with reproducible(plan), meter.watching(), _stop_on_interrupt(stop):
+            executor(remaining.tasks, waits.__getitem__, body, commit)
+        directory.delete_folder("tiles")
+        directory.delete_folder("pending")
+    finally:
+        manifest.close()
+
+
+def _known_digests(receipts: Any) -> dict[int, str]:
+    """Digests of sample ranges by row tile, as far as any committed task read them."""
+    return {
+        int(receipt.key.split("-")[2]): receipt.samples_digest
+        for receipt in receipts
+        if receipt.samples_digest is not None
+    }
+
+
+def _totals(plan: Plan, remaining: Remaining) -> dict[str, tuple[float, float]]:
+    """Amounts done before and in all, per phase: samples × passes, and kernel tiles."""
+    passes = len(plan.passes)
+    left = {"rows": 0.0, "kernel": 0.0}
+    for task in remaining.tasks:
+        if task.kind == "rows":
+            left["rows"] += len(plan.sample_grid.rows(task.row))
+        elif task.kind == "kernel":
+            left["kernel"] += 1 / passes
+    totals = {"rows": float(plan.samples * passes), "kernel": float(plan.sample_grid.kernel_tile_count)}
+    return {phase: (totals[phase] - left[phase], totals[phase]) for phase in totals}
+
+
+def _create_arrays(context: RunContext, manifest: Manifest) -> None:
+    """Write the metadata of every array; the kernel carries its provenance."""
+    plan = context.plan
+    attributes = {
+        "kernel": plan.kernel,
+        "scale": plan.scale,
+        "normalize": plan.normalize,
+        "precision": plan.precision,
+        "train_samples": plan.train_samples,
+        "test_samples": plan.test_samples,
+        "outputs": plan.outputs,
+        "entries_per_sample": plan.entries_per_sample,
+        "seed": plan.seed,
+        "plan_digest": plan.digest,
+        "job_digests": json.loads(manifest.meta("job") or "{}"),
+        "versions": versions(),
+    }
+    context.kernel_array.create(attributes)
+    context.diagonal_array.create()
+    if isinstance(context.store, DiskStore):
+        context.store.array.create()
+
+
+def _release(directory: RunDirectory, manifest: Manifest, records: dict[str, Any]) -> None:
+    """Forget and delete the spilled tiles of a finished pass."""
+    manifest.forget_files(JACOBIAN)
+    for path in [path for path in records if path.startswith(JACOBIAN)]:
+        del records[path]
+    directory.delete_folder(JACOBIAN)
+
+
+@contextmanager
+def _stop_on_interrupt(stop: threading.Event) -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop within the tile; a second Ctrl-C acts as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and callable(before[number]):
+            before[number](number, frame)
+        stop.set()
+
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise RunInterrupted("stopped; finished tiles are kept, the same command goes on from there") from error
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def run_directory(path: str | Path) -> RunDirectory:
+    """The run directory at a path, checked to be a run or usable for one.
+
+    Raises:
+        RunConflictError: if other files are there.
+    """
+    directory = RunDirectory(path)
+    directory.check_usable()
+    return directory

@@ -1,0 +1,221 @@
+"""From a job to a measured workload: load, check, probe."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ooc_ntk.compute.contract import precision_context
+from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
+from ooc_ntk.compute.machine import device_memory, free_host_bytes, resident_bytes, return_free_memory
+from ooc_ntk.compute.model import check_finite_state, check_mode, choose_parameters, model_digest, parameter_blocks
+from ooc_ntk.compute.outputs import OutputRows
+from ooc_ntk.compute.probe import Probe, probe
+from ooc_ntk.errors import DataChangedError, InputError
+from ooc_ntk.inputs.job import Job
+from ooc_ntk.inputs.samples import Samples, digest_samples
+from ooc_ntk.planning.budget import Limits, Resources
+from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
+from ooc_ntk.planning.tiles import Range
+from ooc_ntk.planning.workload import Workload
+
+from .context import SampleReader
+
+logger = logging.getLogger(__name__)
+
+#: Samples read twice before anything is computed, to catch data sets that augment at random.
+READ_TWICE_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job loaded and checked.
+
+    Attributes:
+        job: the job.
+        module: its model.
+        device: resolved torch device string.
+        function: model and chosen parameters on the device.
+        reader: train and test samples.
+        digests: digests of model, data and kernel settings.
+    """
+
+    job: Job
+    module: nn.Module
+    device: str
+    function: ModelFunction
+    reader: SampleReader
+    digests: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole job."""
+        return hashlib.blake2b("".join(self.digests.values()).encode(), digest_size=16).hexdigest()
+
+
+def resolved_device(device: str | None) -> str:
+    """The device of a job: CUDA if there is one and none was named."""
+    if device is not None:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare(job: Job) -> PreparedJob:
+    """Load model and data of a job and check them.
+
+    Args:
+        job: the job.
+
+    Returns:
+        The prepared job.
+
+    Raises:
+        InputError: if the model's mode, weights or parameters, or the data, are not usable.
+    """
+    module = job.module()
+    check_mode(module)
+    check_finite_state(module)
+    names = choose_parameters(module, job.parameters)
+    device = resolved_device(job.device)
+    precision_context(job.precision, device)
+    outputs = job.output_function()
+    rows = OutputRows.of(outputs, job.kernel)
+    function = ModelFunction(module, names, rows, job.precision, device)
+    reader = SampleReader(job.train_source(), job.test_source())
+    data = [source.digest() for source in (reader.train, reader.test) if source is not None]
+    settings = [
+        job.kernel,
+        job.scale,
+        str(job.normalize),
+        job.precision,
+        outputs if isinstance(outputs, str) else callable_identity(outputs),
+        *names,
+    ]
+    return PreparedJob(
+        job=job,
+        module=module,
+        device=device,
+        function=function,
+        reader=reader,
+        digests={
+            "model": model_digest(module),
+            "data": _digest("/".join(data)),
+            "kernel": _digest("\n".join(settings)),
+        },
+    )
+
+
+def callable_identity(function: Callable[..., Any]) -> str:
+    """What identifies a user's function: its source where it can be had, otherwise its name."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(type(function)))}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def available_resources(device: str, disk_free: int) -> Resources:
+    """What the machine has free for this process now."""
+    free, taken = device_memory(device)
+    return Resources(free_host_bytes(), resident_bytes(), free, taken, disk_free)
+
+
+def measure(prepared: PreparedJob, limits: Limits) -> Workload:
+    """Probe a prepared job on its device.
+
+    Args:
+        prepared: the job.
+        limits: the budget, which bounds the batch that is tried.
+
+    Returns:
+        The workload.
+
+    Raises:
+        InputError: if the model cannot be run or differentiated on its data.
+        DataChangedError: if samples read twice differ.
+        BudgetError: if not even one sample can be derived within the budget.
+    """
+    job, reader = prepared.job, prepared.reader
+    first = _read_twice(reader)
+    train = len(reader.train)
+    blocks = parameter_blocks(prepared.module, prepared.function.names)
+
+    def fetch(count: int) -> ModelBatch:
+        _, samples = next(reader.pieces(Range(0, min(count, train)), count))
+        return ModelBatch(samples.args, samples.kwargs, samples.targets).to(prepared.device, job.precision)
+
+    on_cpu = prepared.device == "cpu"
+    taken = resident_bytes() + LIBRARY_GROWTH_BYTES
+    free = limits.host - taken if on_cpu else limits.device - device_memory(prepared.device)[1]
+    found = probe(prepared.function, fetch, train, free, job.batch_size, blocks[0].parameters)
+    return_free_memory()
+    values = [*first.args, *first.kwargs.values(), *([first.targets] if first.targets is not None else [])]
+    full = job.kernel == "full"
+    return Workload(
+        kernel=job.kernel,
+        train_samples=train,
+        test_samples=len(reader) - train,
+        outputs=found.outputs,
+        rows_per_sample=found.rows_per_sample,
+        entries_per_sample=found.rows_per_sample if full else 1,
+        blocks=blocks,
+        sample_bytes=sum(value.numel() * value.element_size() for value in values) // len(values[0]) + 1,
+        baseline_bytes=resident_bytes(),
+        model_bytes=prepared.function.state_bytes,
+        derivation=found.derivation,
+        precision=job.precision,
+        scale=job.scale,
+        normalize=job.normalize,
+        device=prepared.device,
+        smooth=found.smooth and not _probability(job),
+        threads=torch.get_num_threads(),
+        seed=job.seed,
+        notes=_notes(prepared, found),
+    )
+
+
+def _probability(job: Job) -> bool:
+    """Whether the outputs cancel digits (loss, margin, a user's function), so the smooth tolerance is too tight."""
+    return job.outputs != "logits"
+
+
+def _notes(prepared: PreparedJob, found: Probe) -> tuple[str, ...]:
+    """Remarks that the reader of the plan should see."""
+    notes = []
+    if isinstance(prepared.job.model, str):
+        notes.append("the model was built from its spec and put in eval mode")
+    if found.derivation.refused:
+        notes.append(f"rows by the batch-1 loop, as vmap refused: {found.derivation.refused}")
+    frozen = [name for name, parameter in prepared.module.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        notes.append(f"{len(frozen)} frozen parameters (requires_grad=False) are left out")
+    return tuple(notes)
+
+
+def _read_twice(reader: SampleReader) -> Samples:
+    """Read the first samples twice.
+
+    Raises:
+        DataChangedError: if the readings differ.
+        InputError: if there are no samples.
+    """
+    if not len(reader.train):
+        raise InputError("the training data is empty: a kernel needs at least one sample")
+    piece = Range(0, min(READ_TWICE_SAMPLES, len(reader.train)))
+    (_, first), (_, second) = (next(reader.pieces(piece, READ_TWICE_SAMPLES)) for _ in range(2))
+    if digest_samples(first) != digest_samples(second):
+        raise DataChangedError(
+            f"reading samples {piece} twice gave different values; a data set must return the same sample for the "
+            "same index: switch off shuffling and random augmentation"
+        )
+    return first

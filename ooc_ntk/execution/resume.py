@@ -1,0 +1,140 @@
+"""What is left of a run: finished tasks are kept, damaged files undone, lost tiles derived again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.tasks import Task, dependencies, task_list
+from ooc_ntk.storage.atomic import checksum_file
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.manifest import Manifest, Receipt
+
+from .stores import TileStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Remaining:
+    """Tasks still to be run and what was found on the way.
+
+    Attributes:
+        tasks: in an order that respects dependencies.
+        finished: keys of tasks that are committed and need not run again.
+        damaged: damaged files and what is wrong with each.
+        adopted: keys of tasks that had finished without being committed.
+        again: finished ``rows`` tasks that run once more because their tiles are gone.
+    """
+
+    tasks: list[Task]
+    finished: set[str]
+    damaged: dict[str, str] = field(default_factory=dict)
+    adopted: list[str] = field(default_factory=list)
+    again: set[str] = field(default_factory=set)
+
+    def waits(self, plan: Plan) -> dict[Task, tuple[Task, ...]]:
+        """Direct dependencies of every remaining task among the remaining ones."""
+        left = set(self.tasks)
+        in_memory = plan.layout.in_memory
+        return {
+            task: tuple(
+                earlier for earlier in dependencies(task, plan.sample_grid, in_memory=in_memory) if earlier in left
+            )
+            for task in self.tasks
+        }
+
+
+def adopt(directory: RunDirectory, manifest: Manifest) -> list[str]:
+    """Commit tasks that had published their files when the run stopped; forget the others.
+
+    A file is adopted only if it has the size and checksum of the receipt.
+
+    Returns:
+        Keys of the adopted tasks.
+    """
+    adopted = []
+    known = manifest.receipts()
+    for receipt in directory.pending_receipts():
+        if receipt.key not in known and _is_whole(directory, receipt):
+            manifest.commit(receipt)
+            directory.log_receipt(receipt)
+            directory.delete(*receipt.replaces)
+            adopted.append(receipt.key)
+        directory.drop_receipt(receipt.key)
+    return adopted
+
+
+def _is_whole(directory: RunDirectory, receipt: Receipt) -> bool:
+    with suppress(OSError):
+        return all(
+            (directory.root / record.path).stat().st_size == record.size
+            and checksum_file(directory.root / record.path) == record.crc32c
+            for record in receipt.files
+        )
+    return False
+
+
+def remaining_tasks(plan: Plan, directory: RunDirectory, manifest: Manifest, store: TileStore) -> Remaining:
+    """Find what is left to do.
+
+    Args:
+        plan: the stored plan.
+        directory: the run directory, locked.
+        manifest: its manifest.
+        store: the tile store; tiles in memory are gone in a new process.
+
+    Returns:
+        The remaining tasks.
+    """
+    swept = directory.sweep()
+    adopted = adopt(directory, manifest)
+    damage = manifest.damage(thorough=False)
+    for path, reason in damage.reasons.items():
+        logger.warning("%s %s; it will be computed again", directory.root / path, reason)
+    undone = _undo(plan, damage.tasks)
+    manifest.withdraw(undone)
+    finished = set(manifest.receipts())
+    logger.info(
+        "%d tasks finished, %d adopted, %d undone, %d files swept", len(finished), len(adopted), len(undone), swept
+    )
+
+    every = list(task_list(plan.sample_grid, len(plan.passes)))
+    left = [task for task in every if task.key not in finished]
+    again = _lost_rows(left, finished, store)
+    kernels = {task.generation for task in left if task.kind != "release"} | {task.generation for task in again}
+    wanted = {*left, *again, *(Task("release", generation) for generation in kernels)}
+    manifest.withdraw(task.key for task in wanted if task.kind == "release" and task.key in finished)
+    return Remaining(
+        tasks=[task for task in every if task in wanted],
+        finished=finished - {task.key for task in wanted},
+        damaged=damage.reasons,
+        adopted=adopted,
+        again={task.key for task in again},
+    )
+
+
+def _undo(plan: Plan, damaged: Iterable[str]) -> set[str]:
+    """Tasks to withdraw: a damaged tile is computed anew from its first generation, as the earlier ones are deleted.
+
+    Rows whose diagonal feeds later generations are withdrawn in all passes, kernel tiles likewise. A damaged diagonal
+    of a normalised kernel does not undo kernel tiles: it is recomputed to the same bits.
+    """
+    undone: set[str] = set()
+    for key in damaged:
+        kind, _, row, column = key.split("-")
+        undone.update(f"{kind}-{generation}-{row}-{column}" for generation in range(len(plan.passes)))
+    return undone
+
+
+def _lost_rows(left: list[Task], finished: set[str], store: TileStore) -> set[Task]:
+    """Finished ``rows`` tasks whose tiles an unfinished kernel task needs and the store does not hold."""
+    needed = set()
+    for task in left:
+        if task.kind == "kernel":
+            needed.add(Task("rows", task.generation, task.row))
+            needed.add(Task("rows", task.generation, task.column))
+    return {task for task in needed if task.key in finished and not store.holds(task.generation, task.row)}

@@ -1,0 +1,342 @@
+"""``Job``: what is wanted (model, data, kernel), checked name by name before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.units import ITEM_BYTES
+
+from .callables import absolute_callable, is_callable_spec, is_import_path, load_callable
+from .datasets import Collate
+from .models import load_model
+from .samples import SampleSource, as_source
+from .specs import absolute_spec, resolve_spec
+
+KERNELS: Final = ("trace", "pseudo", "full", "output:<c>")
+OUTPUTS: Final = ("logits", "loss", "margin")
+SCALES: Final = ("sum", "mean")
+NORMALIZE: Final = ("cosine",)
+PRECISIONS: Final = tuple(ITEM_BYTES)
+
+#: What stands in a job's description where a live object was given.
+LIVE: Final = "<live>"
+
+#: From the model output of one sample and its target to a scalar or a vector of outputs.
+OutputFunction = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be computed.
+
+    Attributes:
+        model: a module, or a spec ``pkg.module:factory`` or ``file.py:factory``.
+        train: data (see :func:`ooc_ntk.inputs.samples.as_source`) or a data spec.
+        test: further data whose rows follow the train rows, or None.
+        kernel: ``trace``, ``pseudo``, ``full`` or ``output:<c>``.
+        outputs: ``logits``, ``loss``, ``margin``, a function of (model output of one sample, its target), or the
+            spec of one.
+        projection: None for the exact kernel.
+        normalize: None or ``cosine``.
+        scale: ``sum`` over outputs, or ``mean``.
+        parameters: glob patterns on parameter names, ``!pattern`` excludes; None for all. Kept as a tuple.
+        precision: ``float32``, ``tf32`` or ``float64``.
+        device: ``cpu``, ``cuda`` or ``cuda:<n>``; None chooses CUDA where there is one.
+        batch_size: samples per batch; None lets the plan choose.
+        collate: from a list of samples of a Dataset to a batch.
+        weights: file with the weights; only with a model spec.
+        seed: of everything random.
+        base: folder that relative paths in specs are relative to; None is the current one.
+
+    Raises:
+        InputError: for any value that is not one of these.
+    """
+
+    model: nn.Module | str
+    train: object
+    test: object | None = None
+    kernel: str = "trace"
+    outputs: str | OutputFunction = "logits"
+    projection: object | None = None
+    normalize: str | None = None
+    scale: str = "sum"
+    parameters: str | Sequence[str] | None = None
+    precision: str = "float32"
+    device: str | None = None
+    batch_size: int | None = None
+    collate: Collate | None = None
+    weights: Path | str | None = None
+    seed: int = 0
+    base: Path | None = None
+    _made: dict[str, object] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.projection is not None:
+            raise InputError(
+                "projected kernels are not available in this version; leave projection=None for the exact kernel"
+            )
+        if self.base is not None:
+            object.__setattr__(self, "base", Path(self.base).expanduser().absolute())
+        self._check_inputs()
+        _check_kernel(self.kernel)
+        _check_outputs(self.outputs)
+        if self.normalize is not None:
+            _one_of("normalize", self.normalize, NORMALIZE, "None or 'cosine'")
+        _one_of("scale", self.scale, SCALES)
+        if self.precision in ("bf16", "bfloat16", "float16", "fp16"):
+            raise InputError(f"precision {self.precision!r} is not available in this version; use float32")
+        _one_of("precision", self.precision, PRECISIONS)
+        object.__setattr__(self, "parameters", _patterns(self.parameters))
+        object.__setattr__(self, "device", _device(self.device))
+        if self.batch_size is not None:
+            _check_integer("batch_size", self.batch_size, 1, 2**31 - 1)
+        _check_integer("seed", self.seed, 0, 2**64 - 1)
+
+    def _check_inputs(self) -> None:
+        """Check model, weights and data as far as that is possible without loading them."""
+        if isinstance(self.model, str):
+            absolute_callable(self.model, self.base, "model")
+        elif not isinstance(self.model, nn.Module):
+            kind = f"the class {self.model.__name__}" if isinstance(self.model, type) else type(self.model).__name__
+            raise InputError(
+                f"model must be a torch.nn.Module or a spec such as 'file.py:factory', got {kind}"
+                f"{'; pass an instance of it' if isinstance(self.model, type) else ''}"
+            )
+        elif self.weights is not None:
+            raise InputError(
+                f"weights={str(self.weights)!r} are only read into a model that a spec builds, and model is a live "
+                f"{type(self.model).__name__}; call model.load_state_dict(...) yourself and leave weights out"
+            )
+        if self.weights is not None and not isinstance(self.weights, str | Path):
+            raise InputError(f"weights must be a path, got {type(self.weights).__name__}")
+        if self.train is None:
+            raise InputError("train data is missing; pass train=..., for example a Dataset or 'mnist5k[0:4000]'")
+        for what, data in (("train", self.train), ("test", self.test)):
+            if isinstance(data, str | Path):
+                absolute_spec(str(data), self.base, what)
+        if self.collate is not None and not callable(self.collate):
+            raise InputError(f"collate must be a function from a list of samples to a batch, got {self.collate!r}")
+
+    def module(self) -> nn.Module:
+        """The model: the live module as it is, or that of the spec, in eval mode, built once.
+
+        Raises:
+            InputError: if the spec or its weights cannot be loaded.
+        """
+        if isinstance(self.model, nn.Module):
+            return self.model
+        if "model" not in self._made:
+            self._made["model"] = load_model(self.model, weights=self.weights, base=self.base)
+        return cast("nn.Module", self._made["model"])
+
+    def train_source(self) -> SampleSource:
+        """The train samples, opened once.
+
+        Raises:
+            InputError: if the data cannot be read.
+        """
+        return self._source("train", self.train)
+
+    def test_source(self) -> SampleSource | None:
+        """The test samples, opened once; None if the job has none.
+
+        Raises:
+            InputError: if the data cannot be read.
+        """
+        return None if self.test is None else self._source("test", self.test)
+
+    def _source(self, what: str, data: object) -> SampleSource:
+        if what not in self._made:
+            if isinstance(data, str | Path):
+                source = resolve_spec(str(data), base=self.base, what=what, collate=self.collate)
+            else:
+                source = as_source(data, collate=self.collate, what=what)
+            self._made[what] = source
+        return cast("SampleSource", self._made[what])
+
+    def output_function(self) -> str | OutputFunction:
+        """The output function: ``logits``, ``loss`` or ``margin`` as text, otherwise the function itself.
+
+        Raises:
+            InputError: if a spec does not name a function.
+        """
+        if not isinstance(self.outputs, str) or self.outputs in OUTPUTS:
+            return self.outputs
+        if "outputs" not in self._made:
+            function = load_callable(self.outputs, self.base, "output function")
+            if not callable(function):
+                raise InputError(f"outputs {self.outputs!r} is a {type(function).__name__}, not a function")
+            self._made["outputs"] = function
+        return cast("OutputFunction", self._made["outputs"])
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the job holds live objects, so that its description alone cannot make it again."""
+        return LIVE in self.spec().values()
+
+    def spec(self) -> dict[str, object]:
+        """Describe the job in values that TOML has.
+
+        Returns:
+            The arguments of a job, paths absolute, ``"<live>"`` in place of live objects, None where nothing is
+            asked for. ``base`` is there only if an import path needs it. :meth:`from_spec` reads it.
+
+        Raises:
+            InputError: never for a job that was built.
+        """
+        model = absolute_callable(self.model, self.base) if isinstance(self.model, str) else LIVE
+        outputs = self.outputs if isinstance(self.outputs, str) else LIVE
+        if outputs not in (*OUTPUTS, LIVE):
+            outputs = absolute_callable(outputs, self.base)
+        folder = Path.cwd() / (self.base or ".")
+        spec: dict[str, object] = {
+            "model": model,
+            "weights": None if self.weights is None else str(folder / Path(self.weights).expanduser()),
+            "train": self._data_spec("train", self.train),
+            "test": None if self.test is None else self._data_spec("test", self.test),
+            "kernel": self.kernel,
+            "outputs": outputs,
+            "normalize": self.normalize,
+            "scale": self.scale,
+            "parameters": None if self.parameters is None else list(self.parameters),
+            "precision": self.precision,
+            "device": self.device,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+        named = [spec[key] for key in ("model", "train", "test", "outputs")]
+        if any(isinstance(text, str) and is_import_path(re.sub(r"\[[^\[\]]*\]$", "", text)) for text in named):
+            spec["base"] = str(folder)
+        return spec
+
+    def _data_spec(self, what: str, data: object) -> str:
+        """Spec of one data set, as far as it has one; samples that pass through live code have none."""
+        if self.collate is not None:
+            return LIVE
+        if isinstance(data, str | Path):
+            return absolute_spec(str(data), self.base, what)
+        return (data.spec or LIVE) if isinstance(data, SampleSource) else LIVE
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, object]) -> Job:
+        """Make a job of a description.
+
+        Args:
+            spec: as :meth:`spec` returns it, or as a job file gives it.
+
+        Returns:
+            The job.
+
+        Raises:
+            InputError: for a name that is not known, a value that is wrong, something missing, or a live object,
+                which has to be given again.
+        """
+        known = [item.name for item in fields(cls) if item.init]
+        for key, value in spec.items():
+            if key not in known:
+                raise unknown_name("name in the job", key, known)
+            if isinstance(value, str) and value == LIVE:
+                raise InputError(
+                    f"the job was made from live Python objects, and its {key} cannot be made again from text; "
+                    f"give the {key}, for example {_example(key)}"
+                )
+        for key in ("model", "train"):
+            if spec.get(key) is None:
+                raise InputError(f"the job names no {key}; give the {key}, for example {_example(key)}")
+        given = {key: value for key, value in spec.items() if value is not None}
+        return cls(**given)  # type: ignore[arg-type]
+
+
+def _example(key: str) -> str:
+    """How to give one of the inputs on the command line."""
+    return {
+        "model": "--model file.py:factory",
+        "train": "--train mnist5k[0:4000]",
+        "test": "--test mnist5k[4000:]",
+        "outputs": "--outputs file.py:function",
+    }.get(key, f"{key}=...")
+
+
+def _one_of(kind: str, value: object, known: Iterable[str], accepted: str | None = None) -> None:
+    """Check a name."""
+    names = list(known)
+    if not isinstance(value, str):
+        raise InputError(f"{kind} must be {accepted or 'one of ' + ', '.join(names)}, got {value!r}")
+    if value not in names:
+        raise unknown_name(kind, value, names)
+
+
+def _check_kernel(kernel: object) -> None:
+    """Check the name of a kernel."""
+    if isinstance(kernel, str) and kernel.partition(":")[0] == "output":
+        number = kernel.partition(":")[2]
+        if not (number.isascii() and number.isdigit()):
+            raise InputError(
+                f"kernel {kernel!r} must name one output by a number from 0 upwards, for example 'output:3'"
+            )
+        return
+    if kernel == KERNELS[-1]:
+        raise unknown_name("kernel", str(kernel), KERNELS)
+    _one_of("kernel", kernel, KERNELS)
+
+
+def _check_outputs(outputs: object) -> None:
+    """Check the name of an output function; a spec is only read, not loaded."""
+    if callable(outputs) or (isinstance(outputs, str) and is_callable_spec(outputs)):
+        return
+    if not isinstance(outputs, str):
+        raise InputError(f"outputs must be {', '.join(OUTPUTS)}, a function or file.py:function, got {outputs!r}")
+    _one_of("outputs", outputs, [*OUTPUTS, "file.py:function"])
+    if outputs not in OUTPUTS:
+        raise unknown_name("outputs", outputs, OUTPUTS)
+
+
+def _check_integer(name: str, value: object, smallest: int, largest: int) -> None:
+    """Check a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number, got {value!r}")
+    if not smallest <= value <= largest:
+        raise InputError(f"{name} must be from {smallest} to {largest}, got {value}")
+
+
+def _patterns(parameters: object) -> tuple[str, ...] | None:
+    """Bring parameter patterns to a tuple."""
+    if parameters is None:
+        return None
+    patterns = (parameters,) if isinstance(parameters, str) else parameters
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise InputError(f"parameters must be a name pattern or a list of them, got {parameters!r}")
+    if not patterns or any(pattern in ("", "!") for pattern in patterns):
+        raise InputError(f"parameters {parameters!r} hold no pattern; write for example 'layer4.*', or None for all")
+    return tuple(patterns)
+
+
+def _device(device: object) -> str | None:
+    """Check the name of a device, and that it is there."""
+    if device is None:
+        return None
+    try:
+        parsed = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda") or (parsed.type == "cpu" and parsed.index):
+        raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:<number>', got {str(device)!r}")
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError(
+                f"device {str(device)!r} is asked for, but torch sees no CUDA device here; use device='cpu'"
+            )
+        if parsed.index is not None and parsed.index >= count:
+            raise InputError(
+                f"device {str(device)!r} is asked for, but there are {count} CUDA devices, 0 to {count - 1}"
+            )
+    return str(parsed)

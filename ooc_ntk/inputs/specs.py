@@ -1,0 +1,190 @@
+"""Data specs: texts that name a data set, ``NAME_OR_FILE[:factory][a:b]``, and the sources they stand for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ooc_ntk.errors import InputError, unknown_name
+
+from .arrays import Column
+from .builtin import BUILTIN, load_builtin
+from .callables import absolute_callable, call_factory, is_callable_spec
+from .datasets import Collate
+from .files import open_columns, split_members
+from .samples import as_source
+from .source import SampleSource, SlicedSource
+
+#: Endings of the files that hold arrays.
+FILE_KINDS: Final = (".npy", ".npz", ".zarr")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A data spec taken apart.
+
+    Attributes:
+        target: built-in name, file, or callable spec.
+        kind: ``"builtin"``, ``"file"`` or ``"factory"``.
+        start: first sample of the slice, None from the beginning.
+        stop: one past its last sample, None to the end.
+    """
+
+    target: str
+    kind: str
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the spec names a part."""
+        return self.start is not None or self.stop is not None
+
+    def __str__(self) -> str:
+        if not self.sliced:
+            return self.target
+        start, stop = ("" if bound is None else str(bound) for bound in (self.start, self.stop))
+        return f"{self.target}[{start}:{stop}]"
+
+
+def parse_spec(text: str, what: str = "train") -> DataSpec:
+    """Take a data spec apart, without looking at any file.
+
+    Args:
+        text: the spec.
+        what: name of the data set, for messages.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        InputError: if the text is no spec.
+
+    >>> parse_spec("mnist5k[0:4000]")
+    DataSpec(target='mnist5k', kind='builtin', start=0, stop=4000)
+    >>> str(parse_spec("data/train.npz[100:]")), parse_spec("my.py:load").kind
+    ('data/train.npz[100:]', 'factory')
+    """
+    target, start, stop = text.strip(), None, None
+    match = re.fullmatch(r"(.*?)\[([^\[\]]*)\]", target, flags=re.DOTALL)
+    if match is not None:
+        target = match.group(1).rstrip()
+        start, stop = _parse_slice(match.group(2), text, what)
+    if not target:
+        raise InputError(f"{what} data spec {text!r} names no data; write for example 'mnist5k[0:4000]' or 'x.npz'")
+    name, colon, _ = target.partition(":")
+    if name in BUILTIN:
+        if colon:
+            raise InputError(f"{what} data {name!r} has no parts, got {target!r}; slice it, for example {name}[0:1000]")
+        return DataSpec(name, "builtin", start, stop)
+    trimmed = target.rstrip("/")
+    if trimmed.endswith(FILE_KINDS):
+        return DataSpec(trimmed, "file", start, stop)
+    if is_callable_spec(target):
+        return DataSpec(target, "factory", start, stop)
+    if target.endswith(".py"):
+        raise InputError(f"{what} data {target!r} is a Python file; name the function in it too, as {target}:function")
+    if "/" in target or "\\" in target or re.search(r"\.\w+$", target):
+        raise InputError(
+            f"{what} data {target!r} is of a kind that cannot be read; use {', '.join(FILE_KINDS)}, "
+            "or file.py:function that returns the data"
+        )
+    raise unknown_name("data set", target, [*BUILTIN, "file.npy", "file.npz", "file.zarr", "file.py:function"])
+
+
+def _parse_slice(inside: str, text: str, what: str) -> tuple[int | None, int | None]:
+    """Read what stands between the brackets."""
+    match = re.fullmatch(r"\s*([+-]?\d*)\s*:\s*([+-]?\d*)\s*", inside, flags=re.ASCII)
+    if match is None or not (match.group(1) or match.group(2)) or any(part in ("+", "-") for part in match.groups()):
+        raise InputError(
+            f"cannot read the slice [{inside}] of {what} data {text!r}; write [start:stop], [start:] or [:stop]"
+        )
+    bounds = [int(part) if part else None for part in match.groups()]
+    if any(bound is not None and bound < 0 for bound in bounds):
+        raise InputError(
+            f"the slice [{inside}] of {what} data {text!r} counts from the end; write sample numbers from 0 upwards"
+        )
+    return bounds[0], bounds[1]
+
+
+def absolute_spec(text: str, base: Path | None = None, what: str = "train") -> str:
+    """Write a data spec so that it means the same from any folder.
+
+    Args:
+        text: the spec.
+        base: folder that relative paths are relative to; None is the current one.
+        what: name of the data set, for messages.
+
+    Returns:
+        The spec with absolute paths; built-in names and import paths stay as they are.
+
+    Raises:
+        InputError: if the text is no spec.
+    """
+    spec = parse_spec(text, what)
+    if spec.kind == "file":
+        return str(DataSpec(str(_absolute(spec.target, base)), "file", spec.start, spec.stop))
+    if spec.kind == "factory":
+        return str(DataSpec(absolute_callable(spec.target, base), "factory", spec.start, spec.stop))
+    return str(spec)
+
+
+def _absolute(path: str, base: Path | None) -> Path:
+    """Absolute path, links left alone."""
+    return (Path.cwd() / (base or ".") / Path(path).expanduser()).absolute()
+
+
+def resolve_spec(
+    text: str, *, base: Path | None = None, what: str = "train", collate: Collate | None = None
+) -> SampleSource:
+    """Open the data that a spec names.
+
+    Args:
+        text: ``mnist5k``, ``digits``, a ``.npy``, ``.npz`` or ``.zarr``, ``file.py:factory`` or
+            ``pkg.module:factory``, each with an optional slice ``[a:b]``.
+        base: folder that relative paths are relative to; None is the current one.
+        what: name of the data set, for messages.
+        collate: for factories that return a Dataset: makes a batch of a list of samples.
+
+    Returns:
+        The source; files are read when samples are fetched. Its ``spec`` has absolute paths and a full slice.
+
+    Raises:
+        InputError: if the spec cannot be read, the data is missing or damaged, or the slice is outside it.
+    """
+    spec = parse_spec(text, what)
+    if collate is not None and spec.kind != "factory":
+        raise InputError(f"collate works on the samples of a Dataset, but {what} is {text!r}; leave collate out")
+    if spec.kind == "builtin":
+        source = load_builtin(spec.target)
+    elif spec.kind == "file":
+        source = _open_file(_absolute(spec.target, base), what)
+    else:
+        data = call_factory(spec.target, base, f"{what} data")
+        source = as_source(data, collate=collate, what=what)
+    if source.spec is None:
+        source.spec = absolute_spec(spec.target, base, what)
+    if not spec.sliced:
+        return source
+    count = len(source)
+    start = 0 if spec.start is None else spec.start
+    stop = count if spec.stop is None else spec.stop
+    try:
+        return SlicedSource(source, start, stop)
+    except InputError as error:
+        raise InputError(f"{what} data {text!r}: {error}") from error
+
+
+def _open_file(path: Path, what: str) -> SampleSource:
+    """Source over an array file."""
+    columns = open_columns(path, what)
+    data: object = columns
+    if isinstance(columns, dict):
+        if not columns:
+            raise InputError(f"{what} data {path} holds no arrays; it needs at least one, for example x and y")
+        data = split_members(columns)
+    elif not isinstance(columns, Column):
+        raise InputError(f"{what} data {path} holds no array")
+    return as_source(data, what=what)

@@ -1,0 +1,98 @@
+"""Budgets: what a run may take of each memory, and how an automatic budget is drawn from what is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from ooc_ntk.units import format_bytes, parse_bytes
+
+#: Share of the free memory or disk that an automatic budget takes (a choice: the rest is left to other programs).
+AUTOMATIC_SHARE: Final = 0.8
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the machine has free now, and what this process already holds.
+
+    Attributes:
+        host_free: bytes of host memory free to this process: what is available, or less if its cgroup allows less.
+        host_taken: resident bytes of this process.
+        device_free: free bytes on the device (0 on a CPU).
+        device_taken: bytes of the device already held by this process.
+        disk_free: free bytes where the run directory will be.
+    """
+
+    host_free: int
+    host_taken: int
+    device_free: int
+    device_taken: int
+    disk_free: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The user's limits; a limit left None is set to 80% of what is free.
+
+    Attributes:
+        host: resident memory of the whole process, interpreter and libraries included (``"16GiB"`` or bytes).
+        device: memory on the device.
+        disk: bytes the run directory may grow to.
+
+    >>> Budget(host="2GiB").host
+    2147483648
+    """
+
+    host: str | int | None = None
+    device: str | int | None = None
+    disk: str | int | None = None
+
+    def __post_init__(self) -> None:
+        """Turn text into bytes."""
+        for field in ("host", "device", "disk"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, parse_bytes(value))
+
+    def limits(self, resources: Resources) -> Limits:
+        """Fill the automatic limits from what is free.
+
+        Args:
+            resources: what the machine has now.
+
+        Returns:
+            Limits in bytes; the automatic ones count what the process already holds as usable.
+        """
+        return Limits(
+            host=int(self.host) if self.host else int(resources.host_taken + AUTOMATIC_SHARE * resources.host_free),
+            device=int(self.device)
+            if self.device
+            else int(resources.device_taken + AUTOMATIC_SHARE * resources.device_free),
+            disk=int(self.disk) if self.disk else int(AUTOMATIC_SHARE * resources.disk_free),
+            automatic=tuple(name for name in ("host", "device", "disk") if getattr(self, name) is None),
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A budget with every limit in bytes.
+
+    Attributes:
+        host: bytes of resident memory.
+        device: bytes on the device (0 on a CPU).
+        disk: bytes of the run directory.
+        automatic: names of the limits that were drawn from what is free.
+    """
+
+    host: int
+    device: int
+    disk: int
+    automatic: tuple[str, ...] = ()
+
+    def describe(self, name: str) -> str:
+        """Print one limit, with a mark if it was automatic.
+
+        >>> Limits(host=2**30, device=0, disk=0, automatic=("host",)).describe("host")
+        '1.0 GiB (automatic)'
+        """
+        return format_bytes(getattr(self, name)) + (" (automatic)" if name in self.automatic else "")

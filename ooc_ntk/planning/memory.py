@@ -1,0 +1,148 @@
+"""The memory model: bytes that a layout needs of host, device and disk, term by term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ooc_ntk.units import format_bytes
+
+from .layout import Layout
+from .workload import Workload
+
+#: Host bytes that libraries take beyond the baseline once tasks run: BLAS workspaces, thread stacks, code pages
+#: touched for the first time, SQLite. Measured on torch 2.13 with 2 threads: 20–40 MiB.
+LIBRARY_GROWTH_BYTES: Final = 48 * 2**20
+
+#: Share added to what is modelled, for allocator rounding and fragmentation. Measured 1–3%.
+ALLOCATOR_SHARE: Final = 0.04
+
+#: Bytes of the slab in which rows are gathered before they are written to disk.
+STAGING_BYTES: Final = 8 * 2**20
+
+#: Bytes of the stripe in which a finished kernel tile is converted, transposed and written.
+STRIPE_BYTES: Final = 8 * 2**20
+
+#: Bytes of a manifest row and its receipt, per task (measured 1.1 KiB; rounded up).
+TASK_RECORD_BYTES: Final = 2048
+
+#: Read buffers per side: one being contracted, one being read.
+READ_SLOTS: Final = 2
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes needed of each memory, by term; the peak is what is promised.
+
+    Attributes:
+        host: named terms of host memory held at the peak, in bytes.
+        device: named terms of device memory held at the peak, in bytes.
+        disk: named terms of disk space, in bytes.
+    """
+
+    host: Mapping[str, int]
+    device: Mapping[str, int]
+    disk: Mapping[str, int]
+
+    def total(self, memory: str) -> int:
+        """Bytes needed of ``host``, ``device`` or ``disk``."""
+        return sum(getattr(self, memory).values())
+
+    def largest(self, memory: str) -> str:
+        """The largest term of one memory, in words."""
+        terms: Mapping[str, int] = getattr(self, memory)
+        name = max(terms, key=lambda term: terms[term])
+        return f"{name} ({format_bytes(terms[name])})"
+
+
+def accumulator_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the accumulators of one kernel tile: a float64 sum and one product in the kernel's precision.
+
+    >>> from .workload import Derivation, ParameterBlock
+    >>> w = Workload("trace", 100, 0, 1, 1, 1, (ParameterBlock("b", ("p",), 0, 9),), 4, 0, 0,
+    ...     Derivation("loop", 1, 1, 1, 0, 0))
+    >>> accumulator_bytes(w, Layout("resident", 10, 9, ())) == 10 * 10 * (8 + 4)
+    True
+    """
+    edge = layout.tile_samples * workload.entries_per_sample
+    return edge * edge * (8 + workload.item_bytes)
+
+
+def store_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the Jacobian tiles that are held at once: of the widest pass in memory, of everything on disk."""
+    per_column = workload.samples * workload.rows_per_sample * workload.item_bytes
+    return per_column * max(layout.pass_columns(workload, index) for index in range(len(layout.passes)))
+
+
+def fixed_host_bytes(workload: Workload) -> int:
+    """Host bytes that every layout needs: the process itself and what its libraries will still take."""
+    return workload.baseline_bytes + LIBRARY_GROWTH_BYTES
+
+
+def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
+    """Bytes that running ``layout`` needs of every memory.
+
+    Rows tasks and kernel tasks never run at once, so the larger of the two counts; what both keep (the process,
+    resident tiles) counts beside it.
+
+    Args:
+        workload: the measured job.
+        layout: tiles, spans and passes.
+
+    Returns:
+        The need of host, device and disk, by term.
+    """
+    on_device = workload.device != "cpu"
+    derivation = workload.derivation
+    chunk = layout.tile_samples * workload.rows_per_sample * layout.span_columns * workload.item_bytes
+    sides = 1 if layout.sample_grid(workload).row_tiles == 1 else 2
+    batch = 3 * derivation.batch_size * workload.sample_bytes
+
+    rows = {"one batch of samples": batch}
+    kernel = {"conversion stripes": 2 * STRIPE_BYTES}
+    device: dict[str, int] = {}
+    (device if on_device else rows)["deriving one batch"] = derivation.working_bytes
+    accumulators = accumulator_bytes(workload, layout)
+    if on_device:
+        device["the model"] = workload.model_bytes
+        device["tiles in transit"] = 2 * READ_SLOTS * chunk
+        device["kernel tile accumulators"] = accumulators
+        rows["staging slab"] = STAGING_BYTES
+        kernel["finished kernel tile"] = accumulators
+    else:
+        kernel["kernel tile accumulators"] = accumulators
+    if not layout.in_memory:
+        rows["staging slab"] = STAGING_BYTES
+        kernel["read buffers"] = sides * READ_SLOTS * chunk
+    phase = max(rows, kernel, key=lambda terms: sum(terms.values()))
+
+    host = {"the process itself (Python, torch, model, live data)": workload.baseline_bytes}
+    if layout.in_memory:
+        host["Jacobian tiles in memory"] = store_bytes(workload, layout)
+    host.update(phase)
+    variable = sum(host.values()) - workload.baseline_bytes
+    host["libraries and allocator"] = LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
+    return MemoryNeed(host=host, device=device, disk=_disk_need(workload, layout))
+
+
+def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
+    """Disk bytes by term; edge tiles are padded to whole ones."""
+    grid = layout.sample_grid(workload)
+    edge = layout.tile_samples * workload.entries_per_sample
+    tile = edge * edge * workload.item_bytes
+    disk = {
+        "kernel": grid.row_tiles * grid.column_tiles * tile,
+        "records, diagonal and weights": layout.task_count(workload) * TASK_RECORD_BYTES
+        + 2 * grid.row_tiles * edge * 8
+        + workload.model_bytes
+        + 2**20,
+    }
+    if len(layout.passes) > 1:
+        disk["the tile being replaced"] = 2 * tile
+    if not layout.in_memory:
+        padded = layout.column_grid(workload).spans * layout.span_columns
+        disk["Jacobian tiles on disk"] = (
+            grid.row_tiles * layout.tile_samples * workload.rows_per_sample * padded * workload.item_bytes
+        )
+    return disk

@@ -1,0 +1,310 @@
+"""The plan: how a job will be run and what is promised, frozen, with JSON and a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ooc_ntk.errors import StorageError
+from ooc_ntk.units import format_bytes, format_count, format_seconds
+
+from .budget import Limits
+from .layout import Dataflow, Layout
+from .tiles import ColumnGrid, Range, SampleGrid
+
+#: Version of the plan's JSON form.
+PLAN_FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One parameter block and how its part of the Jacobian is held and contracted.
+
+    Attributes:
+        name: the layer's name.
+        parameters: its parameter names.
+        start: first Jacobian column.
+        stop: one past the last.
+        representation: ``dense``; the field is there for further representations.
+        contraction: ``gemm``.
+        held_bytes: bytes that its tiles take over all samples.
+        flops: contraction FLOPs spent on it.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    start: int
+    stop: int
+    representation: str
+    contraction: str
+    held_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the plan promises; ``info`` prints the measured values beside it.
+
+    Attributes:
+        host_bytes: peak resident memory of the process.
+        device_bytes: peak device memory (0 on a CPU).
+        disk_bytes: peak size of the run directory.
+        seconds: wall-clock of all tasks.
+        rows_seconds: the part spent deriving.
+        kernel_seconds: the part spent contracting.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    seconds: float
+    rows_seconds: float
+    kernel_seconds: float
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The best layout of one dataflow that was considered, for the reader of the plan.
+
+    Attributes:
+        dataflow: its name.
+        layout: tiles and passes in one phrase.
+        seconds: what it would take, None if it does not fit.
+        host_bytes: host memory it would need.
+        disk_bytes: disk it would need.
+        verdict: ``chosen``, or why not.
+    """
+
+    dataflow: str
+    layout: str
+    seconds: float | None
+    host_bytes: int
+    disk_bytes: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job will be run: tiles, passes, representation per block, and the promises.
+
+    Fields are in samples, columns, bytes and seconds; ``io_ratio`` is bytes moved over the lower bound (spill only).
+    """
+
+    kernel: str
+    scale: str
+    normalize: str | None
+    precision: str
+    device: str
+    train_samples: int
+    test_samples: int
+    outputs: int
+    rows_per_sample: int
+    entries_per_sample: int
+    columns: int
+    method: str
+    batch_size: int
+    threads: int
+    seed: int
+    dataflow: Dataflow
+    tile_samples: int
+    span_columns: int
+    passes: tuple[Range, ...]
+    blocks: tuple[PlannedBlock, ...]
+    flops: int
+    bytes_read: int
+    bytes_written: int
+    io_ratio: float | None
+    jacobian_bytes: int
+    kernel_bytes: int
+    task_count: int
+    tolerance: float
+    promised: Promise
+    limits: Limits
+    host_terms: Mapping[str, int]
+    calibrated: bool
+    reason: str
+    alternatives: tuple[Alternative, ...]
+    notes: tuple[str, ...]
+    job_digest: str = ""
+
+    @property
+    def layout(self) -> Layout:
+        """Tiles, spans and passes."""
+        return Layout(self.dataflow, self.tile_samples, self.span_columns, self.passes)
+
+    @property
+    def sample_grid(self) -> SampleGrid:
+        """The grid of sample tiles."""
+        return SampleGrid(self.train_samples, self.test_samples, self.tile_samples)
+
+    @property
+    def column_grid(self) -> ColumnGrid:
+        """The grid of column spans."""
+        return ColumnGrid(self.columns, self.span_columns)
+
+    @property
+    def samples(self) -> int:
+        """Train and test samples together."""
+        return self.train_samples + self.test_samples
+
+    @property
+    def kernel_shape(self) -> tuple[int, int]:
+        """Shape of the kernel: (samples · entries, train samples · entries)."""
+        return self.samples * self.entries_per_sample, self.train_samples * self.entries_per_sample
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that changes the result's bits: not of rates, promises or free memory."""
+        covered = {name: getattr(self, name) for name in _DIGESTED}
+        covered["passes"] = [[span.start, span.stop] for span in self.passes]
+        covered["blocks"] = [
+            [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction] for b in self.blocks
+        ]
+        text = json.dumps(covered, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def to_json(self) -> str:
+        """Serialise, digest included."""
+        return json.dumps({"format": PLAN_FORMAT, "digest": self.digest, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            StorageError: if the text is no plan, is of a newer version, or was edited so that its digest differs.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            version, digest = fields.pop("format"), fields.pop("digest")
+            if version > PLAN_FORMAT:
+                raise StorageError(
+                    f"the plan has format {version}, this version reads up to {PLAN_FORMAT}; upgrade ooc-ntk"
+                )
+            fields["passes"] = tuple(Range(**span) for span in fields["passes"])
+            fields["blocks"] = tuple(
+                PlannedBlock(**{**block, "parameters": tuple(block["parameters"])}) for block in fields["blocks"]
+            )
+            fields["promised"] = Promise(**fields["promised"])
+            fields["limits"] = Limits(**{**fields["limits"], "automatic": tuple(fields["limits"]["automatic"])})
+            fields["alternatives"] = tuple(Alternative(**entry) for entry in fields["alternatives"])
+            fields["notes"] = tuple(fields["notes"])
+            plan = cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StorageError(f"cannot read the plan ({type(error).__name__}: {error}); make a new one") from error
+        if plan.digest != digest:
+            raise StorageError(
+                f"the plan was changed after it was written (digest {plan.digest[:8]}, recorded {digest[:8]}); "
+                "make a new one"
+            )
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            StorageError: if the file is missing or is no plan.
+        """
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise StorageError(f"cannot read the plan {path}: {error.strerror}") from error
+        return cls.from_json(text)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The plan in label and value pairs, for every table that shows it."""
+        rows, columns = self.kernel_shape
+        promised, limits = self.promised, self.limits
+        what = f"{self.kernel} kernel, {rows:,} × {columns:,} {self.precision}" + (
+            f", {self.normalize}-normalised" if self.normalize else ""
+        )
+        passes = f", {len(self.passes)} passes" if len(self.passes) > 1 else ""
+        lines = [
+            ("kernel", f"{what} ({format_bytes(self.kernel_bytes)})"),
+            (
+                "samples",
+                f"{self.train_samples:,} train"
+                + (f" + {self.test_samples:,} test" if self.test_samples else "")
+                + f", {self.outputs} output{'s' if self.outputs != 1 else ''} each",
+            ),
+            (
+                "Jacobian",
+                f"{self.samples * self.rows_per_sample:,} rows × {self.columns:,} parameters "
+                f"({format_bytes(self.jacobian_bytes)}, never held whole)"
+                if self.dataflow != "resident"
+                else f"{self.samples * self.rows_per_sample:,} rows × {self.columns:,} parameters "
+                f"({format_bytes(self.jacobian_bytes)})",
+            ),
+            ("dataflow", f"{self.dataflow}{passes}: {self.reason}"),
+            (
+                "tiles",
+                f"{self.tile_samples:,} samples × {self.span_columns:,} columns, {self.task_count:,} tasks",
+            ),
+            (
+                "rows by",
+                f"{self.method}, batch of {self.batch_size}, on {self.device} with {self.threads} "
+                f"thread{'s' if self.threads != 1 else ''}",
+            ),
+            (
+                "arithmetic",
+                f"{format_count(self.flops)}FLOP contraction, {format_bytes(self.bytes_read)} read, "
+                f"{format_bytes(self.bytes_written)} written"
+                + (f", Q/LB {self.io_ratio:.2f}" if self.io_ratio is not None else ""),
+            ),
+            (
+                "time",
+                f"{format_seconds(promised.seconds)} (rows {format_seconds(promised.rows_seconds)}, "
+                f"kernel {format_seconds(promised.kernel_seconds)})"
+                + ("" if self.calibrated else "; not calibrated: run 'ooc-ntk calibrate' for a promise that holds"),
+            ),
+            ("host memory", f"{format_bytes(promised.host_bytes)} of {limits.describe('host')}"),
+        ]
+        if promised.device_bytes:
+            lines.append(("device memory", f"{format_bytes(promised.device_bytes)} of {limits.describe('device')}"))
+        lines.append(("disk", f"{format_bytes(promised.disk_bytes)} of {limits.describe('disk')}"))
+        lines.append(("digest", self.digest[:12]))
+        return lines
+
+    def __str__(self) -> str:
+        """The plan as plain text: summary, alternatives, notes."""
+        width = max(len(label) for label, _ in self.summary())
+        lines = [f"{label:<{width}}  {value}" for label, value in self.summary()]
+        for entry in self.alternatives:
+            took = "does not fit" if entry.seconds is None else format_seconds(entry.seconds)
+            lines.append(
+                f"{'':<{width}}  - {entry.layout}: {took}, {format_bytes(entry.host_bytes)} host, "
+                f"{format_bytes(entry.disk_bytes)} disk ({entry.verdict})"
+            )
+        lines.extend(f"{'note':<{width}}  {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+_DIGESTED: Final = (
+    "kernel",
+    "scale",
+    "normalize",
+    "precision",
+    "device",
+    "train_samples",
+    "test_samples",
+    "outputs",
+    "rows_per_sample",
+    "entries_per_sample",
+    "columns",
+    "method",
+    "batch_size",
+    "threads",
+    "seed",
+    "tile_samples",
+    "span_columns",
+    "job_digest",
+)

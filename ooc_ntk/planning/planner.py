@@ -1,0 +1,299 @@
+"""The planner: price every dataflow, drop what does not fit, keep the fastest and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from ooc_ntk.errors import BudgetError, InputError, unknown_name
+from ooc_ntk.units import format_bytes, format_seconds
+
+from .budget import Limits
+from .cost import Cost, price
+from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_count, span_sizes, tile_sizes
+from .memory import ALLOCATOR_SHARE, MemoryNeed, memory_need
+from .plan import Alternative, Plan, PlannedBlock, Promise
+from .rates import MachineRates
+from .tiles import ColumnGrid, Range
+from .workload import Workload
+
+#: A kernel task should not run longer than this, so that stopping and resuming lose little (DESIGN: 5–60 s).
+LONGEST_TASK_SECONDS: Final = 60.0
+
+#: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
+EQUALLY_FAST: Final = 0.03
+
+#: End-to-end tolerances against float64 (relative Frobenius norm), by what limits them (DESIGN: run, same bits).
+TOLERANCE_SMOOTH: Final = 2e-6
+TOLERANCE_KINKED: Final = 5e-5
+TOLERANCE_PROBABILITY: Final = 1e-5
+TOLERANCE_FLOAT64: Final = 1e-12
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What a user may fix by hand; None leaves the choice to the planner.
+
+    Attributes:
+        dataflow: ``resident``, ``recompute`` or ``spill``.
+        tile_samples: samples per tile.
+        span_columns: Jacobian columns per span.
+        passes: passes over the samples (``recompute`` only).
+    """
+
+    dataflow: str | None = None
+    tile_samples: int | None = None
+    span_columns: int | None = None
+    passes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check names and signs."""
+        if self.dataflow is not None and self.dataflow not in DATAFLOWS:
+            raise unknown_name("dataflow", self.dataflow, DATAFLOWS)
+        for field in ("tile_samples", "span_columns", "passes"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise InputError(f"{field} must be at least 1, got {value}")
+        if self.passes is not None and self.passes > 1 and self.dataflow not in (None, "recompute"):
+            raise InputError(
+                f"dataflow {self.dataflow!r} makes one pass, got passes={self.passes}; use dataflow='recompute'"
+            )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    layout: Layout
+    need: MemoryNeed
+    cost: Cost
+
+    def over(self, limits: Limits) -> str | None:
+        """The first memory that this candidate does not fit, or None."""
+        for memory in ("host", "device", "disk"):
+            if self.need.total(memory) > getattr(limits, memory):
+                return memory
+        return None
+
+
+def make_plan(
+    workload: Workload,
+    limits: Limits,
+    rates: MachineRates,
+    preferences: Preferences | None = None,
+    job_digest: str = "",
+) -> Plan:
+    """Choose the fastest layout that fits.
+
+    Args:
+        workload: the measured job.
+        limits: budget in bytes.
+        rates: the machine's rates.
+        preferences: what the user fixed by hand.
+        job_digest: digest of model, data, kernel and projection.
+
+    Returns:
+        The plan.
+
+    Raises:
+        BudgetError: if no layout fits, naming the largest term, the smallest budget that would do and its flag.
+    """
+    preferences = preferences or Preferences()
+    candidates = list(_candidates(workload, limits, rates, preferences))
+    if not candidates:
+        raise InputError(
+            f"no layout of this job has at most {MAX_TASKS:,} tasks with the tiles asked for; raise --tile-samples"
+        )
+    fitting = [candidate for candidate in candidates if candidate.over(limits) is None]
+    if not fitting:
+        raise _too_small(candidates, limits)
+    best = _best(fitting)
+    alternatives, reason = _explain(candidates, best, limits)
+    layout, need, cost = best.layout, best.need, best.cost
+    per_column = workload.samples * workload.rows_per_sample * workload.item_bytes
+    return Plan(
+        kernel=workload.kernel,
+        scale=workload.scale,
+        normalize=workload.normalize,
+        precision=workload.precision,
+        device=workload.device,
+        train_samples=workload.train_samples,
+        test_samples=workload.test_samples,
+        outputs=workload.outputs,
+        rows_per_sample=workload.rows_per_sample,
+        entries_per_sample=workload.entries_per_sample,
+        columns=workload.columns,
+        method=workload.derivation.method,
+        batch_size=workload.derivation.batch_size,
+        threads=workload.threads,
+        seed=workload.seed,
+        dataflow=layout.dataflow,
+        tile_samples=layout.tile_samples,
+        span_columns=layout.span_columns,
+        passes=layout.passes,
+        blocks=tuple(
+            PlannedBlock(
+                name=block.name,
+                parameters=block.parameters,
+                start=block.start,
+                stop=block.stop,
+                representation="dense",
+                contraction="gemm",
+                held_bytes=per_column * block.columns,
+                flops=cost.flops * block.columns // workload.columns,
+            )
+            for block in workload.blocks
+        ),
+        flops=cost.flops,
+        bytes_read=cost.bytes_read,
+        bytes_written=cost.bytes_written,
+        io_ratio=cost.io_ratio,
+        jacobian_bytes=workload.jacobian_bytes,
+        kernel_bytes=workload.kernel_bytes,
+        task_count=layout.task_count(workload),
+        tolerance=tolerance(workload),
+        promised=Promise(
+            host_bytes=need.total("host"),
+            device_bytes=need.total("device"),
+            disk_bytes=need.total("disk"),
+            seconds=cost.seconds,
+            rows_seconds=cost.rows_seconds,
+            kernel_seconds=cost.kernel_seconds,
+        ),
+        limits=limits,
+        host_terms=dict(need.host),
+        calibrated=rates.measured,
+        reason=reason,
+        alternatives=alternatives,
+        notes=workload.notes,
+        job_digest=job_digest,
+    )
+
+
+def tolerance(workload: Workload) -> float:
+    """Relative error against float64 that a correct run stays below."""
+    if workload.precision == "float64":
+        return TOLERANCE_FLOAT64
+    return TOLERANCE_SMOOTH if workload.smooth else TOLERANCE_KINKED
+
+
+def _candidates(
+    workload: Workload, limits: Limits, rates: MachineRates, preferences: Preferences
+) -> Iterator[_Candidate]:
+    """Price every layout worth considering, whether it fits or not."""
+    for dataflow in DATAFLOWS:
+        if preferences.dataflow not in (None, dataflow):
+            continue
+        if preferences.passes not in (None, 1) and dataflow != "recompute":
+            continue
+        for tile in tile_sizes(workload, preferences.tile_samples):
+            for span in span_sizes(workload, tile, preferences.span_columns):
+                passes = _passes(workload, limits, dataflow, tile, span, preferences.passes)
+                layout = Layout(dataflow, tile, span, passes)
+                if not passes or layout.task_count(workload) > MAX_TASKS:
+                    continue
+                yield _Candidate(layout, memory_need(workload, layout), price(workload, layout, rates, limits.host))
+
+
+def _passes(
+    workload: Workload, limits: Limits, dataflow: Dataflow, tile: int, span: int, wanted: int | None
+) -> tuple[Range, ...]:
+    """The passes of a layout: one, or for ``recompute`` as few as the host budget allows (at least two)."""
+    grid = ColumnGrid(workload.columns, span)
+    if dataflow != "recompute":
+        return grid.passes(1)
+    if grid.spans < 2:
+        return ()
+    if wanted is not None:
+        return grid.passes(wanted) if 2 <= wanted <= grid.spans else ()
+    one_span = memory_need(workload, Layout(dataflow, tile, span, (Range(0, 1),)))
+    span_bytes = workload.samples * workload.rows_per_sample * span * workload.item_bytes
+    free = limits.host - one_span.total("host")
+    count = pass_count(workload, span, span_bytes + int(max(0, free) / (1 + ALLOCATOR_SHARE)))
+    return grid.passes(min(max(2, count or grid.spans), grid.spans))
+
+
+def _best(fitting: list[_Candidate]) -> _Candidate:
+    """The fastest, preferring short tasks and, among equally fast ones of that dataflow, the smallest memory."""
+    short = [c for c in fitting if c.cost.longest_task_seconds <= LONGEST_TASK_SECONDS]
+    pool = short or fitting
+    fastest = min(pool, key=lambda c: c.cost.seconds)
+    equal = [
+        c
+        for c in pool
+        if c.layout.dataflow == fastest.layout.dataflow and c.cost.seconds <= fastest.cost.seconds * (1 + EQUALLY_FAST)
+    ]
+    return min(equal, key=lambda c: c.need.total("host"))
+
+
+def _explain(candidates: list[_Candidate], best: _Candidate, limits: Limits) -> tuple[tuple[Alternative, ...], str]:
+    """Describe the best layout of every dataflow and say why the chosen one was."""
+    alternatives = []
+    slower, too_large = [], []
+    for dataflow in DATAFLOWS:
+        group = [c for c in candidates if c.layout.dataflow == dataflow]
+        if not group:
+            continue
+        fitting = [c for c in group if c.over(limits) is None]
+        if fitting:
+            shown = best if dataflow == best.layout.dataflow else _best(fitting)
+            verdict = "chosen" if shown is best else f"{shown.cost.seconds / best.cost.seconds:.1f} times slower"
+            if shown is not best:
+                slower.append(f"{dataflow} would take {format_seconds(shown.cost.seconds)}")
+        else:
+            shown = min(group, key=lambda c: sum(max(0, c.need.total(m) - getattr(limits, m)) for m in _MEMORIES))
+            memory = shown.over(limits) or "host"
+            verdict = f"needs {format_bytes(shown.need.total(memory))} {memory}, limit {limits.describe(memory)}"
+            too_large.append(f"{dataflow} {verdict}")
+        alternatives.append(
+            Alternative(
+                dataflow=dataflow,
+                layout=shown.layout.describe(),
+                seconds=shown.cost.seconds if fitting else None,
+                host_bytes=shown.need.total("host"),
+                disk_bytes=shown.need.total("disk"),
+                verdict=verdict,
+            )
+        )
+    others = "; ".join(too_large + slower)
+    reason = f"fastest that fits ({others})" if others else "the only one asked for"
+    return tuple(alternatives), reason
+
+
+_MEMORIES: Final[tuple[Literal["host", "device", "disk"], ...]] = ("host", "device", "disk")
+_FLAGS: Final = {"host": "--host-memory", "device": "--device-memory", "disk": "--disk"}
+
+
+def _too_small(candidates: list[_Candidate], limits: Limits) -> BudgetError:
+    """The error when nothing fits: the memory that is short, its largest term, the smallest budget that would do."""
+    for memory in _MEMORIES:
+        others = [m for m in _MEMORIES if m != memory]
+        able = [c for c in candidates if all(c.need.total(m) <= getattr(limits, m) for m in others)]
+        if able:
+            return _short_of(memory, min(able, key=lambda c: c.need.total(memory)), limits)
+    nearest = min(candidates, key=lambda c: c.need.total("host"))
+    return _short_of(nearest.over(limits) or "host", nearest, limits)
+
+
+def _short_of(memory: str, candidate: _Candidate, limits: Limits) -> BudgetError:
+    """Name one memory that is short, and every other one that is short too."""
+    need = candidate.need
+    short = [m for m in _MEMORIES if need.total(m) > getattr(limits, m)]
+    flags = " and ".join(f"{_FLAGS[m]} to {format_up(need.total(m))}" for m in short)
+    return BudgetError(
+        f"no plan fits: the smallest one needs {format_bytes(need.total(memory))} of {memory} memory "
+        f"({candidate.layout.describe()}), the budget is {limits.describe(memory)}; "
+        f"its largest term is {need.largest(memory)}. Raise {flags} or more."
+        if memory != "disk"
+        else f"no plan fits: the smallest one needs {format_bytes(need.total(memory))} of disk "
+        f"({candidate.layout.describe()}), the budget is {limits.describe(memory)}; "
+        f"its largest term is {need.largest(memory)}. Raise {flags} or more."
+    )
+
+
+def format_up(count: int) -> str:
+    """Print bytes rounded up to whole MiB, so that the figure can be typed back as a budget that suffices.
+
+    >>> format_up(2**20 + 1)
+    '2MiB'
+    """
+    return f"{-(-count // 2**20)}MiB"

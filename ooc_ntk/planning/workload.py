@@ -1,0 +1,156 @@
+"""What is to be computed, in numbers: the measured size of a job, free of tensors and of the machine's rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ooc_ntk.errors import InputError
+from ooc_ntk.units import item_bytes
+
+
+@dataclass(frozen=True)
+class ParameterBlock:
+    """The chosen parameters of one layer: the unit for which a plan chooses a representation.
+
+    Attributes:
+        name: the layer's name in the model (``"conv1"``), ``""`` for parameters of the model itself.
+        parameters: names of its parameters, in the model's order.
+        start: first column of the block in the Jacobian of the chosen parameters.
+        stop: one past its last column.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    start: int
+    stop: int
+
+    @property
+    def columns(self) -> int:
+        """Number of parameters (scalars) in the block."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How Jacobian rows are derived, as the probe measured it on the real device.
+
+    Attributes:
+        method: ``"loop"`` (batch-1 autograd) or ``"vmap"`` (``torch.func``, vmap of vjp).
+        batch_size: samples derived together.
+        seconds_per_sample: time to derive every row of one sample for all chosen parameters, in seconds.
+        chain_seconds_per_sample: the part of it that does not shrink when fewer parameters are asked for (forward
+            pass and the chain of activation gradients), in seconds.
+        working_bytes: memory needed beside the results while one batch is derived, in bytes.
+        activation_bytes: activations that the forward pass saves for one batch, in bytes.
+        refused: the operation that ``vmap`` refused, or None.
+    """
+
+    method: str
+    batch_size: int
+    seconds_per_sample: float
+    chain_seconds_per_sample: float
+    working_bytes: int
+    activation_bytes: int
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A job measured: everything the planner needs to know about model and data.
+
+    Attributes:
+        kernel: ``trace``, ``pseudo``, ``output:c`` or ``full``.
+        train_samples: samples whose kernel columns are wanted.
+        test_samples: further samples that get rows but no columns.
+        outputs: scalars of the output function per sample (C).
+        rows_per_sample: Jacobian rows derived per sample: C for ``trace`` and ``full``, otherwise 1.
+        entries_per_sample: kernel rows per sample: C for ``full``, otherwise 1.
+        blocks: the parameter blocks, in column order.
+        sample_bytes: bytes of one sample's inputs and target.
+        baseline_bytes: resident memory of the process with model and libraries loaded, before any task.
+        model_bytes: bytes of the model's parameters and buffers on the device.
+        derivation: how rows are derived and what it costs.
+        precision: ``float32``, ``tf32`` or ``float64``.
+        scale: ``sum`` or ``mean``.
+        normalize: None or ``cosine``.
+        device: torch device string.
+        smooth: whether the model has no operation whose derivative jumps (ReLU, max pooling, ...).
+        threads: CPU threads used by one task.
+        seed: seed of the job.
+        notes: remarks for the reader of the plan.
+    """
+
+    kernel: str
+    train_samples: int
+    test_samples: int
+    outputs: int
+    rows_per_sample: int
+    entries_per_sample: int
+    blocks: tuple[ParameterBlock, ...]
+    sample_bytes: int
+    baseline_bytes: int
+    model_bytes: int
+    derivation: Derivation
+    precision: str = "float32"
+    scale: str = "sum"
+    normalize: str | None = None
+    device: str = "cpu"
+    smooth: bool = False
+    threads: int = 1
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check what a caller could get wrong."""
+        if self.train_samples < 1:
+            raise InputError("the training data is empty: a kernel needs at least one sample")
+        if not self.blocks or self.columns < 1:
+            raise InputError("no parameters are left to differentiate; widen the parameter patterns")
+
+    @property
+    def samples(self) -> int:
+        """Train and test samples together."""
+        return self.train_samples + self.test_samples
+
+    @property
+    def columns(self) -> int:
+        """Chosen parameters in all (P)."""
+        return self.blocks[-1].stop
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one Jacobian or kernel element."""
+        return item_bytes(self.precision)
+
+    @property
+    def jacobian_bytes(self) -> int:
+        """Bytes of the whole Jacobian: samples × rows per sample × parameters."""
+        return self.samples * self.rows_per_sample * self.columns * self.item_bytes
+
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes of the whole kernel, both triangles."""
+        return self.samples * self.train_samples * self.entries_per_sample**2 * self.item_bytes
+
+    def with_notes(self, *notes: str) -> Workload:
+        """Return the same workload with remarks added."""
+        return replace(self, notes=(*self.notes, *notes))
+
+
+def contraction_flops(workload: Workload) -> int:
+    """FLOPs to contract the Jacobian into the kernel, the square part counted once per unordered pair.
+
+    A train×train block costs ``N² · E² · (R/E) · P`` (half of ``2N²…``), a test×train block ``2·M·N·E²·(R/E)·P``
+    (DESIGN: dense representation, ``2N²Cab`` halved by symmetry), with R rows and E kernel rows per sample.
+
+    >>> from dataclasses import replace
+    >>> d = Derivation("loop", 1, 0.1, 0.1, 0, 0)
+    >>> w = Workload("trace", 100, 0, 10, 10, 1, (ParameterBlock("fc", ("fc.weight",), 0, 50),), 4, 0, 0, d)
+    >>> contraction_flops(w) == 100 * 100 * 10 * 50
+    True
+    >>> contraction_flops(replace(w, test_samples=100)) == 3 * contraction_flops(w)
+    True
+    """
+    per_pair = workload.entries_per_sample * workload.rows_per_sample * workload.columns
+    train = workload.train_samples
+    return train * train * per_pair + 2 * workload.test_samples * train * per_pair

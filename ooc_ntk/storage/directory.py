@@ -1,0 +1,172 @@
+"""The run directory: names of what is in it, its lock, and what may be swept away."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from ooc_ntk.errors import RunConflictError, RunLockedError, StorageError
+
+from .atomic import TEMPORARY, FileRecord, storage_error, write_whole
+from .manifest import Receipt
+
+
+class RunDirectory:
+    """One run on disk.
+
+    Attributes:
+        root: its folder.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """Name a run directory; nothing is touched."""
+        self.root = Path(root)
+
+    @property
+    def plan_path(self) -> Path:
+        """The stored plan."""
+        return self.root / "plan.json"
+
+    @property
+    def job_path(self) -> Path:
+        """The stored job file."""
+        return self.root / "job.toml"
+
+    @property
+    def weights_path(self) -> Path:
+        """Weights of a run made from a live model."""
+        return self.root / "weights.safetensors"
+
+    @property
+    def receipts_path(self) -> Path:
+        """One line per committed task, for people and plots."""
+        return self.root / "receipts.jsonl"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a plan is stored here."""
+        return self.plan_path.exists()
+
+    def check_usable(self) -> None:
+        """Refuse a folder that is neither empty nor a run.
+
+        Raises:
+            RunConflictError: if other files are there.
+            StorageError: if it is a file or cannot be read.
+        """
+        try:
+            names = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
+        except OSError as error:
+            raise storage_error("reading", self.root, error) from error
+        if names - {"lock"} and not self.holds_run and "manifest" not in names:
+            some = ", ".join(sorted(names)[:3])
+            raise RunConflictError(
+                f"{self.root} holds other files ({some}) and no run; choose an empty folder as --out"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run directory for this process; the system drops the lock when the process dies.
+
+        Raises:
+            RunLockedError: if another process holds it.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file: IO[str] = (self.root / "lock").open("a+")
+        except OSError as error:
+            raise storage_error("opening", self.root / "lock", error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise RunLockedError(
+                    f"another run (process {holder}) is using {self.root}; wait for it or choose another --out"
+                ) from error
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a file of the run atomically."""
+        write_whole(self.root, path.relative_to(self.root).as_posix(), text.encode())
+
+    def sweep(self) -> int:
+        """Delete files that were being written when a run stopped; returns how many."""
+        count = 0
+        for path in list(self.root.rglob(f"*{TEMPORARY}*")):
+            with suppress(OSError):
+                path.unlink()
+                count += 1
+        return count
+
+    def leave_receipt(self, receipt: Receipt) -> None:
+        """Keep a task's receipt until the driver has committed it, so that its files can be adopted after a crash."""
+        write_whole(self.root, f"pending/{receipt.key}.json", receipt.to_json().encode())
+
+    def pending_receipts(self) -> list[Receipt]:
+        """Receipts of tasks that finished but were not committed."""
+        found = []
+        for path in sorted((self.root / "pending").glob("*.json")):
+            with suppress(ValueError, KeyError, TypeError):
+                found.append(Receipt.from_json(path.read_text()))
+        return found
+
+    def drop_receipt(self, key: str) -> None:
+        """Forget a pending receipt."""
+        with suppress(OSError):
+            (self.root / "pending" / f"{key}.json").unlink()
+
+    def log_receipt(self, receipt: Receipt) -> None:
+        """Append a committed receipt to ``receipts.jsonl`` (without its files; the manifest has them)."""
+        fields: dict[str, Any] = json.loads(receipt.to_json())
+        del fields["files"], fields["replaces"]
+        try:
+            with self.receipts_path.open("a") as file:
+                file.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise storage_error("writing", self.receipts_path, error) from error
+
+    def delete(self, *paths: str) -> None:
+        """Delete files of the run that are no longer needed."""
+        for path in paths:
+            with suppress(OSError):
+                (self.root / path).unlink()
+
+    def delete_folder(self, path: str) -> None:
+        """Delete a folder of the run that is no longer needed."""
+        shutil.rmtree(self.root / path, ignore_errors=True)
+
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        total = 0
+        for path in self.root.rglob("*"):
+            with suppress(OSError):
+                total += path.stat().st_size if path.is_file() else 0
+        return total
+
+    def matches(self, record: FileRecord, crc: int) -> bool:
+        """Whether a file has the recorded size and checksum ``crc`` was computed from it."""
+        with suppress(OSError):
+            return (self.root / record.path).stat().st_size == record.size and crc == record.crc32c
+        return False
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Free bytes on the file system that will hold ``path``."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise StorageError(f"cannot measure the free disk space at {folder}: {error}") from error

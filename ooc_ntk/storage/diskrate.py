@@ -1,0 +1,67 @@
+"""How fast the disk under a folder writes, syncs and reads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from .atomic import StagedFile, read_into, write_whole
+
+#: Bytes of the file that is timed: large enough to leave the drive's own buffers, small enough for a few seconds.
+PROBE_BYTES: Final = 2**27
+
+
+@dataclass(frozen=True)
+class DiskRates:
+    """Measured rates of one file system.
+
+    Attributes:
+        write: bytes/s written and synced.
+        read: bytes/s read into a reused buffer. The page cache is dropped first where the system allows it.
+        commit_seconds: seconds to write, sync and rename one small file.
+    """
+
+    write: float
+    read: float
+    commit_seconds: float
+
+
+def measure_disk(folder: Path) -> DiskRates:
+    """Measure the file system that holds ``folder`` (made if needed), in a second or two.
+
+    Returns:
+        The rates.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = np.random.default_rng(0).integers(0, 256, PROBE_BYTES, dtype=np.uint8)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".ooc-ntk-rate-") as name:
+        root = Path(name)
+        start = time.perf_counter()
+        staged = StagedFile(root, "tile")
+        for piece in np.split(data, 16):
+            staged.append(piece)
+        staged.seal()
+        staged.publish()
+        write = PROBE_BYTES / (time.perf_counter() - start)
+
+        descriptor = os.open(root / "tile", os.O_RDONLY)
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+        start = time.perf_counter()
+        read_into(root / "tile", data)
+        read = PROBE_BYTES / (time.perf_counter() - start)
+
+        start = time.perf_counter()
+        for index in range(5):
+            write_whole(root, f"small/{index}", b"x" * 1024)
+        commit = (time.perf_counter() - start) / 5
+    return DiskRates(write, read, 3 * commit)

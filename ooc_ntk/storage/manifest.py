@@ -1,0 +1,226 @@
+"""The manifest: one SQLite file, written by the driver alone, that says which tasks are finished."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ooc_ntk.errors import StorageError
+
+from .atomic import FileRecord, checksum_file
+
+#: Version of the manifest's tables.
+MANIFEST_VERSION: Final = 1
+
+_TABLES: Final = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE tasks (key TEXT PRIMARY KEY, receipt TEXT NOT NULL, committed REAL NOT NULL);
+CREATE TABLE files (path TEXT PRIMARY KEY, task TEXT NOT NULL, size INTEGER NOT NULL, crc32c INTEGER NOT NULL,
+                    stamp TEXT NOT NULL);
+CREATE INDEX files_of_task ON files (task);
+"""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a task returns: coordinates and figures, never arrays.
+
+    Attributes:
+        key: the task's key.
+        seconds: wall-clock.
+        bytes_read: bytes read from disk.
+        bytes_written: bytes written to disk.
+        peak_host_bytes: highest resident memory of the process so far.
+        peak_device_bytes: highest device memory of the process so far.
+        files: files that the task published.
+        samples_digest: digest of the sample range (``rows`` tasks).
+        replaces: files of an earlier generation that may go once this task is committed.
+    """
+
+    key: str
+    seconds: float
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
+    files: tuple[FileRecord, ...] = ()
+    samples_digest: str | None = None
+    replaces: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Serialise on one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Receipt:
+        """Read what :meth:`to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        fields["files"] = tuple(FileRecord(**record) for record in fields["files"])
+        fields["replaces"] = tuple(fields["replaces"])
+        return cls(**fields)
+
+
+@dataclass
+class Damage:
+    """Files that no longer are what was committed, by the task that wrote them.
+
+    Attributes:
+        reasons: per file path, what is wrong with it.
+        tasks: keys of the tasks to be done again.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    tasks: set[str] = field(default_factory=set)
+
+
+def file_stamp(path: Path) -> str:
+    """What changes when a file is touched: size, inode, modification and change times."""
+    stat = path.stat()
+    return f"{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+class Manifest:
+    """Finished tasks and their files. One writer; a commit is one transaction."""
+
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        """Open the manifest of a run directory, making it if it is not there.
+
+        Raises:
+            StorageError: if it is damaged, from a newer version, or missing when ``read_only``.
+        """
+        self._root = root
+        path = root / "manifest"
+        if read_only and not path.exists():
+            raise StorageError(f"{root} holds no run: there is no manifest in it")
+        target = f"{path.absolute().as_uri()}?mode=ro" if read_only else str(path)
+        try:
+            self._database = sqlite3.connect(
+                target, uri=read_only, isolation_level=None, check_same_thread=False, timeout=10
+            )
+            version = int(self._database.execute("PRAGMA user_version").fetchone()[0])
+            if version > MANIFEST_VERSION:
+                self._database.close()
+                raise StorageError(
+                    f"{path} has version {version}, this version of ooc-ntk reads up to {MANIFEST_VERSION}; "
+                    "upgrade ooc-ntk"
+                )
+            if not read_only:
+                self._database.execute("PRAGMA synchronous = FULL")
+                if version == 0:
+                    with self._transaction():
+                        for statement in _TABLES.split(";"):
+                            self._database.execute(statement)
+                        self._database.execute(f"PRAGMA user_version = {MANIFEST_VERSION}")
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"cannot read the manifest {path} ({error}); move the run directory away and run again"
+            ) from error
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Keep a named text."""
+        self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def meta(self, name: str) -> str | None:
+        """A named text, or None."""
+        row = self._database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def commit(self, receipt: Receipt) -> None:
+        """Record a finished task and its files; files that it replaces are forgotten (not deleted).
+
+        Raises:
+            StorageError: if the database cannot be written.
+        """
+        try:
+            with self._transaction():
+                self._database.execute(
+                    "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (receipt.key, receipt.to_json(), time.time())
+                )
+                self._database.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in receipt.replaces])
+                self._database.executemany(
+                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
+                    [
+                        (record.path, receipt.key, record.size, record.crc32c, file_stamp(self._root / record.path))
+                        for record in receipt.files
+                    ],
+                )
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(
+                f"cannot write the manifest in {self._root}: {error}; finished tiles are kept, run again"
+            ) from error
+
+    def withdraw(self, keys: Iterable[str]) -> None:
+        """Forget that tasks are finished, with their files."""
+        with self._transaction():
+            for key in keys:
+                self._database.execute("DELETE FROM tasks WHERE key = ?", (key,))
+                self._database.execute("DELETE FROM files WHERE task = ?", (key,))
+
+    def forget_files(self, folder: str) -> None:
+        """Forget every file below ``folder`` (a released pass); its tasks stay finished."""
+        self._database.execute("DELETE FROM files WHERE path GLOB ?", (f"{folder}/*",))
+
+    def receipts(self) -> dict[str, Receipt]:
+        """Receipts of all finished tasks, by key."""
+        rows = self._database.execute("SELECT key, receipt FROM tasks ORDER BY committed")
+        return {key: Receipt.from_json(text) for key, text in rows}
+
+    def files(self) -> dict[str, FileRecord]:
+        """Every file that should be there, by path."""
+        rows = self._database.execute("SELECT path, size, crc32c FROM files ORDER BY path")
+        return {path: FileRecord(path, size, crc) for path, size, crc in rows}
+
+    def damage(self, *, thorough: bool) -> Damage:
+        """Compare files with what was committed.
+
+        Args:
+            thorough: read every file and compare checksums. Otherwise only files whose size, inode or times changed
+                since their commit are read.
+
+        Returns:
+            What is missing, truncated or altered.
+        """
+        found = Damage()
+        rows = self._database.execute("SELECT path, task, size, crc32c, stamp FROM files ORDER BY path")
+        for path, task, size, crc, stamp in rows.fetchall():
+            reason = self._reason(path, size, crc, None if thorough else stamp)
+            if reason is not None:
+                found.reasons[path] = reason
+                found.tasks.add(task)
+        return found
+
+    def _reason(self, path: str, size: int, crc: int, stamp: str | None) -> str | None:
+        file = self._root / path
+        try:
+            if stamp is not None and file_stamp(file) == stamp:
+                return None
+            actual = file.stat().st_size
+            if actual != size:
+                return f"has {actual:,} bytes instead of {size:,}"
+            if checksum_file(file) != crc:
+                return "differs from its checksum"
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        return None
