@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from .execution.audit import AUDITED_SAMPLES, Audit, audit
 from .execution.driver import Observer, check_budget, check_same_job, create_run, execute, run_directory
 from .execution.executors import executor_named
 from .execution.prepare import PreparedJob, available_resources, measure, prepare, resolved_device
+from .execution.progress import TerminalProgress
 from .execution.status import RunInfo, run_info
 from .inputs.job import LIVE, Job
 from .inputs.jobfile import format_toml, read_job_file
@@ -23,7 +24,6 @@ from .planning.budget import Budget
 from .planning.plan import Plan
 from .planning.planner import Preferences, make_plan
 from .planning.rates import MachineRates
-from .report.progress import TerminalProgress
 from .storage.directory import RunDirectory, free_disk_bytes
 
 __all__ = [
@@ -41,8 +41,8 @@ __all__ = [
     "RunInfo",
     "Solution",
     "calibrate",
+    "describe_job",
     "info",
-    "job_of_run",
     "open",
     "plan",
     "run",
@@ -140,16 +140,17 @@ def run(
             check_budget(stored, budget)
             if plan is not None and plan.digest != stored.digest:
                 raise RunConflictError(
-                    f"{directory.root} holds a run of another plan (there {stored.digest[:8]}, given {plan.digest[:8]}); "
-                    "leave the plan out to go on with the stored one, or choose another --out"
+                    f"{directory.root} holds a run of another plan (there {stored.digest[:8]}, "
+                    f"given {plan.digest[:8]}); leave the plan out to go on with the stored one, "
+                    "or choose another --out"
                 )
             chosen = stored
         else:
             chosen = plan or _plan(prepared, budget, preferences, directory.root, None)
             if chosen.job_digest != prepared.digest:
                 raise RunConflictError(
-                    f"the plan was made for another job (plan {chosen.job_digest[:8]}, this job {prepared.digest[:8]}); "
-                    "make a new plan"
+                    f"the plan was made for another job (plan {chosen.job_digest[:8]}, "
+                    f"this job {prepared.digest[:8]}); make a new plan"
                 )
             check_budget(chosen, budget)
             _write_new_run(directory, chosen, prepared)
@@ -226,28 +227,50 @@ def verify(
     kernel = Kernel(path)
     prepared = None
     if samples:
-        prepared = prepare(job or job_of_run(path))
+        prepared = prepare(job or describe_job(None, {}, run=path)[0])
         check_same_job(RunDirectory(path), prepared.digests)
     return audit(kernel.path, kernel.plan, prepared, samples, seed, advance)
 
 
-def job_of_run(path: str | Path, **given: object) -> Job:
-    """Make the job of a run again from its job file.
+def describe_job(
+    job_file: str | Path | None,
+    given: Mapping[str, object],
+    *,
+    run: str | Path | None = None,
+    host: str | int | None = None,
+    device_memory: str | int | None = None,
+    disk: str | int | None = None,
+) -> tuple[Job, Budget]:
+    """Make a job and a budget from a job file or a run directory, with some arguments given by hand.
 
     Args:
-        path: the run directory.
-        given: arguments of a job that replace those in the file, for what was live (``model="net.py:make"``).
+        job_file: TOML file, or None.
+        given: arguments of a job that override what the file says.
+        run: a run directory; its stored job is used where neither a file nor a model is given.
+        host: host budget that overrides the file's.
+        device_memory: device budget that overrides the file's.
+        disk: disk budget that overrides the file's.
 
     Returns:
-        The job.
+        The job and the budget.
 
     Raises:
-        InputError: if something live is not given.
-        StorageError: if there is no job file.
+        InputError: for unknown keys, missing model or data, or wrong values.
     """
-    directory = RunDirectory(path)
-    stored = read_job_file(directory.job_path).arguments()
-    return Job.from_spec({**stored, **given})
+    stored: dict[str, object] = {}
+    sizes: dict[str, str | int | None] = {}
+    if job_file is not None:
+        read = read_job_file(job_file)
+        stored = read.arguments()
+        if read.budget is not None:
+            sizes = {"host": read.budget.host, "device": read.budget.device, "disk": read.budget.disk}
+    elif run is not None and RunDirectory(run).job_path.exists():
+        stored = read_job_file(RunDirectory(run).job_path).arguments()
+        if "model" in given and "weights" not in given and stored.get("model") != LIVE:
+            stored.pop("weights", None)
+    wanted = {"host": host, "device": device_memory, "disk": disk}
+    sizes.update({name: size for name, size in wanted.items() if size is not None})
+    return Job.from_spec({**stored, **given}), Budget(**sizes)
 
 
 def calibrate(device: str | None = None, disk: str | Path = ".") -> MachineRates:

@@ -20,9 +20,9 @@ class KernelAccumulator:
     """Sums ``left @ right.T`` over many column blocks into one kernel tile.
 
     Blocks of at most :data:`CONTRACTION_COLUMNS` columns are multiplied in the plan's precision and added up in
-    float64, so the rounding error does not grow with the number of parameters. On a CPU the products go through NumPy's BLAS,
-    which computes a Gram matrix by ``ssyrk`` (half the arithmetic) and, unlike SciPy's wrapper, lets other threads
-    run meanwhile. Both buffers are allocated once and reused for every tile.
+    float64, so the rounding error does not grow with the number of parameters. On a CPU the products go through NumPy's
+    BLAS, which computes a Gram matrix by ``ssyrk`` (half the arithmetic) and, unlike SciPy's wrapper, lets other
+    threads run meanwhile. Both buffers are allocated once and reused for every tile.
     """
 
     def __init__(self, edge: int, precision: str, device: str = "cpu") -> None:

@@ -88,7 +88,8 @@ def probe(
         raise BudgetError(
             f"deriving one sample needs about {format_bytes(needed)} "
             f"(saved activations {format_bytes(activation_bytes)}, one Jacobian row {format_bytes(row_bytes)}), "
-            f"{format_bytes(max(0, free_bytes))} are left of the budget after the process itself; raise --host-memory by {format_bytes(needed - free_bytes)} or more"
+            f"{format_bytes(max(0, free_bytes))} are left of the budget after the process itself; "
+            f"raise --host-memory by {format_bytes(needed - free_bytes)} or more"
         )
 
     loop = LoopJacobian(function)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ooc_ntk.errors import StorageError
@@ -55,6 +55,32 @@ class RunInfo:
     def seconds(self) -> float:
         """Measured seconds of all tasks."""
         return self.rows_seconds + self.kernel_seconds
+
+    def to_json(self) -> str:
+        """Figures as JSON: promises, measurements, digests."""
+        promised = self.plan.promised
+        return json.dumps(
+            {
+                "path": str(self.path),
+                "finished": self.finished,
+                "kernel_tiles": [self.kernel_tiles_done, self.kernel_tiles],
+                "promised": asdict(promised),
+                "measured": {
+                    "host_bytes": self.host_bytes,
+                    "device_bytes": self.device_bytes,
+                    "disk_bytes": self.disk_bytes,
+                    "seconds": self.seconds,
+                    "rows_seconds": self.rows_seconds,
+                    "kernel_seconds": self.kernel_seconds,
+                    "bytes_read": self.bytes_read,
+                    "bytes_written": self.bytes_written,
+                },
+                "plan": self.plan.digest,
+                "job": self.job_digests,
+                "versions": self.versions,
+            },
+            indent=2,
+        )
 
 
 def run_info(path: str | Path) -> RunInfo:

@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal: bars where there is one, plain lines where there is not."""
+"""Progress of a run: bars on a terminal, plain lines where there is none."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TerminalProgress:
         if not remaining.tasks:
             self._line("nothing to do: the kernel is complete")
             return
-        if done:
+        if done >= 1:
             self._line(f"going on: {done:.0f} of {total:.0f} kernel tiles are there")
         self._total = {phase: every for phase, (_, every) in totals.items()}
         self._done = {phase: before for phase, (before, _) in totals.items()}

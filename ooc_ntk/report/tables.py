@@ -1,0 +1,161 @@
+"""Tables for the terminal: plans, runs, audits, rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.rates import MachineRates
+from ooc_ntk.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from ooc_ntk.api import Audit, RunInfo
+
+#: Blocks shown before the rest is summed up in one line.
+SHOWN_BLOCKS: Final = 10
+
+
+def plan_table(plan: Plan, *, every_block: bool = False) -> RenderableType:
+    """A plan: what, how, how long, how much; the alternatives and why they lost; the blocks.
+
+    Args:
+        plan: the plan.
+        every_block: whether to list all blocks instead of the largest.
+
+    Returns:
+        Something to print.
+    """
+    parts: list[RenderableType] = [_pairs(plan.summary())]
+    alternatives = Table(title="dataflows considered", title_justify="left", box=None, pad_edge=False)
+    for name in ("dataflow", "time", "host", "disk", "verdict"):
+        alternatives.add_column(name, justify="right" if name in ("time", "host", "disk") else "left")
+    for entry in plan.alternatives:
+        alternatives.add_row(
+            entry.layout,
+            "-" if entry.seconds is None else format_seconds(entry.seconds),
+            format_bytes(entry.host_bytes),
+            format_bytes(entry.disk_bytes),
+            entry.verdict,
+            style="bold" if entry.verdict == "chosen" else "dim",
+        )
+    parts += [Text(), alternatives, Text(), _blocks(plan, every_block)]
+    parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
+    return Group(*parts)
+
+
+def _blocks(plan: Plan, every_block: bool) -> Table:
+    table = Table(title="parameter blocks", title_justify="left", box=None, pad_edge=False)
+    for name in ("block", "parameters", "held as", "contracted by", "bytes", "FLOP"):
+        table.add_column(name, justify="right" if name in ("parameters", "bytes", "FLOP") else "left")
+    shown = set(range(len(plan.blocks)))
+    if not every_block and len(plan.blocks) > SHOWN_BLOCKS:
+        shown = set(sorted(shown, key=lambda index: plan.blocks[index].flops)[-SHOWN_BLOCKS:])
+    for index, block in enumerate(plan.blocks):
+        if index in shown:
+            table.add_row(
+                block.name or "(model)",
+                format_count(block.stop - block.start),
+                block.representation,
+                block.contraction,
+                format_bytes(block.held_bytes),
+                format_count(block.flops),
+            )
+    rest = [block for index, block in enumerate(plan.blocks) if index not in shown]
+    if rest:
+        table.add_row(
+            f"{len(rest)} smaller ones",
+            format_count(sum(block.stop - block.start for block in rest)),
+            ", ".join(sorted({block.representation for block in rest})),
+            ", ".join(sorted({block.contraction for block in rest})),
+            format_bytes(sum(block.held_bytes for block in rest)),
+            format_count(sum(block.flops for block in rest)),
+            style="dim",
+        )
+    return table
+
+
+def info_table(info: RunInfo) -> RenderableType:
+    """A run: progress, promises beside measurements, provenance."""
+    plan, promised = info.plan, info.plan.promised
+    state = "complete" if info.finished else "not finished: run the same command again to go on"
+    head = _pairs(
+        [
+            ("run", str(info.path)),
+            ("state", f"{info.kernel_tiles_done:,} of {info.kernel_tiles:,} kernel tiles, {state}"),
+            *plan.summary()[:4],
+            *((name, digest) for name, digest in sorted(info.job_digests.items())),
+            ("plan", plan.digest),
+            ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
+        ]
+    )
+    table = Table(title="promised and measured", title_justify="left", box=None, pad_edge=False)
+    table.add_column("quantity")
+    for name in ("promised", "measured", "ratio"):
+        table.add_column(name, justify="right")
+    seconds = [
+        ("time", promised.seconds, info.seconds),
+        ("  rows", promised.rows_seconds, info.rows_seconds),
+        ("  kernel", promised.kernel_seconds, info.kernel_seconds),
+    ]
+    for name, before, after in seconds:
+        table.add_row(name, format_seconds(before), format_seconds(after), _ratio(after, before))
+    sizes = [
+        ("peak host memory", promised.host_bytes, info.host_bytes),
+        ("peak device memory", promised.device_bytes, info.device_bytes),
+        ("disk (promised peak, present size)", promised.disk_bytes, info.disk_bytes),
+        ("bytes read", plan.bytes_read, info.bytes_read),
+        ("bytes written", plan.bytes_written, info.bytes_written),
+    ]
+    for name, before, after in sizes:
+        if before or after:
+            table.add_row(name, format_bytes(before), format_bytes(after), _ratio(after, before))
+    return Group(head, Text(), table)
+
+
+def _ratio(measured: float, promised: float) -> str:
+    return f"{measured / promised:.2f}" if promised else "-"
+
+
+def audit_table(audit: Audit) -> RenderableType:
+    """An audit: each check with its verdict, and how much was covered."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for check in audit.checks:
+        mark = Text("passed", style="green") if check.passed else Text("FAILED", style="bold red")
+        table.add_row(mark, check.name, check.detail)
+    covered = (
+        f"coverage: {audit.entries:,} entries recomputed ({audit.coverage:.2g} of all), every tile's checksum and "
+        "structure"
+    )
+    return Group(table, Text(covered, style="dim"))
+
+
+def rates_table(rates: MachineRates) -> RenderableType:
+    """Measured rates of the machine."""
+    lines = [("machine", rates.machine)]
+    for kind, table in (("products", rates.gemm), ("Gram matrices", rates.syrk)):
+        for precision, by_edge in table.items():
+            figures = ", ".join(f"{format_count(rate)}FLOP/s at {edge}" for edge, rate in sorted(by_edge.items()))
+            lines.append((f"{precision} {kind}", figures))
+    lines += [
+        ("fill memory", f"{format_bytes(rates.fill)}/s"),
+        ("disk write, synced", f"{format_bytes(rates.disk_write)}/s"),
+        ("disk read", f"{format_bytes(rates.disk_read)}/s"),
+        ("commit of a task", format_seconds(rates.commit_seconds)),
+    ]
+    if rates.host_to_device:
+        lines.append(("host to device", f"{format_bytes(rates.host_to_device)}/s"))
+    return _pairs(lines)
+
+
+def _pairs(lines: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in lines:
+        table.add_row(label, Text(value))
+    return table
