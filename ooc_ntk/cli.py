@@ -204,9 +204,9 @@ def _reporting_errors() -> Iterator[None]:
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
-    # Without a terminal nothing is wrapped: a table in a log file stays one line per row.
-    console.print(renderable, width=console.width if console.is_terminal else 200, soft_wrap=False)
+    # Without a terminal nothing is wrapped: a table in a log file keeps one line per row.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console.print(renderable)
 
 
 def _job(job_file: Path | None, run: Path | None, **flags: Any) -> tuple[Job, Budget]:

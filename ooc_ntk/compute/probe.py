@@ -34,6 +34,9 @@ BATCH_SHARE: Final = 0.25
 #: A vmap trial slower than the loop by this factor is not repeated at a larger batch.
 HOPELESS: Final = 2.0
 
+#: Relative and absolute difference of two forward passes of one sample that rounding may explain (guessed).
+SAME_OUTPUT: Final = 1e-3
+
 #: Seconds after which a timing is not repeated.
 ENOUGH_SECONDS: Final = 0.2
 
@@ -118,15 +121,15 @@ def probe(
 
 def _first_look(function: ModelFunction, batch: ModelBatch) -> tuple[int, int, bool, int]:
     """Run one sample forward: outputs, rows, smoothness, bytes of saved activations."""
-    known = {
-        value.untyped_storage().data_ptr() for value in (*function.parameters.values(), *function.buffers.values())
-    }
+    held = (*function.parameters.values(), *function.buffers.values(), *batch.args, *batch.kwargs.values())
+    known = {value.untyped_storage().data_ptr() for value in held}
     saved: dict[int, int] = {}
 
     def keep(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
         if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
+            size = min(storage.nbytes(), value.numel() * value.element_size())
+            saved[storage.data_ptr()] = max(size, saved.get(storage.data_ptr(), 0))
         return value
 
     leaves = {name: function.parameters[name].detach().requires_grad_() for name in function.names}
@@ -134,6 +137,8 @@ def _first_look(function: ModelFunction, batch: ModelBatch) -> tuple[int, int, b
     try:
         with torch.enable_grad(), plain_layers(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
             logits = function.logits(leaves, batch)
+        with torch.no_grad(), plain_layers():
+            again = function.logits(leaves, batch)
     except OocNtkError:
         raise
     except Exception as error:
@@ -151,6 +156,12 @@ def _first_look(function: ModelFunction, batch: ModelBatch) -> tuple[int, int, b
         raise InputError(
             f"the model turned one sample into {logits.shape[0]} outputs along its first dimension; "
             "it must keep samples first"
+        )
+    if not torch.allclose(logits.detach(), again, rtol=SAME_OUTPUT, atol=SAME_OUTPUT, equal_nan=True):
+        difference = float((logits.detach() - again).abs().max())
+        raise InputError(
+            f"the model gives different outputs for the same sample (by {difference:.2g}), so it is random; "
+            "switch off dropout and other noise"
         )
     target = None if batch.targets is None else batch.targets[0]
     output = logits[0].detach()
@@ -184,7 +195,7 @@ def _try_vmap(
         except Exception as error:  # noqa: BLE001
             # vmap refuses by many kinds of exception (RuntimeError, NotImplementedError, ValueError of a user's code).
             return None, _refusal(error)
-        result = Derivation(
+        tried = Derivation(
             method="vmap",
             batch_size=size,
             seconds_per_sample=seconds / size,
@@ -192,7 +203,9 @@ def _try_vmap(
             working_bytes=max(peak, size * per_sample),
             activation_bytes=size * loop.activation_bytes,
         )
-        if result.seconds_per_sample > HOPELESS * loop.seconds_per_sample:
+        if result is None or batch_size or tried.seconds_per_sample < result.seconds_per_sample:
+            result = tried
+        if tried.seconds_per_sample > HOPELESS * loop.seconds_per_sample:
             break
     return result, None
 
