@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
+from ooc_ntk.planning.rates import CALIBRATED_DEPTH, CALIBRATED_EDGES
 
-from .machine import CALIBRATED_DEPTH, CALIBRATED_EDGES, best_seconds
+from .machine import best_seconds
 
 TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64}
 
@@ -62,7 +63,11 @@ class KernelAccumulator:
                 np.matmul(a.numpy(), b.numpy().T, out=self._product.numpy())
             else:
                 torch.mm(a, b.T, out=self._product)
-            self._sum += self._product
+            if self._on_cpu:
+                # Ten times faster than torch's addition of mixed dtypes (measured).
+                np.add(self._sum.numpy(), self._product.numpy(), out=self._sum.numpy())
+            else:
+                self._sum += self._product
 
     def result(self) -> Tensor:
         """The tile so far: (rows, columns) float64 on the host; a view of a buffer that the next tile reuses."""

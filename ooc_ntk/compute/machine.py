@@ -10,18 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import psutil
 import torch
 from threadpoolctl import threadpool_limits
-
-#: Tile edges at which products are timed; between them the planner interpolates.
-CALIBRATED_EDGES: Final = (32, 128, 512, 1536)
-
-#: Depth of the timed products: that of one contraction block would take minutes on a slow machine.
-CALIBRATED_DEPTH: Final = 8192
 
 
 def resident_bytes() -> int:
@@ -158,7 +151,7 @@ def machine_name(device: str, threads: int) -> str:
     return f"{platform.node()}/{platform.machine()}/{kind}/{threads} threads/torch {version}/numpy {np.__version__}"
 
 
-def best_seconds(work: Callable[[], object], *, budget_seconds: float = 0.15, repeats: int = 5) -> float:
+def best_seconds(work: Callable[[], object], *, budget_seconds: float = 0.3, repeats: int = 20) -> float:
     """Best of a few timings of ``work``, after one run to warm up, in seconds."""
     work()
     best, spent = float("inf"), 0.0

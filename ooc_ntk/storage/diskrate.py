@@ -11,10 +11,13 @@ from typing import Final
 
 import numpy as np
 
-from .atomic import StagedFile, read_into, write_whole
+from .atomic import StagedFile, checksum, write_whole
 
 #: Bytes of the file that is timed: large enough to leave the drive's own buffers, small enough for a few seconds.
-PROBE_BYTES: Final = 2**27
+PROBE_BYTES: Final = 2**28
+
+#: Bytes of the buffer it is written from and read into.
+PIECE_BYTES: Final = 2**24
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class DiskRates:
 
     Attributes:
         write: bytes/s written and synced.
-        read: bytes/s read into a reused buffer. The page cache is dropped first where the system allows it.
+        read: bytes/s read into a reused buffer and checked. The page cache is dropped first where the system allows it.
         commit_seconds: seconds to write, sync and rename one small file.
     """
 
@@ -39,13 +42,13 @@ def measure_disk(folder: Path) -> DiskRates:
         The rates.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = np.random.default_rng(0).integers(0, 256, PROBE_BYTES, dtype=np.uint8)
+    data = np.random.default_rng(0).integers(0, 256, PIECE_BYTES, dtype=np.uint8)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".ooc-ntk-rate-") as name:
         root = Path(name)
         start = time.perf_counter()
         staged = StagedFile(root, "tile")
-        for piece in np.split(data, 16):
-            staged.append(piece)
+        for _ in range(PROBE_BYTES // PIECE_BYTES):
+            staged.append(data)
         staged.seal()
         staged.publish()
         write = PROBE_BYTES / (time.perf_counter() - start)
@@ -57,7 +60,9 @@ def measure_disk(folder: Path) -> DiskRates:
         finally:
             os.close(descriptor)
         start = time.perf_counter()
-        read_into(root / "tile", data)
+        with (root / "tile").open("rb", buffering=0) as file:
+            while file.readinto(data.data):
+                checksum(data)
         read = PROBE_BYTES / (time.perf_counter() - start)
 
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,29 @@ def file_stamp(path: Path) -> str:
     return f"{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
+def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    """Open the database.
+
+    Reading alone opens it for writing as well: after a crash SQLite has to roll its journal back before it can read.
+    Only where the file system forbids that (or the file is not ours) it is opened read-only.
+    """
+    if not read_only:
+        return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    modes = ["rw", "ro"] if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else ["ro"]
+    for mode in modes:
+        try:
+            address = f"{path.absolute().as_uri()}?mode={mode}"
+            database = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
+            database.execute("PRAGMA user_version").fetchone()
+            database.execute("PRAGMA query_only = ON")
+        except sqlite3.OperationalError:
+            if mode == modes[-1]:
+                raise
+        else:
+            break
+    return database
+
+
 class Manifest:
     """Finished tasks and their files. One writer; a commit is one transaction."""
 
@@ -98,11 +122,8 @@ class Manifest:
         path = root / "manifest"
         if read_only and not path.exists():
             raise StorageError(f"{root} holds no run: there is no manifest in it")
-        target = f"{path.absolute().as_uri()}?mode=ro" if read_only else str(path)
         try:
-            self._database = sqlite3.connect(
-                target, uri=read_only, isolation_level=None, check_same_thread=False, timeout=10
-            )
+            self._database = _connect(path, read_only=read_only)
             version = int(self._database.execute("PRAGMA user_version").fetchone()[0])
             if version > MANIFEST_VERSION:
                 self._database.close()

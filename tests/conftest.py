@@ -1,0 +1,66 @@
+"""What every test shares: a cache of its own, a seed, and a way to plan and run a case."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ooc_ntk
+from ooc_ntk.execution.calibration import rates_path
+from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
+
+
+@pytest.fixture(scope="session")
+def rates() -> MachineRates:
+    """Plausible rates that count as measured, so that no test calibrates unless it means to."""
+    return dataclasses.replace(UNCALIBRATED, machine="tests", measured=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, rates: MachineRates) -> Iterator[Path]:
+    """Keep the user's cache out of it; subprocesses inherit the variable."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OOC_NTK_CACHE", str(folder))
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            rates_path(device).write_text(rates.to_json())
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compute(tmp_path: Path, rates: MachineRates) -> Callable[..., ooc_ntk.Kernel]:
+    """``compute(job, method=None, batch_size=None, scheduler=None, **preferences)``: plan, run, and return the kernel.
+
+    The budget is fixed, so that no test depends on what is free; ``method`` overrides what the probe found faster.
+    """
+    count = 0
+
+    def plan_and_run(
+        job: ooc_ntk.Job,
+        method: str | None = None,
+        batch_size: int | None = None,
+        scheduler: str | None = None,
+        **preferences: object,
+    ) -> ooc_ntk.Kernel:
+        nonlocal count
+        count += 1
+        plan = ooc_ntk.plan(
+            job,
+            ooc_ntk.Budget(host="16GiB", device="16GiB", disk="1GiB"),
+            preferences=ooc_ntk.Preferences(**preferences),
+            rates=rates,
+        )
+        if method is not None:
+            plan = dataclasses.replace(plan, method=method)
+        if batch_size is not None:
+            plan = dataclasses.replace(plan, batch_size=batch_size)
+        return ooc_ntk.run(job, tmp_path / f"run-{count}", plan=plan, scheduler=scheduler, progress=False)
+
+    return plan_and_run
