@@ -116,16 +116,17 @@ class JacobianMethod(ABC):
         self.function = function
 
     @abstractmethod
-    def derive(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    def derive(self, batch: ModelBatch, names: Sequence[str], gather: int = 1) -> Iterator[list[Tensor]]:
         """Derive every Jacobian row of a batch, for the named parameters.
 
         Args:
             batch: samples on the plan's device.
             names: parameter names in column order, a subset of the function's.
+            gather: rows wanted per group, where the method derives them one by one.
 
         Yields:
             Consecutive groups of rows, sample by sample and output by output within a sample. A group is a list with
-            one (rows, parameters) tensor per name, on the plan's device.
+            one (rows, parameters) tensor per name, on the plan's device, valid until the next group is asked for.
         """
 
 
@@ -134,8 +135,27 @@ class LoopJacobian(JacobianMethod):
 
     name = "loop"
 
-    def derive(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """See :meth:`JacobianMethod.derive`; every group is one row."""
+    def derive(self, batch: ModelBatch, names: Sequence[str], gather: int = 1) -> Iterator[list[Tensor]]:
+        """See :meth:`JacobianMethod.derive`."""
+        if gather == 1:
+            for row in self._rows(batch, names):
+                yield [gradient.reshape(1, -1) for gradient in row]
+            return
+        sizes = [self.function.parameters[name] for name in names]
+        buffers = [value.new_empty(gather, value.numel()) for value in sizes]
+        count = 0
+        for row in self._rows(batch, names):
+            for buffer, gradient in zip(buffers, row, strict=True):
+                buffer[count].copy_(gradient.reshape(-1))
+            count += 1
+            if count == gather:
+                yield buffers
+                count = 0
+        if count:
+            yield [buffer[:count] for buffer in buffers]
+
+    def _rows(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[Sequence[Tensor]]:
+        """Yield the gradients of every row, in the shapes of the parameters."""
         function = self.function
         leaves = {name: function.parameters[name].detach().requires_grad_() for name in names}
         variables = list(leaves.values())
@@ -148,9 +168,9 @@ class LoopJacobian(JacobianMethod):
             last = cotangents.shape[0] - 1
             for row in range(last + 1):
                 if not logits.requires_grad:
-                    yield [torch.zeros_like(leaf).reshape(1, -1) for leaf in variables]
+                    yield [torch.zeros_like(leaf) for leaf in variables]
                     continue
-                gradients = torch.autograd.grad(
+                yield torch.autograd.grad(
                     logits,
                     variables,
                     cotangents[row : row + 1],
@@ -158,8 +178,6 @@ class LoopJacobian(JacobianMethod):
                     allow_unused=True,
                     materialize_grads=True,
                 )
-                yield [gradient.reshape(1, -1) for gradient in gradients]
-                del gradients
 
 
 class VmapJacobian(JacobianMethod):
@@ -167,7 +185,7 @@ class VmapJacobian(JacobianMethod):
 
     name = "vmap"
 
-    def derive(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    def derive(self, batch: ModelBatch, names: Sequence[str], gather: int = 1) -> Iterator[list[Tensor]]:  # noqa: ARG002
         """See :meth:`JacobianMethod.derive`; one group holds the whole batch."""
         function = self.function
         chosen = {name: function.parameters[name] for name in names}

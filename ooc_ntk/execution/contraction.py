@@ -64,7 +64,10 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
         accumulator.add(left, right)
         context.advance("kernel", share)
     read = len(spans) * sides * store.load_bytes()
-    tile = accumulator.result()[:, :columns].numpy()
+    tile = accumulator.result().numpy()
+    if symmetric:
+        mirror_lower(tile)
+    tile = tile[:, :columns]
 
     replaces: tuple[str, ...] = ()
     if task.generation:
@@ -73,6 +76,22 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
         read += array.chunk_bytes
         replaces = (path,)
     return Outcome(_stage_tile(context, task, tile), bytes_read=read, replaces=replaces)
+
+
+def mirror_lower(tile: np.ndarray) -> None:
+    """Copy the lower triangle of a square tile onto the upper one, in place, block by block.
+
+    BLAS computes a Gram matrix as one triangle, a general product does not; either way the kernel is exactly symmetric.
+
+    Args:
+        tile: (edge, edge).
+    """
+    step = 256
+    for start in range(0, tile.shape[0], step):
+        stop = start + step
+        corner = np.tril(tile[start:stop, start:stop])
+        tile[start:stop, start:stop] = corner + np.tril(corner, -1).T
+        tile[start:stop, stop:] = tile[stop:, start:stop].T
 
 
 def _stripes(array: TileArray) -> int:

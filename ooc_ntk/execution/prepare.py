@@ -177,16 +177,12 @@ def measure(prepared: PreparedJob, limits: Limits) -> Workload:
         scale=job.scale,
         normalize=job.normalize,
         device=prepared.device,
-        smooth=found.smooth and not _probability(job),
+        smooth=found.smooth,
+        cancelling=job.outputs != "logits",
         threads=torch.get_num_threads(),
         seed=job.seed,
         notes=_notes(prepared, found),
     )
-
-
-def _probability(job: Job) -> bool:
-    """Whether the outputs cancel digits (loss, margin, a user's function), so the smooth tolerance is too tight."""
-    return job.outputs != "logits"
 
 
 def _notes(prepared: PreparedJob, found: Probe) -> tuple[str, ...]:

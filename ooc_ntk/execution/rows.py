@@ -12,13 +12,15 @@ from ooc_ntk.compute.contract import squared_norms
 from ooc_ntk.errors import DataChangedError, NonFiniteError
 from ooc_ntk.inputs.samples import digest_samples
 from ooc_ntk.planning.columns import PassColumns, pass_columns
+from ooc_ntk.planning.memory import group_rows, slab_rows
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_into
+from ooc_ntk.units import item_bytes
 
 from .context import Outcome, RunContext
-from .stores import Matrix, RowWriter, slab_rows
+from .stores import Matrix, RowWriter
 
 
 def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Outcome:
@@ -39,6 +41,8 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
     """
     plan, function = context.plan, context.function
     columns = pass_columns(plan, function.sizes, task.generation)
+    width = plan.layout.pass_columns(plan, task.generation)
+    gathered = group_rows(plan.span_columns, width, item_bytes(plan.precision))
     tile = plan.sample_grid.rows(task.row)
     norms = np.zeros(len(tile) * plan.rows_per_sample)
     digest = hashlib.blake2b(digest_size=16)
@@ -50,7 +54,7 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
             digest.update(digest_samples(found).encode())
             batch = context.batch(found)
             before = position
-            for group in context.method.derive(batch, columns.names):
+            for group in context.method.derive(batch, columns.names, gathered):
                 context.check_stop()
                 position += _store_group(context, writer, columns, group, norms, position, tile.start)
             wanted = len(samples) * plan.rows_per_sample
@@ -84,7 +88,7 @@ def _store_group(
     first_sample: int,
 ) -> int:
     """Copy a group of rows into the spans, slab by slab, taking norms while they are in the cache."""
-    rows, step = group[0].shape[0], slab_rows(context.plan)
+    rows, step = group[0].shape[0], slab_rows(context.plan.span_columns, item_bytes(context.plan.precision))
     for span, pieces in columns.spans:
         for start in range(0, rows, step):
             count = min(step, rows - start)

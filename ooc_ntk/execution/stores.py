@@ -256,9 +256,3 @@ class _DiskWriter(RowWriter):
     def discard(self) -> None:
         for file in self._files.values():
             file.discard()
-
-
-def slab_rows(plan: Plan) -> int:
-    """Most rows that fit the staging slab at once (at least one)."""
-    width = plan.span_columns * np.dtype(STORED_DTYPE[plan.precision]).itemsize
-    return max(1, STAGING_BYTES // width)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Final
 
 from .layout import CONTRACTION_COLUMNS, Layout
-from .memory import fixed_host_bytes
+from .memory import fixed_host_bytes, group_rows, slab_rows
 from .rates import CALIBRATED_DEPTH, MachineRates
 from .tiles import count_tiles
 from .workload import Workload, contraction_flops
+
+#: Seconds to hand out, fill, check and store one slab of rows, beside the copying itself (measured: 20–35 µs).
+SLAB_SECONDS: Final = 3.5e-5
+
+#: Seconds to start one product and hand over its buffers, beside the product itself (measured: 0.05–0.2 ms).
+PRODUCT_SECONDS: Final = 1e-4
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,18 @@ def _kernel_tile_classes(workload: Workload, layout: Layout) -> Counter[_TileCla
     return classes
 
 
+def _slabs(workload: Workload, layout: Layout) -> int:
+    """Slabs of rows handed to the store in all passes: one per group of rows and span."""
+    spans = layout.column_grid(workload).spans
+    rows = workload.samples * workload.rows_per_sample
+    per_group = group_rows(layout.span_columns, workload.columns // len(layout.passes), workload.item_bytes)
+    if workload.derivation.method == "vmap":
+        per_group = workload.derivation.batch_size * workload.rows_per_sample
+    if not layout.in_memory:
+        per_group = min(per_group, slab_rows(layout.span_columns, workload.item_bytes))
+    return count_tiles(rows, per_group) * spans
+
+
 def _contraction_seconds(workload: Workload, layout: Layout, rates: MachineRates, tile: _TileClass) -> float:
     """Seconds to contract one kernel tile over all columns, from tiles in memory."""
     depth_per_column = workload.rows_per_sample // workload.entries_per_sample
@@ -79,7 +98,7 @@ def _contraction_seconds(workload: Workload, layout: Layout, rates: MachineRates
     # The rates include one addition to the float64 sum per CALIBRATED_DEPTH columns; narrower spans add more often.
     # An addition reads 12 bytes an entry and writes 8, at about four times the rate of filling fresh memory (measured).
     more = max(0.0, blocks - depth / CALIBRATED_DEPTH)
-    return seconds + more * tile.rows * tile.columns * 20 / (4 * rates.fill)
+    return seconds + more * tile.rows * tile.columns * 20 / (4 * rates.fill) + blocks * PRODUCT_SECONDS
 
 
 def lower_bound_bytes(workload: Workload, fast_bytes: int) -> float:
@@ -136,6 +155,7 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
         share = layout.pass_columns(workload, index) / workload.columns
         rows_seconds += workload.samples * (derivation.chain_seconds_per_sample + share * shrinking)
     rows_seconds += workload.jacobian_bytes / rates.fill
+    rows_seconds += _slabs(workload, layout) * SLAB_SECONDS
     if not layout.in_memory:
         rows_seconds += workload.jacobian_bytes / rates.disk_write
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from ooc_ntk.units import format_count
 
 from .tiles import ColumnGrid, Range, SampleGrid, count_tiles, even_size
 from .workload import Workload
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 Dataflow = Literal["resident", "recompute", "spill"]
 DATAFLOWS: Final[tuple[Dataflow, ...]] = ("resident", "recompute", "spill")
@@ -50,11 +53,11 @@ class Layout:
         """The grid of sample tiles."""
         return SampleGrid(workload.train_samples, workload.test_samples, self.tile_samples)
 
-    def column_grid(self, workload: Workload) -> ColumnGrid:
+    def column_grid(self, workload: Workload | Plan) -> ColumnGrid:
         """The grid of column spans."""
         return ColumnGrid(workload.columns, self.span_columns)
 
-    def pass_columns(self, workload: Workload, index: int) -> int:
+    def pass_columns(self, workload: Workload | Plan, index: int) -> int:
         """Jacobian columns of pass ``index``."""
         grid, spans = self.column_grid(workload), self.passes[index]
         return grid.range(spans.stop - 1).stop - grid.range(spans.start).start
@@ -95,7 +98,7 @@ def tile_sizes(workload: Workload, wanted: int | None = None) -> list[int]:
 
 
 def span_sizes(workload: Workload, tile: int, wanted: int | None = None) -> list[int]:
-    """Span widths worth pricing, from one contraction block of columns downwards.
+    """Span widths worth pricing, from sixteen contraction blocks of columns downwards.
 
     Args:
         workload: the measured job.
@@ -109,7 +112,7 @@ def span_sizes(workload: Workload, tile: int, wanted: int | None = None) -> list
         return [min(wanted, workload.columns)]
     per_column = workload.rows_per_sample // workload.entries_per_sample
     widths = set()
-    depth = CONTRACTION_COLUMNS
+    depth = 16 * CONTRACTION_COLUMNS
     while depth >= 256:
         largest = max(1, min(depth // per_column, MAX_TILE_ELEMENTS // (tile * workload.rows_per_sample)))
         widths.add(even_size(workload.columns, largest))

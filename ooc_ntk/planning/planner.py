@@ -27,8 +27,11 @@ EQUALLY_FAST: Final = 0.03
 #: End-to-end tolerances against float64 (relative Frobenius norm), by what limits them (DESIGN: run, same bits).
 TOLERANCE_SMOOTH: Final = 2e-6
 TOLERANCE_KINKED: Final = 5e-5
-TOLERANCE_PROBABILITY: Final = 1e-5
+TOLERANCE_CANCELLING: Final = 1e-5
 TOLERANCE_FLOAT64: Final = 1e-12
+
+#: TF32 rounds inputs to 10 bits of mantissa: 2⁻¹¹ each, less on average (guessed, not measured).
+TOLERANCE_TF32: Final = 2e-3
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,11 @@ def tolerance(workload: Workload) -> float:
     """Relative error against float64 that a correct run stays below."""
     if workload.precision == "float64":
         return TOLERANCE_FLOAT64
-    return TOLERANCE_SMOOTH if workload.smooth else TOLERANCE_KINKED
+    if workload.precision == "tf32":
+        return TOLERANCE_TF32
+    if not workload.smooth:
+        return TOLERANCE_KINKED
+    return TOLERANCE_CANCELLING if workload.cancelling else TOLERANCE_SMOOTH
 
 
 def _candidates(

@@ -15,7 +15,7 @@ CALIBRATED_EDGES: Final = (32, 128, 512, 1024)
 
 #: Depth of the timed products, each added to a float64 sum as in a run. (Deep enough that the addition is a few
 #: percent of it; that of a whole contraction block would take minutes on a slow machine.)
-CALIBRATED_DEPTH: Final = 8192
+CALIBRATED_DEPTH: Final = 4096
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Workload:
         normalize: None or ``cosine``.
         device: torch device string.
         smooth: whether the model has no operation whose derivative jumps (ReLU, max pooling, ...).
+        cancelling: whether the output function cancels digits (loss and margin do: ``1 − p``; a user's function may).
         threads: CPU threads used by one task.
         seed: seed of the job.
         notes: remarks for the reader of the plan.
@@ -96,6 +97,7 @@ class Workload:
     normalize: str | None = None
     device: str = "cpu"
     smooth: bool = False
+    cancelling: bool = False
     threads: int = 1
     seed: int = 0
     notes: tuple[str, ...] = ()
