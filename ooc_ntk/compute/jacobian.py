@@ -116,17 +116,20 @@ class JacobianMethod(ABC):
         self.function = function
 
     @abstractmethod
-    def derive(self, batch: ModelBatch, names: Sequence[str], gather: int = 1) -> Iterator[list[Tensor]]:
+    def derive(
+        self, batch: ModelBatch, names: Sequence[str], wanted: Sequence[slice] | None = None, gather: int = 1
+    ) -> Iterator[list[Tensor]]:
         """Derive every Jacobian row of a batch, for the named parameters.
 
         Args:
             batch: samples on the plan's device.
             names: parameter names in column order, a subset of the function's.
+            wanted: the columns wanted of each parameter; None for all.
             gather: rows wanted per group, where the method derives them one by one.
 
         Yields:
             Consecutive groups of rows, sample by sample and output by output within a sample. A group is a list with
-            one (rows, parameters) tensor per name, on the plan's device, valid until the next group is asked for.
+            one (rows, wanted columns) tensor per name, on the plan's device, valid until the next group is asked for.
         """
 
 
@@ -135,18 +138,21 @@ class LoopJacobian(JacobianMethod):
 
     name = "loop"
 
-    def derive(self, batch: ModelBatch, names: Sequence[str], gather: int = 1) -> Iterator[list[Tensor]]:
+    def derive(
+        self, batch: ModelBatch, names: Sequence[str], wanted: Sequence[slice] | None = None, gather: int = 1
+    ) -> Iterator[list[Tensor]]:
         """See :meth:`JacobianMethod.derive`."""
+        wanted = wanted or [slice(0, self.function.sizes[name]) for name in names]
         if gather == 1:
             for row in self._rows(batch, names):
-                yield [gradient.reshape(1, -1) for gradient in row]
+                yield [gradient.reshape(1, -1)[:, part] for gradient, part in zip(row, wanted, strict=True)]
             return
-        sizes = [self.function.parameters[name] for name in names]
-        buffers = [value.new_empty(gather, value.numel()) for value in sizes]
+        like = next(iter(self.function.parameters.values()))
+        buffers = [like.new_empty(gather, part.stop - part.start) for part in wanted]
         count = 0
         for row in self._rows(batch, names):
-            for buffer, gradient in zip(buffers, row, strict=True):
-                buffer[count].copy_(gradient.reshape(-1))
+            for buffer, gradient, part in zip(buffers, row, wanted, strict=True):
+                buffer[count].copy_(gradient.reshape(-1)[part])
             count += 1
             if count == gather:
                 yield buffers
@@ -185,8 +191,15 @@ class VmapJacobian(JacobianMethod):
 
     name = "vmap"
 
-    def derive(self, batch: ModelBatch, names: Sequence[str], gather: int = 1) -> Iterator[list[Tensor]]:  # noqa: ARG002
+    def derive(
+        self,
+        batch: ModelBatch,
+        names: Sequence[str],
+        wanted: Sequence[slice] | None = None,
+        gather: int = 1,  # noqa: ARG002
+    ) -> Iterator[list[Tensor]]:
         """See :meth:`JacobianMethod.derive`; one group holds the whole batch."""
+        wanted = wanted or [slice(None)] * len(names)
         function = self.function
         chosen = {name: function.parameters[name] for name in names}
 
@@ -206,7 +219,7 @@ class VmapJacobian(JacobianMethod):
         axes = (0, 0, None if batch.targets is None else 0)
         with plain_layers(), sdpa_kernel(SDPBackend.MATH):
             stacked = vmap(one_sample, in_dims=axes)(batch.args, dict(batch.kwargs), batch.targets)
-        yield [gradient.flatten(0, 1) for gradient in stacked]
+        yield [gradient.flatten(0, 1)[:, part] for gradient, part in zip(stacked, wanted, strict=True)]
 
 
 METHODS: dict[str, type[JacobianMethod]] = {"loop": LoopJacobian, "vmap": VmapJacobian}

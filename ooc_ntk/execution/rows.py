@@ -54,7 +54,7 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
             digest.update(digest_samples(found).encode())
             batch = context.batch(found)
             before = position
-            for group in context.method.derive(batch, columns.names, gathered):
+            for group in context.method.derive(batch, columns.names, columns.wanted, gathered):
                 context.check_stop()
                 position += _store_group(context, writer, columns, group, norms, position, tile.start)
             wanted = len(samples) * plan.rows_per_sample

@@ -14,7 +14,7 @@ class Piece:
 
     Attributes:
         parameter: index of the parameter in :attr:`PassColumns.names`.
-        source: its columns, counted within the parameter.
+        source: its columns, counted within the part of the parameter that the pass wants.
         target: the same columns, counted within the span.
     """
 
@@ -29,11 +29,13 @@ class PassColumns:
 
     Attributes:
         names: parameters to derive, in column order; those that no span of the pass touches are left out.
+        wanted: the part of each parameter's columns that the pass holds.
         blocks: the block of each.
         spans: per span of the pass its index and the pieces that fill it.
     """
 
     names: tuple[str, ...]
+    wanted: tuple[slice, ...]
     blocks: tuple[str, ...]
     spans: tuple[tuple[int, tuple[Piece, ...]], ...]
 
@@ -53,24 +55,30 @@ def pass_columns(plan: Plan, sizes: Mapping[str, int], generation: int) -> PassC
     first, last = grid.range(spans.start).start, grid.range(spans.stop - 1).stop
     block_of = {name: block.name for block in plan.blocks for name in block.parameters}
     names: list[str] = []
+    wanted: list[slice] = []
     pieces: dict[int, list[Piece]] = {span: [] for span in range(spans.start, spans.stop)}
     position = 0
     for name, size in sizes.items():
         start, stop = max(position, first), min(position + size, last)
+        offset = start
         if start < stop:
             names.append(name)
+            wanted.append(slice(start - position, stop - position))
         while start < stop:
             columns = grid.range(start // grid.span)
             end = min(stop, columns.stop)
             pieces[start // grid.span].append(
                 Piece(
                     len(names) - 1,
-                    slice(start - position, end - position),
+                    slice(start - offset, end - offset),
                     slice(start - columns.start, end - columns.start),
                 )
             )
             start = end
         position += size
     return PassColumns(
-        tuple(names), tuple(block_of[name] for name in names), tuple((span, tuple(p)) for span, p in pieces.items())
+        tuple(names),
+        tuple(wanted),
+        tuple(block_of[name] for name in names),
+        tuple((span, tuple(p)) for span, p in pieces.items()),
     )

@@ -152,7 +152,7 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
     rows_seconds = grid.row_tiles * passes * rates.commit_seconds
     shrinking = derivation.seconds_per_sample - derivation.chain_seconds_per_sample
     for index in range(passes):
-        share = layout.pass_columns(workload, index) / workload.columns
+        share = layout.derived_columns(workload, index) / workload.columns
         rows_seconds += workload.samples * (derivation.chain_seconds_per_sample + share * shrinking)
     rows_seconds += workload.jacobian_bytes / rates.fill
     rows_seconds += _slabs(workload, layout) * SLAB_SECONDS

@@ -62,6 +62,12 @@ class Layout:
         grid, spans = self.column_grid(workload), self.passes[index]
         return grid.range(spans.stop - 1).stop - grid.range(spans.start).start
 
+    def derived_columns(self, workload: Workload, index: int) -> int:
+        """Columns that pass ``index`` derives: whole blocks, even where it keeps only a part of them."""
+        grid, spans = self.column_grid(workload), self.passes[index]
+        start, stop = grid.range(spans.start).start, grid.range(spans.stop - 1).stop
+        return sum(block.columns for block in workload.blocks if block.start < stop and block.stop > start)
+
     def task_count(self, workload: Workload) -> int:
         """Tasks of the whole graph: rows, kernel tiles and one release per pass."""
         grid = self.sample_grid(workload)
