@@ -16,7 +16,10 @@ from ooc_ntk.planning.workload import ParameterBlock
 
 #: Autograd nodes whose derivative jumps, so that rounding can flip them (by class name, lower case).
 _KINKS: Final = ("relu", "threshold", "hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink")
-_KINK_NODES: Final = ("maxpool", "adaptivemax", "fractionalmax", "abs", "clamp", "max", "min", "sort", "topk", "round")
+_KINK_NODES: Final = (
+    *("maxpool", "adaptivemax", "fractionalmax", "abs", "clamp", "max", "min", "amax", "amin", "aminmax", "cummax"),
+    *("cummin", "sort", "topk", "median", "nanmedian", "kthvalue", "mode", "round"),
+)
 
 _BATCH_NORMS = nn.modules.batchnorm._NormBase
 

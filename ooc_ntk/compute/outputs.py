@@ -56,7 +56,9 @@ def loss(output: Tensor, target: Tensor | None) -> Tensor:
             raise InputError(f"loss compares {output.numel()} outputs with {target.numel()} target values")
         return 0.5 * (output - target.reshape(-1).to(output)).square().sum().reshape(1)
     _need_classes(output, "loss")
-    return torch.logsumexp(output, 0).reshape(1) - (output * _one_hot(output, target)).sum().reshape(1)
+    # −log p = log(1 + e^{−margin}): its derivative p − 1 does not cancel, however sure the network is.
+    negative = -margin(output, target)
+    return torch.logaddexp(torch.zeros_like(negative), negative)
 
 
 def margin(output: Tensor, target: Tensor | None) -> Tensor:
