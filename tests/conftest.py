@@ -1,6 +1,7 @@
 """What every test shares: a cache of its own, a seed, and a way to plan and run a case."""
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def compute(tmp_path: Path, rates: MachineRates) -> Callable[..., ooc_ntk.Kernel
     The budget is fixed, so that no test depends on what is free; ``method`` overrides what the probe found faster.
     """
     count = 0
+    gc.freeze()  # a run collects garbage several times: over what the tests imported it would take most of the time
 
     def plan_and_run(
         job: ooc_ntk.Job,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ooc_ntk.compute.contract import measure_products
-from ooc_ntk.compute.machine import fill_rate, host_to_device_rate, limited_threads, machine_name
+from ooc_ntk.compute.machine import host_to_device_rate, limited_threads, machine_name, memory_rates
 from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
 from ooc_ntk.storage.diskrate import measure_disk
@@ -46,13 +46,14 @@ def calibrate(device: str, disk: Path) -> MachineRates:
     precisions = ("float32", "float64") if device == "cpu" else ("float32", "tf32", "float64")
     with limited_threads(threads):
         gemm, syrk = measure_products(device, precisions)
-        fill = fill_rate()
+        fill, copy = memory_rates()
     measured = measure_disk(disk)
     rates = MachineRates(
         machine=machine_name(device, threads),
         gemm=gemm,
         syrk=syrk,
         fill=fill,
+        copy=copy,
         disk_write=measured.write,
         disk_read=measured.read,
         host_to_device=host_to_device_rate(device),

@@ -13,7 +13,7 @@ import torch
 
 from ooc_ntk.compute.contract import KernelAccumulator, precision_context
 from ooc_ntk.compute.jacobian import METHODS, JacobianMethod, ModelBatch, ModelFunction
-from ooc_ntk.compute.machine import limited_threads, peak_resident_bytes, return_free_memory
+from ooc_ntk.compute.machine import limited_threads, peak_resident_bytes, return_free_memory, steady_allocator
 from ooc_ntk.errors import NonFiniteError, RunInterrupted
 from ooc_ntk.inputs.samples import Samples, SampleSource
 from ooc_ntk.planning.plan import Plan
@@ -205,7 +205,7 @@ def reproducible(plan: Plan) -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filling = memory.fill_uninitialized_memory
-    with limited_threads(plan.threads):
+    with limited_threads(plan.threads), steady_allocator():
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False
         precision_context(plan.precision, plan.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .layout import CONTRACTION_COLUMNS, Layout
-from .memory import fixed_host_bytes, group_rows, slab_rows
+from .memory import fixed_host_bytes, group_rows, slab_rows, store_bytes
 from .rates import CALIBRATED_DEPTH, MachineRates
 from .tiles import count_tiles
 from .workload import Workload, contraction_flops
@@ -96,9 +96,9 @@ def _contraction_seconds(workload: Workload, layout: Layout, rates: MachineRates
     depth = workload.columns * depth_per_column
     seconds = rates.gemm_seconds(tile.rows, tile.columns, depth, workload.precision, symmetric=tile.symmetric)
     # The rates include one addition to the float64 sum per CALIBRATED_DEPTH columns; narrower spans add more often.
-    # An addition reads 12 bytes an entry and writes 8, at about four times the rate of filling fresh memory (measured).
+    # An addition reads 16 bytes an entry and writes 12, at about the rate of copying rows, whose norms are taken too.
     more = max(0.0, blocks - depth / CALIBRATED_DEPTH)
-    return seconds + more * tile.rows * tile.columns * 20 / (4 * rates.fill) + blocks * PRODUCT_SECONDS
+    return seconds + more * tile.rows * tile.columns * 28 / (3 * rates.copy) + blocks * PRODUCT_SECONDS
 
 
 def lower_bound_bytes(workload: Workload, fast_bytes: int) -> float:
@@ -154,7 +154,9 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
     for index in range(passes):
         share = layout.derived_columns(workload, index) / workload.columns
         rows_seconds += workload.samples * (derivation.chain_seconds_per_sample + share * shrinking)
-    rows_seconds += workload.jacobian_bytes / rates.fill
+    # Only the memory of the widest pass is ever touched for the first time; later passes use it again.
+    fresh = store_bytes(workload, layout) if layout.in_memory else 0
+    rows_seconds += fresh / rates.fill + (workload.jacobian_bytes - fresh) / rates.copy
     rows_seconds += _slabs(workload, layout) * SLAB_SECONDS
     if not layout.in_memory:
         rows_seconds += workload.jacobian_bytes / rates.disk_write

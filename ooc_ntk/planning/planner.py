@@ -194,29 +194,36 @@ def _candidates(
             continue
         for tile in tile_sizes(workload, preferences.tile_samples):
             for span in span_sizes(workload, tile, preferences.span_columns):
-                passes = _passes(workload, limits, dataflow, tile, span, preferences.passes)
-                layout = Layout(dataflow, tile, span, passes)
-                if not passes or layout.task_count(workload) > MAX_TASKS:
-                    continue
-                yield _Candidate(layout, memory_need(workload, layout), price(workload, layout, rates, limits.host))
+                for passes in _passes(workload, limits, dataflow, tile, span, preferences.passes):
+                    layout = Layout(dataflow, tile, span, passes)
+                    if layout.task_count(workload) <= MAX_TASKS:
+                        need = memory_need(workload, layout)
+                        yield _Candidate(layout, need, price(workload, layout, rates, limits.host))
 
 
 def _passes(
     workload: Workload, limits: Limits, dataflow: Dataflow, tile: int, span: int, wanted: int | None
-) -> tuple[Range, ...]:
-    """The passes of a layout: one, or for ``recompute`` as few as the host budget allows (at least two)."""
+) -> Iterator[tuple[Range, ...]]:
+    """Passes worth pricing: one; for ``recompute`` the fewest that the host budget allows, and some more.
+
+    More passes than needed pay where deriving is cheaper than touching fresh memory.
+    """
     grid = ColumnGrid(workload.columns, span)
     if dataflow != "recompute":
-        return grid.passes(1)
-    if grid.spans < 2:
-        return ()
+        yield grid.passes(1)
+        return
     if wanted is not None:
-        return grid.passes(wanted) if 2 <= wanted <= grid.spans else ()
+        if 2 <= wanted <= grid.spans:
+            yield grid.passes(wanted)
+        return
     one_span = memory_need(workload, Layout(dataflow, tile, span, (Range(0, 1),)))
     span_bytes = workload.samples * workload.rows_per_sample * span * workload.item_bytes
     free = limits.host - one_span.total("host")
-    count = pass_count(workload, span, span_bytes + int(max(0, free) / (1 + ALLOCATOR_SHARE)))
-    return grid.passes(min(max(2, count or grid.spans), grid.spans))
+    fewest = pass_count(workload, span, span_bytes + int(max(0, free) / (1 + ALLOCATOR_SHARE))) or grid.spans
+    counts = {min(max(2, fewest) * factor, grid.spans) for factor in (1, 2, 4)}
+    for count in sorted(counts):
+        if count >= 2:
+            yield grid.passes(count)
 
 
 def _best(fitting: list[_Candidate]) -> _Candidate:

@@ -26,7 +26,8 @@ class MachineRates:
         machine: name of machine, processor, device and thread count for which the rates hold.
         gemm: FLOP/s of a matrix product per precision and tile edge, e.g. ``{"float32": {512: 2e11}}``.
         syrk: FLOP/s (of the half that is counted) of a symmetric product, same keys.
-        fill: bytes/s at which Jacobian rows are copied into fresh memory.
+        fill: bytes/s at which Jacobian rows are copied into memory touched for the first time.
+        copy: bytes/s at which they are copied into memory touched before.
         disk_write: bytes/s of a file written and synced.
         disk_read: bytes/s of a file read back into a reused buffer.
         host_to_device: bytes/s from host to device (0 on a CPU).
@@ -38,6 +39,7 @@ class MachineRates:
     gemm: Mapping[str, Mapping[int, float]]
     syrk: Mapping[str, Mapping[int, float]]
     fill: float
+    copy: float
     disk_write: float
     disk_read: float
     host_to_device: float
@@ -57,7 +59,7 @@ class MachineRates:
         Returns:
             Seconds, from the rate measured nearest to the smaller edge.
 
-        >>> r = MachineRates("m", {"float32": {64: 1e9, 256: 4e9}}, {"float32": {64: 1e9}}, 1, 1, 1, 0, 0)
+        >>> r = MachineRates("m", {"float32": {64: 1e9, 256: 4e9}}, {"float32": {64: 1e9}}, 1, 1, 1, 1, 0, 0)
         >>> r.gemm_seconds(256, 256, 1000, "float32") == 2 * 256 * 256 * 1000 / 4e9
         True
         >>> r.gemm_seconds(64, 64, 1000, "float32", symmetric=True) == 64 * 64 * 1000 / 1e9
@@ -107,6 +109,7 @@ UNCALIBRATED = MachineRates(
     gemm={p: {32: r / 4, 128: r / 2, 512: r} for p, r in (("float32", 5e10), ("tf32", 5e10), ("float64", 2.5e10))},
     syrk={p: {32: r / 4, 128: r / 2, 512: r} for p, r in (("float32", 4e10), ("tf32", 4e10), ("float64", 2e10))},
     fill=2e9,
+    copy=5e9,
     disk_write=4e8,
     disk_read=1e9,
     host_to_device=1e10,

@@ -142,7 +142,8 @@ def rates_table(rates: MachineRates) -> RenderableType:
             figures = ", ".join(f"{format_count(rate)}FLOP/s at {edge}" for edge, rate in sorted(by_edge.items()))
             lines.append((f"{precision} {kind}", figures))
     lines += [
-        ("fill memory", f"{format_bytes(rates.fill)}/s"),
+        ("rows into fresh memory", f"{format_bytes(rates.fill)}/s"),
+        ("rows into used memory", f"{format_bytes(rates.copy)}/s"),
         ("disk write, synced", f"{format_bytes(rates.disk_write)}/s"),
         ("disk read", f"{format_bytes(rates.disk_read)}/s"),
         ("commit of a task", format_seconds(rates.commit_seconds)),

@@ -1,0 +1,1 @@
+"""Benchmarks: ooc-ntk beside what its users would otherwise write, measured in one run."""

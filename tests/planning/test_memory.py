@@ -1,0 +1,112 @@
+"""The memory model: sums done by hand, and promises that only grow with what is asked for."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ooc_ntk.planning.layout import Layout
+from ooc_ntk.planning.memory import (
+    ALLOCATOR_SHARE,
+    LIBRARY_GROWTH_BYTES,
+    STAGING_BYTES,
+    STRIPE_BYTES,
+    accumulator_bytes,
+    memory_need,
+    store_bytes,
+)
+from ooc_ntk.planning.tiles import ColumnGrid, Range
+
+from tests.planning.strategies import MIB, small_workload, workloads
+
+
+def layout_of(workload, dataflow, tile, span, passes=1):
+    return Layout(dataflow, tile, span, ColumnGrid(workload.columns, span).passes(passes))
+
+
+def test_a_spill_layout_by_hand():
+    """200 samples, 4 rows each, tiles of 100 × 10,000 columns: two chunks of 16 MB in flight on either side."""
+    workload = small_workload()
+    need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
+    chunk = 100 * 4 * 10_000 * 4
+    kernel = 2 * STRIPE_BYTES + 100 * 100 * 12 + 2 * 2 * chunk
+    assert need.total("host") == 200 * MIB + kernel + LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * kernel)
+    assert need.total("device") == 0
+    assert need.disk["Jacobian tiles on disk"] == 200 * 4 * 50_000 * 4
+    assert need.disk["kernel"] == 200 * 200 * 4
+
+
+def test_a_resident_layout_by_hand():
+    hungry = dataclasses.replace(small_workload().derivation, method="vmap", working_bytes=30 * MIB)
+    workload = small_workload(derivation=hungry)
+    layout = layout_of(workload, "resident", 100, 10_000)
+    assert store_bytes(workload, layout) == workload.jacobian_bytes == 200 * 4 * 50_000 * 4
+    need = memory_need(workload, layout)
+    variable = workload.jacobian_bytes + 3 * 8 * 1000 + 30 * MIB
+    assert need.total("host") == 200 * MIB + variable + LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
+    assert "Jacobian tiles on disk" not in need.disk
+
+
+def test_the_larger_phase_counts():
+    """Deriving one batch takes more than contracting: then it is in the promise, and the accumulators are not."""
+    hungry = dataclasses.replace(small_workload().derivation, method="vmap", working_bytes=900 * MIB)
+    workload = small_workload(derivation=hungry)
+    need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
+    variable = 3 * 8 * 1000 + 900 * MIB + STAGING_BYTES
+    assert need.total("host") == 200 * MIB + variable + LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
+    assert need.largest("host") == "deriving one batch (900 MiB)"
+    assert "read buffers" not in need.host
+
+
+def test_a_pass_holds_its_own_spans_only():
+    workload = small_workload()
+    assert store_bytes(workload, layout_of(workload, "recompute", 100, 10_000, 2)) == 200 * 4 * 30_000 * 4
+    assert store_bytes(workload, layout_of(workload, "recompute", 100, 10_000, 5)) == 200 * 4 * 10_000 * 4
+
+
+def test_accumulators_are_a_double_and_a_product():
+    workload = small_workload(kernel="full", entries_per_sample=4, precision="float64")
+    assert accumulator_bytes(workload, Layout("spill", 10, 5, (Range(0, 1),))) == 40 * 40 * 16
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    workloads(),
+    st.sampled_from(["resident", "spill", "recompute"]),
+    st.integers(1, 200),
+    st.integers(1, 70_000),
+    st.integers(1, 4),
+    st.sampled_from(["train_samples", "test_samples", "baseline_bytes", "model_bytes", "sample_bytes"]),
+)
+def test_promises_grow_with_the_job(workload, dataflow, tile, span, passes, grown):
+    span = min(span, workload.columns)
+    layout = layout_of(workload, dataflow, tile, span, passes if dataflow == "recompute" else 1)
+    larger = dataclasses.replace(workload, **{grown: 2 * getattr(workload, grown) + 1})
+    before, after = memory_need(workload, layout), memory_need(larger, layout)
+    for memory in ("host", "device", "disk"):
+        assert after.total(memory) >= before.total(memory), memory
+    assert all(value >= 0 for memory in (after.host, after.device, after.disk) for value in memory.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(workloads(), st.sampled_from(["resident", "spill"]), st.integers(1, 100), st.integers(1, 30_000))
+def test_promises_grow_with_the_tile(workload, dataflow, tile, span):
+    span = min(span, workload.columns)
+    small = memory_need(workload, layout_of(workload, dataflow, tile, span))
+    large = memory_need(workload, layout_of(workload, dataflow, 2 * tile, span))
+    if layout_of(workload, dataflow, tile, span).sample_grid(workload).row_tiles > 2:
+        assert large.total("host") >= small.total("host")
+        assert large.total("device") >= small.total("device")
+
+
+@pytest.mark.parametrize("dataflow", ["resident", "spill"])
+def test_on_a_device_the_tiles_in_transit_are_the_devices(dataflow):
+    workload = small_workload(device="cuda")
+    need = memory_need(workload, layout_of(workload, dataflow, 100, 10_000))
+    assert need.device == {
+        "deriving one batch": 4 * MIB,
+        "the model": 200_000,
+        "tiles in transit": 4 * 100 * 4 * 10_000 * 4,
+        "kernel tile accumulators": 100 * 100 * 12,
+    }

@@ -1,0 +1,211 @@
+"""The planner: every plan fits, every refusal says what would do, and the choice is the one that the numbers ask for."""
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ooc_ntk.errors import BudgetError, InputError
+from ooc_ntk.planning.layout import MAX_TASKS, MAX_TILE_ELEMENTS
+from ooc_ntk.planning.memory import memory_need
+from ooc_ntk.planning.planner import Preferences, make_plan, tolerance
+from ooc_ntk.planning.rates import UNCALIBRATED
+from ooc_ntk.units import parse_bytes
+
+from tests.planning.strategies import MIB, ample, limits_around, small_workload, workloads
+
+FLAGS = {"--host-memory": "host", "--device-memory": "device", "--disk": "disk"}
+GENTLE = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def suggested(error):
+    """The limits that a BudgetError asks for."""
+    found = re.findall(r"(--[a-z-]+) to (\d+MiB)", str(error))
+    assert found, f"no flag in: {error}"
+    return {FLAGS[flag]: parse_bytes(size) for flag, size in found}
+
+
+def check_fits(plan, workload, limits):
+    need = memory_need(workload, plan.layout)
+    for memory, promised in (
+        ("host", plan.promised.host_bytes),
+        ("device", plan.promised.device_bytes),
+        ("disk", plan.promised.disk_bytes),
+    ):
+        assert promised == need.total(memory)
+        assert promised <= getattr(limits, memory), memory
+    assert plan.task_count <= MAX_TASKS
+    assert (plan.tile_samples * plan.entries_per_sample) ** 2 <= MAX_TILE_ELEMENTS
+    assert plan.tile_samples * plan.rows_per_sample * plan.span_columns <= MAX_TILE_ELEMENTS
+    assert plan.passes[0].start == 0
+    assert plan.passes[-1].stop == plan.column_grid.spans
+    assert (len(plan.passes) > 1) == (plan.dataflow == "recompute")
+    assert plan.jacobian_bytes == workload.jacobian_bytes
+
+
+@GENTLE
+@given(st.data())
+def test_every_plan_fits_or_the_refusal_says_what_would_do(data):
+    workload = data.draw(workloads())
+    limits = data.draw(limits_around(workload))
+    preferences = data.draw(
+        st.sampled_from([None, Preferences(dataflow="spill"), Preferences(tile_samples=7), Preferences("resident")])
+    )
+    try:
+        plan = make_plan(workload, limits, UNCALIBRATED, preferences)
+    except BudgetError as error:
+        enough = dataclasses.replace(limits, **suggested(error))
+        assert enough != limits
+        assert all(getattr(enough, name) > getattr(limits, name) for name in suggested(error))
+        plan = make_plan(workload, enough, UNCALIBRATED, preferences)
+        check_fits(plan, workload, enough)
+    else:
+        check_fits(plan, workload, limits)
+
+
+@GENTLE
+@given(workloads(), st.integers(1, 40))
+def test_a_refusal_is_not_given_lightly(workload, share):
+    """One MiB less than what the refusal asks for is refused again, unless the sum was rounded."""
+    host = workload.baseline_bytes + share * MIB
+    try:
+        make_plan(workload, ample(host=host), UNCALIBRATED)
+    except BudgetError as error:
+        asked = suggested(error)
+        assert set(asked) == {"host"}
+        with pytest.raises(BudgetError):
+            make_plan(workload, ample(host=asked["host"] - MIB), UNCALIBRATED)
+
+
+@GENTLE
+@given(workloads(largest=120), st.integers(0, 8))
+def test_more_memory_never_makes_a_plan_slower(workload, steps):
+    """Up to the share within which the planner trades time for memory."""
+    workload = dataclasses.replace(workload, device="cpu")
+    base = workload.baseline_bytes + 90 * MIB
+    sizes = [base + (2**step) * 8 * MIB for step in range(steps, steps + 3)]
+    seconds = []
+    for host in sizes:
+        try:
+            seconds.append(make_plan(workload, ample(host=host), UNCALIBRATED).promised.seconds)
+        except BudgetError:
+            assert not seconds, "a larger budget is refused where a smaller one was not"
+    for before, after in zip(seconds, seconds[1:], strict=False):
+        assert after <= before * 1.031
+
+
+@GENTLE
+@given(workloads(largest=120))
+def test_spilling_never_moves_less_than_the_lower_bound(workload):
+    for tile in (None, 1 + workload.samples // 5):
+        plan = make_plan(workload, ample(), UNCALIBRATED, Preferences("spill", tile))
+        assert plan.io_ratio is not None
+        assert plan.io_ratio >= 1 - 1e-12
+        assert plan.bytes_written >= workload.jacobian_bytes
+
+
+def test_plans_are_deterministic():
+    workload, limits = small_workload(), ample(host=320 * MIB)
+    assert make_plan(workload, limits, UNCALIBRATED) == make_plan(workload, limits, UNCALIBRATED)
+
+
+class TestChoice:
+    """160 MB of Jacobian: what is chosen, and the reason given."""
+
+    tight = ample(host=200 * MIB + 140 * MIB)
+
+    @staticmethod
+    def costing(seconds):
+        derivation = dataclasses.replace(
+            small_workload().derivation, seconds_per_sample=seconds, chain_seconds_per_sample=seconds
+        )
+        return small_workload(derivation=derivation)
+
+    def test_resident_when_memory_is_ample(self):
+        plan = make_plan(self.costing(1.0), ample(), UNCALIBRATED)
+        assert plan.dataflow == "resident"
+        assert plan.io_ratio is None
+        assert plan.reason.startswith("fastest that fits")
+        assert {entry.dataflow: entry.verdict for entry in plan.alternatives}["resident"] == "chosen"
+
+    def test_recompute_when_deriving_is_cheap(self):
+        plan = make_plan(self.costing(1e-5), self.tight, UNCALIBRATED)
+        assert plan.dataflow == "recompute"
+        assert re.search(r"resident needs \d+ MiB host, limit 340 MiB; spill would take", plan.reason)
+
+    def test_spill_when_deriving_is_expensive(self):
+        plan = make_plan(self.costing(1.0), self.tight, UNCALIBRATED)
+        assert plan.dataflow == "spill"
+        assert re.search(r"resident needs \d+ MiB host.*recompute would take", plan.reason)
+
+    def test_recompute_when_the_disk_is_too_small_to_spill(self):
+        limits = dataclasses.replace(self.tight, disk=20 * MIB)
+        plan = make_plan(self.costing(1.0), limits, UNCALIBRATED)
+        assert plan.dataflow == "recompute"
+        assert re.search(r"spill needs \d+ MiB disk, limit 20.0 MiB", plan.reason)
+
+    def test_a_wish_is_kept(self):
+        plan = make_plan(self.costing(1.0), ample(), UNCALIBRATED, Preferences("recompute", 40, 5000, 4))
+        assert (plan.dataflow, plan.tile_samples, plan.span_columns) == ("recompute", 40, 5000)
+        assert len(plan.passes) == 4
+
+    def test_a_wish_that_does_not_fit_is_refused(self):
+        workload = dataclasses.replace(self.costing(1.0), baseline_bytes=100 * MIB)
+        limits = ample(host=200 * MIB)
+        with pytest.raises(BudgetError, match=r"largest term is Jacobian tiles in memory.*--host-memory to"):
+            make_plan(workload, limits, UNCALIBRATED, Preferences("resident"))
+
+
+def test_every_short_memory_is_named():
+    workload = small_workload(device="cuda")
+    with pytest.raises(BudgetError) as caught:
+        make_plan(workload, ample(host=MIB, device=MIB, disk=MIB // 2), UNCALIBRATED)
+    assert set(suggested(caught.value)) == {"host", "device", "disk"}
+    make_plan(workload, ample(**suggested(caught.value)), UNCALIBRATED)
+
+
+def test_too_many_tasks_are_refused():
+    with pytest.raises(InputError, match=r"100,000 tasks.*--tile-samples"):
+        make_plan(small_workload(train_samples=5000, sizes=(2, 2)), ample(), UNCALIBRATED, Preferences(tile_samples=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataflow": "resdent"}, "did you mean 'resident'"),
+        ({"tile_samples": 0}, "tile_samples must be at least 1, got 0"),
+        ({"passes": -1}, "passes must be at least 1, got -1"),
+        ({"dataflow": "spill", "passes": 2}, "makes one pass, got passes=2"),
+    ],
+)
+def test_preferences_are_checked(fields, message):
+    with pytest.raises(InputError, match=message):
+        Preferences(**fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"smooth": True}, 2e-6),
+        ({"smooth": False}, 5e-5),
+        ({"smooth": True, "cancelling": True}, 1e-5),
+        ({"smooth": False, "cancelling": True}, 5e-5),
+        ({"precision": "float64"}, 1e-12),
+        ({"precision": "float64", "smooth": True}, 1e-12),
+    ],
+)
+def test_tolerance(changes, wanted):
+    assert tolerance(small_workload(**changes)) == wanted
+
+
+def test_tf32_is_not_held_to_the_tolerance_of_float32():
+    """A product of 10-bit mantissas is off by some 1e-4, so float32's tolerance would fail every such run."""
+    assert tolerance(small_workload(precision="tf32", smooth=True, device="cuda")) >= 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"train_samples": 0}, {"blocks": ()}])
+def test_empty_workloads_are_refused(changes):
+    with pytest.raises(InputError):
+        small_workload(**changes)
