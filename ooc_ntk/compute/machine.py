@@ -49,8 +49,17 @@ def free_host_bytes() -> int:
         except OSError:
             continue
         if allowed.isdigit():
-            free = min(free, max(0, int(allowed) - int(taken)))
+            free = min(free, max(0, int(allowed) - int(taken) + _reclaimable_bytes(used.parent)))
     return free
+
+
+def _reclaimable_bytes(folder: Path) -> int:
+    """File cache of a memory cgroup that the system gives back when memory is short, in bytes."""
+    try:
+        lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
 
 
 def _cgroup_files() -> Iterator[tuple[Path, Path]]:

@@ -113,7 +113,8 @@ def probe(
         activation_bytes=activation_bytes,
     )
     per_sample = 2 * activation_bytes + 2 * rows * row_bytes
-    allowed = int(min(BATCH_SHARE * free_bytes // max(1, per_sample), LARGEST_BATCH, available))
+    share, largest = (1.0, batch_size) if batch_size else (BATCH_SHARE, LARGEST_BATCH)
+    allowed = int(min(share * free_bytes // max(1, per_sample), largest, available))
     vmapped, refused = _try_vmap(function, fetch, best, per_sample, allowed, batch_size)
     if vmapped is not None and vmapped.seconds_per_sample < CLEARLY_FASTER * best.seconds_per_sample:
         best = vmapped

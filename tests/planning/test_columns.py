@@ -36,7 +36,8 @@ def test_pieces_cover_every_column_once_and_in_order(sizes, span, passes):
             for piece in pieces:
                 name = found.names[piece.parameter]
                 used.add(name)
-                source = np.arange(parameters[name])[piece.source] + starts[name]
+                wanted = np.arange(parameters[name])[found.wanted[piece.parameter]]
+                source = wanted[piece.source] + starts[name]
                 target = np.arange(first + piece.target.start, first + piece.target.stop)
                 assert (filled[target] == -1).all(), "a column is filled twice"
                 filled[target] = source

@@ -74,7 +74,7 @@ def test_bytes_of_a_spill_layout():
 
 
 def test_seconds_of_passes():
-    """Two passes pay the forward pass and the backward chain twice, the rest once."""
+    """Two passes pay the forward pass and the backward chain twice, and the block that is cut (40 of 50) as well."""
     derivation = dataclasses.replace(workload().derivation, seconds_per_sample=1.0, chain_seconds_per_sample=0.4)
     job = workload(derivation=derivation)
     grid = ColumnGrid(job.columns, 25)
@@ -83,6 +83,7 @@ def test_seconds_of_passes():
         gemm={"float32": {1: 1e30}},
         syrk={"float32": {1: 1e30}},
         fill=1e30,
+        copy=1e30,
         disk_write=1e30,
         disk_read=1e30,
         host_to_device=1e30,
@@ -92,7 +93,7 @@ def test_seconds_of_passes():
     two = price(job, Layout("recompute", 50, 25, grid.passes(2)), free, 2**40)
     # What a slab or a product costs beside its bytes and FLOPs is microseconds here.
     assert one.seconds == pytest.approx(100 * 1.0, rel=1e-4)
-    assert two.seconds == pytest.approx(100 * (2 * 0.4 + 0.6), rel=1e-4)
+    assert two.seconds == pytest.approx(100 * (2 * 0.4 + 0.6 * (40 + 50) / 50), rel=1e-4)
     # Every tile of the first generation is written, and read again by the second.
     tile = 50 * 50 * 4
     assert two.bytes_read == 3 * tile
