@@ -169,6 +169,7 @@ class LoopJacobian(JacobianMethod):
             one = batch.sample(index)
             with torch.enable_grad(), plain_layers():
                 logits = function.logits(leaves, one)
+            function.rows.check_labels(one.targets, logits.shape[1])
             target = None if one.targets is None else one.targets[0]
             cotangents = function.rows.cotangents(logits[0].detach(), target)
             last = cotangents.shape[0] - 1
@@ -202,6 +203,7 @@ class VmapJacobian(JacobianMethod):
         wanted = wanted or [slice(None)] * len(names)
         function = self.function
         chosen = {name: function.parameters[name] for name in names}
+        widths: list[int] = []
 
         def one_sample(
             args: tuple[Tensor, ...], kwargs: dict[str, Tensor], target: Tensor | None
@@ -212,6 +214,7 @@ class VmapJacobian(JacobianMethod):
                 None,
             )
             logits, pull, *_ = vjp(lambda parameters: function.logits(parameters, single)[0], chosen)
+            widths.append(logits.shape[0])
             cotangents = function.rows.cotangents(logits, target)
             (gradients,) = vmap(pull)(cotangents)
             return tuple(gradients[name].flatten(1) for name in names)
@@ -219,6 +222,7 @@ class VmapJacobian(JacobianMethod):
         axes = (0, 0, None if batch.targets is None else 0)
         with plain_layers(), sdpa_kernel(SDPBackend.MATH):
             stacked = vmap(one_sample, in_dims=axes)(batch.args, dict(batch.kwargs), batch.targets)
+        function.rows.check_labels(batch.targets, widths[0])
         yield [gradient.flatten(0, 1)[:, part] for gradient, part in zip(stacked, wanted, strict=True)]
 
 

@@ -159,6 +159,25 @@ class OutputRows:
             return every[index : index + 1]
         return every
 
+    def check_labels(self, targets: Tensor | None, outputs: int) -> None:
+        """Refuse class labels that the model has no output for; they would silently count as no class.
+
+        Args:
+            targets: labels of a batch, or None.
+            outputs: outputs of the model.
+
+        Raises:
+            InputError: naming the first such label.
+        """
+        if self.function not in _NAMED.values() or targets is None or targets.is_floating_point():
+            return
+        wrong = targets[(targets < 0) | (targets >= outputs)]
+        if wrong.numel():
+            raise InputError(
+                f"label {int(wrong.reshape(-1)[0])} is out of range: the model has {outputs} outputs, so labels run "
+                f"from 0 to {outputs - 1}"
+            )
+
     def check(self, outputs: int) -> None:
         """Refuse ``output:c`` with c out of range.
 

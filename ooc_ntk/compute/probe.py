@@ -67,6 +67,7 @@ def probe(
     fetch: Callable[[int], ModelBatch],
     available: int,
     free_bytes: int,
+    machine_bytes: int,
     batch_size: int | None = None,
     chain_names: Sequence[str] = (),
 ) -> Probe:
@@ -76,7 +77,9 @@ def probe(
         function: model, parameters and rows.
         fetch: returns the first n samples, on the device.
         available: samples there are.
-        free_bytes: bytes of the memory of the device that the process has left under its budget.
+        free_bytes: bytes of the memory of the device that the process has left under its budget; bounds the batch. One
+            sample is measured even if it is too little, so that the planner can say how much would do.
+        machine_bytes: bytes that are free at all.
         batch_size: batch size to use; None chooses one.
         chain_names: parameters of the earliest block, whose derivation alone costs the chain of a backward pass.
 
@@ -85,18 +88,18 @@ def probe(
 
     Raises:
         InputError: if the model cannot be run or differentiated on its data.
-        BudgetError: if deriving one sample already exceeds the memory left.
+        BudgetError: if the machine cannot even derive one sample.
     """
     first = fetch(1)
-    outputs, rows, smooth, activation_bytes = _first_look(function, first)
+    look = look_at(function, first)
+    outputs, rows, activation_bytes = look.outputs, look.rows_per_sample, look.activation_bytes
     row_bytes = sum(function.sizes.values()) * next(iter(function.parameters.values())).element_size()
     needed = 2 * activation_bytes + 2 * row_bytes
-    if needed > free_bytes:
+    if needed > machine_bytes:
         raise BudgetError(
             f"deriving one sample needs about {format_bytes(needed)} "
             f"(saved activations {format_bytes(activation_bytes)}, one Jacobian row {format_bytes(row_bytes)}), "
-            f"{format_bytes(max(0, free_bytes))} are left of the budget after the process itself; "
-            f"raise --host-memory by {format_bytes(needed - free_bytes)} or more"
+            f"the machine has {format_bytes(machine_bytes)} free; choose fewer parameters or a larger machine"
         )
 
     loop = LoopJacobian(function)
@@ -114,18 +117,49 @@ def probe(
     )
     per_sample = 2 * activation_bytes + 2 * rows * row_bytes
     share, largest = (1.0, batch_size) if batch_size else (BATCH_SHARE, LARGEST_BATCH)
-    allowed = int(min(share * free_bytes // max(1, per_sample), largest, available))
+    allowed = int(min(max(0, share * free_bytes) // max(1, per_sample), largest, available))
+    if not batch_size:
+        allowed = min(allowed, max(TRIAL_SAMPLES, available // 10))  # the trial must not take longer than it can save
     vmapped, refused = _try_vmap(function, fetch, best, per_sample, allowed, batch_size)
     if vmapped is not None and vmapped.seconds_per_sample < CLEARLY_FASTER * best.seconds_per_sample:
         best = vmapped
     elif refused is not None:
         best = replace(best, refused=refused)
     logger.info("rows by %s: %.4f s per sample, %s", best.method, best.seconds_per_sample, best.refused or "")
-    return Probe(outputs, rows, best, smooth)
+    return Probe(outputs, rows, best, look.smooth)
 
 
-def _first_look(function: ModelFunction, batch: ModelBatch) -> tuple[int, int, bool, int]:
-    """Run one sample forward: outputs, rows, smoothness, bytes of saved activations."""
+@dataclass(frozen=True)
+class Look:
+    """What one forward pass of one sample shows.
+
+    Attributes:
+        outputs: scalars of the output function (C).
+        rows_per_sample: Jacobian rows.
+        smooth: whether no kinked operation was seen.
+        activation_bytes: activations saved for the backward pass, in bytes.
+    """
+
+    outputs: int
+    rows_per_sample: int
+    smooth: bool
+    activation_bytes: int
+
+
+def look_at(function: ModelFunction, batch: ModelBatch, what: str = "train") -> Look:
+    """Run one sample forward, twice.
+
+    Args:
+        function: model, parameters and rows.
+        batch: one sample.
+        what: which data set it is from, for messages.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        InputError: if the model fails on it, is random, does not depend on the parameters, or the target does not fit.
+    """
     held = (*function.parameters.values(), *function.buffers.values(), *batch.args, *batch.kwargs.values())
     known = {value.untyped_storage().data_ptr() for value in held}
     saved: dict[int, int] = {}
@@ -150,7 +184,7 @@ def _first_look(function: ModelFunction, batch: ModelBatch) -> tuple[int, int, b
         shapes = [f"{value.dtype} {tuple(value.shape)}" for value in batch.args]
         shapes += [f"{name}={value.dtype} {tuple(value.shape)}" for name, value in batch.kwargs.items()]
         raise InputError(
-            f"the model failed on the first sample ({type(error).__name__}: {error}); it was called with "
+            f"the model failed on the first {what} sample ({type(error).__name__}: {error}); it was called with "
             f"{', '.join(shapes)}; check that the data has the shape and dtype that the model takes"
         ) from error
     if not logits.requires_grad:
@@ -172,8 +206,9 @@ def _first_look(function: ModelFunction, batch: ModelBatch) -> tuple[int, int, b
     output = logits[0].detach()
     count = function.rows.count(output, target)
     function.rows.check(count)
+    function.rows.check_labels(batch.targets, output.shape[0])
     rows = function.rows.cotangents(output, target).shape[0]
-    return count, rows, is_smooth(logits), sum(saved.values())
+    return Look(count, rows, is_smooth(logits), sum(saved.values()))
 
 
 def _try_vmap(
@@ -210,7 +245,7 @@ def _try_vmap(
         )
         if result is None or batch_size or tried.seconds_per_sample < result.seconds_per_sample:
             result = tried
-        if tried.seconds_per_sample > HOPELESS * loop.seconds_per_sample:
+        if not batch_size and tried.seconds_per_sample > HOPELESS * loop.seconds_per_sample:
             break
     return result, None
 

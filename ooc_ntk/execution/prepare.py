@@ -17,7 +17,7 @@ from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import device_memory, free_host_bytes, resident_bytes, return_free_memory
 from ooc_ntk.compute.model import check_finite_state, check_mode, choose_parameters, model_digest, parameter_blocks
 from ooc_ntk.compute.outputs import OutputRows
-from ooc_ntk.compute.probe import Probe, probe
+from ooc_ntk.compute.probe import Probe, look_at, probe
 from ooc_ntk.errors import DataChangedError, InputError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
@@ -150,14 +150,22 @@ def measure(prepared: PreparedJob, limits: Limits) -> Workload:
     train = len(reader.train)
     blocks = parameter_blocks(prepared.module, prepared.function.names)
 
-    def fetch(count: int) -> ModelBatch:
-        _, samples = next(reader.pieces(Range(0, min(count, train)), count))
+    def fetch(count: int, start: int = 0) -> ModelBatch:
+        _, samples = next(reader.pieces(Range(start, min(start + count, len(reader))), count))
         return ModelBatch(samples.args, samples.kwargs, samples.targets).to(prepared.device, job.precision)
 
     on_cpu = prepared.device == "cpu"
     taken = resident_bytes() + LIBRARY_GROWTH_BYTES
     free = limits.host - taken if on_cpu else limits.device - device_memory(prepared.device)[1]
-    found = probe(prepared.function, fetch, train, free, job.batch_size, blocks[0].parameters)
+    machine = free_host_bytes() if on_cpu else device_memory(prepared.device)[0]
+    found = probe(prepared.function, fetch, train, free, machine, job.batch_size, blocks[0].parameters)
+    if reader.test is not None:
+        look = look_at(prepared.function, fetch(1, train), "test")
+        if look.outputs != found.outputs:
+            raise InputError(
+                f"the model has {found.outputs} outputs for a train sample and {look.outputs} for a test sample; "
+                "both must have the same"
+            )
     return_free_memory()
     values = [*first.args, *first.kwargs.values(), *([first.targets] if first.targets is not None else [])]
     full = job.kernel == "full"
@@ -192,6 +200,11 @@ def _notes(prepared: PreparedJob, found: Probe) -> tuple[str, ...]:
         notes.append("the model was built from its spec and put in eval mode")
     if found.derivation.refused:
         notes.append(f"rows by the batch-1 loop, as vmap refused: {found.derivation.refused}")
+    asked = prepared.job.batch_size
+    if asked is not None and found.derivation.batch_size < min(asked, len(prepared.reader.train)):
+        notes.append(
+            f"the batch size is {found.derivation.batch_size}, not {asked} as asked: more does not fit the budget"
+        )
     frozen = [name for name, parameter in prepared.module.named_parameters() if not parameter.requires_grad]
     if frozen:
         notes.append(f"{len(frozen)} frozen parameters (requires_grad=False) are left out")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ooc_ntk.compute.contract import squared_norms
-from ooc_ntk.errors import DataChangedError, NonFiniteError
+from ooc_ntk.errors import DataChangedError, InputError, NonFiniteError, OocNtkError
 from ooc_ntk.inputs.samples import digest_samples
 from ooc_ntk.planning.columns import PassColumns, pass_columns
 from ooc_ntk.planning.memory import group_rows, slab_rows
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
+from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_into
 from ooc_ntk.units import item_bytes
@@ -54,7 +56,9 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
             digest.update(digest_samples(found).encode())
             batch = context.batch(found)
             before = position
-            for group in context.method.derive(batch, columns.names, columns.wanted, gathered):
+            for group in _named_errors(
+                context.method.derive(batch, columns.names, columns.wanted, gathered), where(plan, samples)
+            ):
                 context.check_stop()
                 position += _store_group(context, writer, columns, group, norms, position, tile.start)
             wanted = len(samples) * plan.rows_per_sample
@@ -76,6 +80,29 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         for file in staged:
             file.discard()
         raise
+
+
+def _named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list[Tensor]]:
+    """Say of which samples it is that the model fails on."""
+    try:
+        yield from groups
+    except InputError as error:
+        raise InputError(f"{error} (in {samples})") from error
+    except (OocNtkError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model failed on {samples} ({type(error).__name__}: {error}); "
+            "check that these samples have the shape and dtype that the model takes"
+        ) from error
+
+
+def where(plan: Plan, samples: Range) -> str:
+    """Name a range of samples as the user counts them: train and test each from 0."""
+    train = plan.train_samples
+    if samples.start < train:
+        return f"train samples {samples}"
+    return f"test samples {Range(samples.start - train, samples.stop - train)}"
 
 
 def _store_group(
@@ -113,10 +140,9 @@ def _judge_overflow(
     """Norms in float64 if only the squares overflowed; otherwise name the block whose gradient is not finite."""
     for block, gradient in zip(columns.blocks, group, strict=True):
         if not bool(torch.isfinite(gradient).all()):
-            train = context.plan.train_samples
-            where = f"train sample {sample}" if sample < train else f"test sample {sample - train}"
             raise NonFiniteError(
-                f"the gradient of block {block or '(model)'!r} is NaN or infinite in {where} or just after it; "
+                f"the gradient of block {block or '(model)'!r} is NaN or infinite in "
+                f"{where(context.plan, Range(sample, sample + 1))}; "
                 "check that sample and the weights, or use precision='float64'"
             )
     return squared_norms(slab.astype(np.float64))
