@@ -108,11 +108,13 @@ class Measurement:
 
     Attributes:
         result: kernel and times.
+        cpu_seconds: processor time of all its threads, plan included.
         peak_bytes: highest resident memory of the process (VmHWM).
         load: load average of the machine over the last minute, before it started.
     """
 
     result: Result
+    cpu_seconds: float
     peak_bytes: int
     load: float
 
@@ -130,11 +132,11 @@ def measure(task: Task, folder: Path) -> None:
         compute = CONTENDERS[task.contender]
         if not task.smoke:
             compute(model, inputs[:1])
+        start = time.process_time()
         result = compute(model, inputs)
-        np.savez(
-            folder / f"{workload}.npz",
-            **{**asdict(result), "remark": np.array(result.remark), "peak_bytes": np.array(peak_resident_bytes())},
-        )
+        cpu_seconds = time.process_time() - start
+        figures = {**asdict(result), "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
+        np.savez(folder / f"{workload}.npz", **{name: np.asarray(value) for name, value in figures.items()})
 
 
 def peak_resident_bytes() -> int:
@@ -170,8 +172,8 @@ def measure_apart(task: Task) -> dict[str, Measurement]:
         for workload in task.workloads:
             with np.load(Path(folder) / f"{workload}.npz") as stored:
                 values = {name: stored[name] if name == "kernel" else stored[name].item() for name in stored.files}
-            peak = int(values.pop("peak_bytes"))
-            found[workload] = Measurement(Result(**values), peak, load)
+            cpu_seconds, peak_bytes = values.pop("cpu_seconds"), int(values.pop("peak_bytes"))
+            found[workload] = Measurement(Result(**values), cpu_seconds, peak_bytes, load)
         return found
 
 
@@ -266,7 +268,8 @@ def compare(workload: str, task: Task, measured: dict[str, Measurement]) -> Comp
         run_ratio=rows[-2].ratio,
         total_ratio=rows[-1].ratio,
         remarks=tuple(
-            f"{name}: {found.result.remark + '; ' if found.result.remark else ''}load before {found.load:.1f}"
+            f"{name}: {found.result.remark + '; ' if found.result.remark else ''}"
+            f"processor time {found.cpu_seconds:.1f} s, load before {found.load:.1f}"
             for name, found in measured.items()
         ),
     )

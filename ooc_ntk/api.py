@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
+from .compute.machine import peak_resident_bytes
 from .errors import BudgetError, InputError, OocNtkError, RunConflictError
 from .execution import calibration
 from .execution.audit import AUDITED_SAMPLES, Audit, audit
@@ -88,12 +90,16 @@ def _plan(
     out: Path,
     rates: MachineRates | None,
 ) -> Plan:
+    before = peak_resident_bytes()
     rates = rates or calibration.cached_rates(prepared.device)
     if not rates.measured:
         logger.info("first plan on this machine: calibrating for a few seconds")
         rates = calibration.calibrate(prepared.device, _existing(out))
     limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
-    return make_plan(measure(prepared, limits), limits, rates, preferences, prepared.digest)
+    workload = measure(prepared, limits)
+    after = peak_resident_bytes()
+    workload = replace(workload, planning_bytes=after if after > before else 0)
+    return make_plan(workload, limits, rates, preferences, prepared.digest)
 
 
 def run(

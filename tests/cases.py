@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -87,9 +87,7 @@ class TwoInputs(nn.Module):
 
 
 def smooth_mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 10))
 
 
 def relu_mlp() -> nn.Module:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 Function = Callable[[Tensor, Tensor | None], Tensor]
@@ -66,7 +66,9 @@ def jacobian(
     return torch.stack(rows).numpy()
 
 
-def kernel(rows: np.ndarray, train: int, kind: str = "trace", scale: str = "sum", normalize: str | None = None) -> np.ndarray:
+def kernel(
+    rows: np.ndarray, train: int, kind: str = "trace", scale: str = "sum", normalize: str | None = None
+) -> np.ndarray:
     """The kernel of all samples against the first ``train``, as DESIGN §2 defines it.
 
     Args:

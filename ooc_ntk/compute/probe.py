@@ -146,13 +146,12 @@ class Look:
     activation_bytes: int
 
 
-def look_at(function: ModelFunction, batch: ModelBatch, what: str = "train") -> Look:
+def look_at(function: ModelFunction, batch: ModelBatch) -> Look:
     """Run one sample forward, twice.
 
     Args:
         function: model, parameters and rows.
         batch: one sample.
-        what: which data set it is from, for messages.
 
     Returns:
         What was seen.
@@ -184,7 +183,7 @@ def look_at(function: ModelFunction, batch: ModelBatch, what: str = "train") -> 
         shapes = [f"{value.dtype} {tuple(value.shape)}" for value in batch.args]
         shapes += [f"{name}={value.dtype} {tuple(value.shape)}" for name, value in batch.kwargs.items()]
         raise InputError(
-            f"the model failed on the first {what} sample ({type(error).__name__}: {error}); it was called with "
+            f"the model failed on the first sample ({type(error).__name__}: {error}); it was called with "
             f"{', '.join(shapes)}; check that the data has the shape and dtype that the model takes"
         ) from error
     if not logits.requires_grad:

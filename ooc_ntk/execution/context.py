@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from ooc_ntk.inputs.samples import Samples, SampleSource
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.atomic import FileRecord, StagedFile
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.units import STORED_DTYPE
 
@@ -115,6 +115,7 @@ class RunContext:
         meter: peak memory since the run began.
         advance: called with (phase, amount) as work gets done: samples for ``rows``, tiles for ``kernel``.
         digests: known digests of sample ranges by row tile, from earlier passes and sessions.
+        records: committed files by path, kept up to date by the driver.
         tiles_only: keys of ``rows`` tasks that are finished but for their tiles, which were lost.
     """
 
@@ -127,6 +128,7 @@ class RunContext:
     meter: PeakMeter
     advance: Callable[[str, float], None]
     digests: dict[int, str]
+    records: Mapping[str, FileRecord]
     tiles_only: set[str] = field(default_factory=set)
     _accumulator: KernelAccumulator | None = None
     _phase: str = ""

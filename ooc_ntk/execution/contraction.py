@@ -11,7 +11,7 @@ from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile, read_into
+from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
 
 from .context import Outcome, RunContext
 from .prefetch import prefetched
@@ -101,12 +101,12 @@ def _stripes(array: TileArray) -> int:
 
 def _add_partial(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -> None:
     """Add the tile of the generation before, stripe by stripe."""
-    step = _stripes(array)
-    with (context.directory.root / path).open("rb") as file:
-        for start in range(0, tile.shape[0], step):
-            count = min(step, tile.shape[0] - start)
-            stripe = np.fromfile(file, dtype=array.dtype, count=count * array.chunks[1])
-            tile[start : start + count] += stripe.reshape(count, array.chunks[1])[:, : tile.shape[1]]
+    stripe = np.empty((_stripes(array), array.chunks[1]), dtype=array.dtype)
+    start = 0
+    for rows in read_stripes(context.directory.root, context.records[path], stripe):
+        count = max(0, min(len(rows), tile.shape[0] - start))
+        tile[start : start + count] += rows[:count, : tile.shape[1]]
+        start += len(rows)
 
 
 def _stage_tile(context: RunContext, task: Task, tile: np.ndarray) -> list[StagedFile]:
@@ -161,7 +161,8 @@ def _normalise(context: RunContext, task: Task, tile: np.ndarray) -> None:
     inverse = []
     for index, count in ((task.row, tile.shape[0]), (task.column, tile.shape[1])):
         values = np.empty(array.chunks, dtype="<f8")
-        read_into(context.directory.root / diagonal_path(array, plan, len(plan.passes) - 1, index), values)
+        path = diagonal_path(array, plan, len(plan.passes) - 1, index)
+        read_checked(context.directory.root, context.records[path], values)
         roots = np.sqrt(values[:count])
         inverse.append(np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0))
     tile *= inverse[0][:, None]

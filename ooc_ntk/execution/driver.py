@@ -163,29 +163,31 @@ def execute(
         records = manifest.files()
         store = MemoryStore(plan) if plan.layout.in_memory else DiskStore(plan, directory.root, records)
         digests = _known_digests(manifest.receipts().values())
-        remaining = remaining_tasks(plan, directory, manifest, store)
-        records.clear()
-        records.update(manifest.files())
+        remaining = remaining_tasks(plan, directory, manifest, store, records)
         if not remaining.tasks:
+            _sweep_away(directory)
             observer.begin(_totals(plan, remaining), remaining)
             return
         stop = threading.Event()
         meter = PeakMeter()
         context = RunContext(
-            plan, directory, function, reader, store, stop, meter, observer.advance, digests, remaining.again
+            plan, directory, function, reader, store, stop, meter, observer.advance, digests, records, remaining.again
         )
         _create_arrays(context, manifest)
         waits = remaining.waits(plan)
         observer.begin(_totals(plan, remaining), remaining)
 
         def commit(receipt: Receipt) -> None:
+            if receipt.key.startswith("release"):
+                # Forgotten before the release counts: a crash in between leaves the release to be done again.
+                manifest.forget_files(JACOBIAN)
             manifest.commit(receipt)
             records.update({record.path: record for record in receipt.files})
             directory.log_receipt(receipt)
             directory.drop_receipt(receipt.key)
             directory.delete(*receipt.replaces)
             if receipt.key.startswith("release"):
-                _release(directory, manifest, records)
+                _delete_spilled(directory, records)
             logger.debug("%s: %.2f s", receipt.key, receipt.seconds)
 
         def body(task: Task, *upstream: Receipt) -> Receipt:
@@ -193,8 +195,7 @@ def execute(
 
         with reproducible(plan), meter.watching(), _stop_on_interrupt(stop):
             executor(remaining.tasks, waits.__getitem__, body, commit)
-        directory.delete_folder("tiles")
-        directory.delete_folder("pending")
+        _sweep_away(directory)
     finally:
         manifest.close()
 
@@ -244,9 +245,14 @@ def _create_arrays(context: RunContext, manifest: Manifest) -> None:
         context.store.array.create()
 
 
-def _release(directory: RunDirectory, manifest: Manifest, records: dict[str, Any]) -> None:
-    """Forget and delete the spilled tiles of a finished pass."""
-    manifest.forget_files(JACOBIAN)
+def _sweep_away(directory: RunDirectory) -> None:
+    """Delete what only an unfinished run needs."""
+    for folder in ("tiles", "pending"):
+        directory.delete_folder(folder)
+
+
+def _delete_spilled(directory: RunDirectory, records: dict[str, Any]) -> None:
+    """Delete the spilled tiles of a finished pass."""
     for path in [path for path in records if path.startswith(JACOBIAN)]:
         del records[path]
     directory.delete_folder(JACOBIAN)

@@ -160,7 +160,10 @@ def measure(prepared: PreparedJob, limits: Limits) -> Workload:
     machine = free_host_bytes() if on_cpu else device_memory(prepared.device)[0]
     found = probe(prepared.function, fetch, train, free, machine, job.batch_size, blocks[0].parameters)
     if reader.test is not None:
-        look = look_at(prepared.function, fetch(1, train), "test")
+        try:
+            look = look_at(prepared.function, fetch(1, train))
+        except InputError as error:
+            raise InputError(f"test data: {error}") from error
         if look.outputs != found.outputs:
             raise InputError(
                 f"the model has {found.outputs} outputs for a train sample and {look.outputs} for a test sample; "

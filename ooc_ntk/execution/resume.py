@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task, dependencies, task_list
-from ooc_ntk.storage.atomic import checksum_file
+from ooc_ntk.storage.atomic import FileRecord, checksum_file
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest, Receipt
 
@@ -78,7 +78,9 @@ def _is_whole(directory: RunDirectory, receipt: Receipt) -> bool:
     return False
 
 
-def remaining_tasks(plan: Plan, directory: RunDirectory, manifest: Manifest, store: TileStore) -> Remaining:
+def remaining_tasks(
+    plan: Plan, directory: RunDirectory, manifest: Manifest, store: TileStore, records: dict[str, FileRecord]
+) -> Remaining:
     """Find what is left to do.
 
     Args:
@@ -86,6 +88,7 @@ def remaining_tasks(plan: Plan, directory: RunDirectory, manifest: Manifest, sto
         directory: the run directory, locked.
         manifest: its manifest.
         store: the tile store; tiles in memory are gone in a new process.
+        records: committed files by path, brought up to date here.
 
     Returns:
         The remaining tasks.
@@ -97,6 +100,8 @@ def remaining_tasks(plan: Plan, directory: RunDirectory, manifest: Manifest, sto
         logger.warning("%s %s; it will be computed again", directory.root / path, reason)
     undone = _undo(plan, damage.tasks)
     manifest.withdraw(undone)
+    records.clear()
+    records.update(manifest.files())
     finished = set(manifest.receipts())
     logger.info(
         "%d tasks finished, %d adopted, %d undone, %d files swept", len(finished), len(adopted), len(undone), swept

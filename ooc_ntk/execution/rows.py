@@ -18,7 +18,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile, read_into
+from ooc_ntk.storage.atomic import StagedFile, read_checked
 from ooc_ntk.units import item_bytes
 
 from .context import Outcome, RunContext
@@ -100,9 +100,10 @@ def _named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list
 def where(plan: Plan, samples: Range) -> str:
     """Name a range of samples as the user counts them: train and test each from 0."""
     train = plan.train_samples
-    if samples.start < train:
-        return f"train samples {samples}"
-    return f"test samples {Range(samples.start - train, samples.stop - train)}"
+    kind, shift = ("train", 0) if samples.start < train else ("test", train)
+    if len(samples) == 1:
+        return f"{kind} sample {samples.start - shift}"
+    return f"{kind} samples {Range(samples.start - shift, samples.stop - shift)}"
 
 
 def _store_group(
@@ -156,7 +157,7 @@ def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[
     if task.generation:
         before = np.empty(array.chunks, dtype="<f8")
         path = diagonal_path(array, plan, task.generation - 1, task.row)
-        read_into(context.directory.root / path, before)
+        read_checked(context.directory.root, context.records[path], before)
         values = values + before[: values.size]
         replaces = (path,)
     if task.generation == len(plan.passes) - 1:

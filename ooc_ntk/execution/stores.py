@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from ooc_ntk.compute.contract import TORCH_DTYPE
-from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.memory import STAGING_BYTES
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import FileRecord, StagedFile, checksum, read_into
+from ooc_ntk.storage.atomic import FileRecord, StagedFile, read_checked
 from ooc_ntk.units import STORED_DTYPE
 
 #: Name of the Zarr array that holds spilled Jacobian tiles: (samples, rows per sample, columns).
@@ -217,12 +216,7 @@ class DiskStore(TileStore):
         """See :meth:`TileStore.load`; every read is checked against its checksum."""
         if buffer is None:
             buffer = self.array.empty_chunk()
-        path = self.array.chunk_path((row, 0, span))
-        read_into(self._root / path, buffer)
-        if checksum(buffer) != self._records[path].crc32c:
-            raise StorageError(
-                f"tile {path} of {self._root} differs from its checksum; run again: it will be derived anew"
-            )
+        read_checked(self._root, self._records[self.array.chunk_path((row, 0, span))], buffer)
         return self._matrix(buffer, len(self.plan.sample_grid.rows(row)))
 
     def buffer(self) -> Matrix | None:

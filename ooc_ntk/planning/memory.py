@@ -162,6 +162,9 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     host.update(phase)
     variable = sum(host.values()) - workload.baseline_bytes
     host["libraries and allocator"] = LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
+    spent = workload.planning_bytes - sum(host.values())
+    if spent > 0:
+        host["calibration and probe, already spent"] = spent
     return MemoryNeed(host=host, device=device, disk=_disk_need(workload, layout))
 
 

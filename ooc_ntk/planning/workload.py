@@ -68,6 +68,7 @@ class Workload:
         blocks: the parameter blocks, in column order.
         sample_bytes: bytes of one sample's inputs and target.
         baseline_bytes: resident memory of the process with model and libraries loaded, before any task.
+        planning_bytes: resident memory that calibration and probe reached, 0 if they stayed below an earlier peak.
         model_bytes: bytes of the model's parameters and buffers on the device.
         derivation: how rows are derived and what it costs.
         precision: ``float32``, ``tf32`` or ``float64``.
@@ -100,6 +101,7 @@ class Workload:
     cancelling: bool = False
     threads: int = 1
     seed: int = 0
+    planning_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

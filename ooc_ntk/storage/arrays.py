@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from ooc_ntk.errors import StorageError
 
+from .atomic import storage_error
+
 
 @dataclass(frozen=True)
 class TileArray:
@@ -48,6 +50,12 @@ class TileArray:
                     f"expected {self.shape} in {self.chunks} ({self.dtype}); use another run directory"
                 )
             return
+        try:
+            self._write_metadata(attributes or {})
+        except OSError as error:
+            raise storage_error("creating", folder, error) from error
+
+    def _write_metadata(self, attributes: Mapping[str, Any]) -> None:
         zarr.create_array(
             store=zarr.storage.LocalStore(self.root),
             name=self.name,
@@ -57,7 +65,7 @@ class TileArray:
             fill_value=float("nan"),
             compressors=None,
             filters=None,
-            attributes=dict(attributes or {}),
+            attributes=dict(attributes),
             config={"write_empty_chunks": True},
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,34 +158,49 @@ def write_whole(root: Path, path: str, data: bytes) -> FileRecord:
     return record
 
 
-def read_into(path: Path, buffer: NDArray[np.generic]) -> None:
-    """Fill a C-contiguous buffer with a whole file.
+def read_stripes(root: Path, record: FileRecord, stripe: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
+    """Read a committed file front to back through one buffer, and check it at the end.
+
+    Args:
+        root: run directory.
+        record: the file as it was committed.
+        stripe: (rows, columns) buffer, overwritten by every stripe.
+
+    Yields:
+        The rows read, a view of ``stripe``; the last one may be shorter.
 
     Raises:
-        StorageError: if the file is missing or has another size.
+        StorageError: if the file is missing or is not what was committed. What was yielded must then be dropped.
     """
-    view = raw_bytes(buffer).data
+    path, crc, done = root / record.path, 0, 0
     try:
         with path.open("rb", buffering=0) as file:
-            done = 0
-            while done < buffer.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise StorageError(f"tile {path} is truncated: {done:,} of {buffer.nbytes:,} bytes are there")
+            while done < record.size:
+                wanted = raw_bytes(stripe)[: record.size - done]
+                count = 0
+                while count < wanted.size and (more := file.readinto(wanted[count:].data)):
+                    count += more
+                if count < wanted.size:
+                    break
+                crc = google_crc32c.extend(crc, wanted)
                 done += count
-            if file.read(1):
-                raise StorageError(f"tile {path} is longer than its {buffer.nbytes:,} bytes")
+                yield stripe[: count // (stripe.shape[1] * stripe.itemsize)]
     except FileNotFoundError as error:
-        raise StorageError(f"tile {path} is missing") from error
-    except StorageError:
-        raise
+        raise StorageError(f"{path} is missing; run again: it will be computed anew") from error
     except OSError as error:
         raise storage_error("reading", path, error) from error
+    if done != record.size or crc != record.crc32c:
+        raise StorageError(f"{path} is not what was committed; run again: it will be computed anew")
 
 
-def checksum(data: NDArray[np.generic]) -> int:
-    """CRC-32C of the bytes of a C-contiguous array."""
-    return int(google_crc32c.value(raw_bytes(data)))
+def read_checked(root: Path, record: FileRecord, buffer: NDArray[np.generic]) -> None:
+    """Fill a C-contiguous buffer with a committed file.
+
+    Raises:
+        StorageError: if the file is missing or is not what was committed.
+    """
+    for _ in read_stripes(root, record, buffer.reshape(1, -1)):
+        pass
 
 
 def checksum_file(path: Path) -> int:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from ooc_ntk.errors import RunConflictError, RunLockedError, StorageError
 
-from .atomic import TEMPORARY, FileRecord, storage_error, write_whole
+from .atomic import TEMPORARY, storage_error, write_whole
 from .manifest import Receipt
 
 
@@ -64,8 +64,13 @@ class RunDirectory:
             names = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
         except OSError as error:
             raise storage_error("reading", self.root, error) from error
-        if names - {"lock"} and not self.holds_run and "manifest" not in names:
-            some = ", ".join(sorted(names)[:3])
+        if not names or self.holds_run or "manifest" in names:
+            return
+        # A run that was killed while it was made: the lock comes first, and only these files before the plan.
+        begun = {"lock", "weights.safetensors", "job.toml"}
+        others = sorted(name for name in names - begun if TEMPORARY not in name and not name.startswith("manifest"))
+        if others or "lock" not in names:
+            some = ", ".join(others[:3] or sorted(names)[:3])
             raise RunConflictError(
                 f"{self.root} holds other files ({some}) and no run; choose an empty folder as --out"
             )
@@ -153,12 +158,6 @@ class RunDirectory:
             with suppress(OSError):
                 total += path.stat().st_size if path.is_file() else 0
         return total
-
-    def matches(self, record: FileRecord, crc: int) -> bool:
-        """Whether a file has the recorded size and checksum ``crc`` was computed from it."""
-        with suppress(OSError):
-            return (self.root / record.path).stat().st_size == record.size and crc == record.crc32c
-        return False
 
 
 def free_disk_bytes(path: Path) -> int:

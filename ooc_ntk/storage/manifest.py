@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -14,7 +15,7 @@ from typing import Any, Final
 
 from ooc_ntk.errors import StorageError
 
-from .atomic import FileRecord, checksum_file
+from .atomic import FileRecord, checksum_file, storage_error
 
 #: Version of the manifest's tables.
 MANIFEST_VERSION: Final = 1
@@ -153,7 +154,8 @@ class Manifest:
         try:
             yield
         except BaseException:
-            self._database.execute("ROLLBACK")
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
 
@@ -186,9 +188,15 @@ class Manifest:
                     ],
                 )
         except (sqlite3.Error, OSError) as error:
-            raise StorageError(
-                f"cannot write the manifest in {self._root}: {error}; finished tiles are kept, run again"
-            ) from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: sqlite3.Error | OSError) -> StorageError:
+        """Say that the database could not be written, and when the disk is full what to do."""
+        if isinstance(error, OSError):
+            return storage_error("writing", self._root / "manifest", error)
+        if "full" in str(error):
+            return storage_error("writing", self._root / "manifest", OSError(errno.ENOSPC, str(error)))
+        return StorageError(f"cannot write the manifest in {self._root}: {error}; finished tiles are kept, run again")
 
     def withdraw(self, keys: Iterable[str]) -> None:
         """Forget that tasks are finished, with their files."""

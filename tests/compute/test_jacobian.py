@@ -122,8 +122,10 @@ def test_the_users_model_and_settings_stay_as_they_are(surrounding, method):
 
 
 def test_the_fused_path_is_switched_back_on():
-    with pytest.raises(ZeroDivisionError), plain_layers():
+    with plain_layers():
         assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(ZeroDivisionError), plain_layers():
         raise ZeroDivisionError
     assert torch.backends.mha.get_fastpath_enabled()
 

@@ -120,8 +120,10 @@ def test_resident_and_peak_bytes():
 
 def test_threads_are_limited_and_set_back():
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), machine.limited_threads(1):
+    with machine.limited_threads(1):
         assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError), machine.limited_threads(1):
         raise ZeroDivisionError
     assert torch.get_num_threads() == before
 

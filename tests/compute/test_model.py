@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import nn
 
 from ooc_ntk.compute.model import (
@@ -124,7 +124,10 @@ class TestMode:
     @pytest.mark.parametrize(
         ("module", "message"),
         [
-            (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), r"1 \(BatchNorm1d\) is in training mode.*model.eval\(\)"),
+            (
+                nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
+                r"1 \(BatchNorm1d\) is in training mode.*model.eval\(\)",
+            ),
             (nn.Sequential(nn.Dropout(0.1)), r"0 \(Dropout\) drops at random.*p = 0.1.*model.eval\(\)"),
             (nn.Sequential(nn.Dropout2d(0.5)), "drops at random"),
             (nn.TransformerEncoderLayer(8, 2, 8, dropout=0.1), "drops at random"),

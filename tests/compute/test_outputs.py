@@ -109,7 +109,11 @@ def test_logits_are_flattened_to_a_row_per_sample():
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [((torch.ones(2),), "returned a tuple"), ({"scores": 1}, "returned a dict"), (torch.ones(2, 3).long(), "torch.int64")],
+    [
+        ((torch.ones(2),), "returned a tuple"),
+        ({"scores": 1}, "returned a dict"),
+        (torch.ones(2, 3).long(), "torch.int64"),
+    ],
 )
 def test_what_is_no_output(output, message):
     with pytest.raises(InputError, match=message):

@@ -1,6 +1,6 @@
 """Child of test_memory.py: plans and runs one job under a host budget and prints what it promised and what it took.
 
-Run as ``python memory_child.py CASE BUDGET OUT``; the last line of standard output is JSON.
+Run as ``python memory_child.py CASE DATAFLOW BUDGET OUT``; the last line of standard output is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def images(count: int, features: int, seed: int = 0) -> torch.Tensor:
 
 
 def make_job(case: str) -> ooc_ntk.Job:
-    """Jobs whose Jacobian (``jacobian``, ``full``) or kernel (``kernel``) is several times the budget."""
+    """Jobs whose Jacobian (``jacobian-SAMPLES``, ``full``) or kernel (``kernel``) is several times the budget."""
     if case == "kernel":
         torch.manual_seed(0)
         return ooc_ntk.Job(model=nn.Linear(6, 1), train=images(17_000, 6), device="cpu")
@@ -40,7 +40,8 @@ def make_job(case: str) -> ooc_ntk.Job:
     if case == "full":
         return ooc_ntk.Job(model=mlp(64, 512, 10), train=images(150, 64), test=images(10, 64, 1), kernel="full",
                            device="cpu")
-    return ooc_ntk.Job(model=mlp(64, 512, 10), train=images(170, 64), device="cpu")
+    samples = int(case.removeprefix("jacobian-"))
+    return ooc_ntk.Job(model=mlp(64, 512, 10), train=images(samples, 64), device="cpu")
 
 
 def high_water() -> int:
@@ -52,8 +53,8 @@ def high_water() -> int:
 
 def main(case: str, dataflow: str, budget: str, out: str) -> None:
     preferences = ooc_ntk.Preferences(dataflow=None if dataflow == "any" else dataflow)
-    if case in ("jacobian", "full"):  # few large products: what is measured here is memory, not the choice of tiles
-        preferences = replace(preferences, tile_samples=85, span_columns=6_553)
+    if case not in ("kernel", "tiny"):  # few large products: what is measured here is memory, not the choice of tiles
+        preferences = replace(preferences, tile_samples=80, span_columns=6_553)
     job = make_job(case)
     limit = ooc_ntk.Budget(host=budget)
     plan = ooc_ntk.plan(job, limit, preferences=preferences, out=Path(out).parent)

@@ -45,7 +45,9 @@ def test_the_square_alone(name, compute):
     assert np.array_equal(entries, entries.T)
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "full") for name in NAMES), *(("attention", k) for k in KINDS[:3])])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "full") for name in NAMES), *(("attention", k) for k in KINDS[:3])]
+)
 def test_float64(name, kind, compute):
     found = compute(case(name).job(kernel=kind, precision="float64"), tile_samples=9)
     assert found.dtype == np.float64
@@ -91,7 +93,10 @@ def test_mean_divides_by_the_outputs(kind, compute):
 
 @pytest.mark.parametrize(
     ("kind", "preferences"),
-    [*((kind, {"tile_samples": 10}) for kind in KINDS), ("trace", {"dataflow": "recompute", "passes": 3, "tile_samples": 10})],
+    [
+        *((kind, {"tile_samples": 10}) for kind in KINDS),
+        ("trace", {"dataflow": "recompute", "passes": 3, "tile_samples": 10}),
+    ],
 )
 def test_cosine(kind, preferences, compute):
     found = compute(case("smooth-mlp").job(kernel=kind, normalize="cosine", scale="mean"), **preferences)
@@ -212,7 +217,7 @@ def _resident(kind, compute):
 LAYOUTS = {
     "resident, one tile": {"dataflow": "resident", "tile_samples": 64},
     "resident, straddling": {"dataflow": "resident", "tile_samples": 10, "span_columns": 333},
-    "resident, two by two": {"dataflow": "resident", "tile_samples": 2, "span_columns": 2000},
+    "resident, four by four": {"dataflow": "resident", "tile_samples": 4, "span_columns": 2000},
     "spill, even": {"dataflow": "spill", "tile_samples": 13, "span_columns": 512},
     "spill, straddling": {"dataflow": "spill", "tile_samples": 7, "span_columns": 500},
     "spill, wide": {"dataflow": "spill", "tile_samples": 32, "span_columns": 10**6},

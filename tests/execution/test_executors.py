@@ -116,7 +116,11 @@ def test_both_executors_write_the_same_bits(dataflow, compute):
     assert len({run.plan.digest for run in runs}) == 1
     for array in ("kernel.zarr/c", "diagonal/c"):
         files = [
-            {path.relative_to(run.path).as_posix(): path.read_bytes() for path in (run.path / array).rglob("*") if path.is_file()}
+            {
+                path.relative_to(run.path).as_posix(): path.read_bytes()
+                for path in (run.path / array).rglob("*")
+                if path.is_file()
+            }
             for run in runs
         ]
         assert files[0], array

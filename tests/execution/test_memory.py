@@ -30,11 +30,11 @@ def cache(tmp_path_factory):
     return folder
 
 
-def measure(case: str, dataflow: str, budget: str, out: Path, cache: Path) -> dict:
+def measure(case: str, dataflow: str, budget: str, out: Path, cache: Path, **environment: str) -> dict:
     """Run the child and print what it found, so that ``pytest -s`` and a failure show the figures."""
     done = subprocess.run(
         [sys.executable, str(CHILD), case, dataflow, budget, str(out)],
-        capture_output=True, text=True, timeout=500, env={**os.environ, "OOC_NTK_CACHE": str(cache)}, check=False,
+        capture_output=True, text=True, timeout=500, env={**os.environ, "OOC_NTK_CACHE": str(cache), **environment}, check=False,
     )
     assert done.returncode == 0, done.stderr
     print(done.stderr)
@@ -60,9 +60,12 @@ def check_promises(found: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dataflow", "passes"), [("spill", 1), ("recompute", 3)])
-def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(tmp_path, cache, dataflow, passes):
-    found = measure("jacobian", dataflow, "600MiB", tmp_path / "run", cache)
+@pytest.mark.parametrize(("dataflow", "samples", "budget", "passes"), [("spill", 140, "510MiB", 1), ("recompute", 160, "600MiB", 3)])
+def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(
+    tmp_path, cache, dataflow, samples, budget, passes
+):
+    # One thread: where others use the machine too, BLAS threads spend most of the time waiting for each other.
+    found = measure(f"jacobian-{samples}", dataflow, budget, tmp_path / "run", cache, OMP_NUM_THREADS="1")
     assert 3 * found["budget"] <= found["jacobian"] <= 10 * found["budget"]
     assert found["dataflow"] == dataflow
     assert found["passes"] >= passes

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import ooc_ntk
-from ooc_ntk.errors import DataChangedError, OocNtkError
+from ooc_ntk.errors import DataChangedError, IncompleteRunError, OocNtkError, RunLockedError
 from ooc_ntk.execution import calibration, driver, prepare
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
@@ -52,6 +54,17 @@ def _cached_rates(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder in memory where there is one: a run syncs hundreds of times, and here no power is lost."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="ooc-ntk-") as folder:
+        yield Path(folder)
+
+
 def make_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
@@ -66,8 +79,9 @@ def make_job(**changes) -> ooc_ntk.Job:
     return ooc_ntk.Job(**{**given, **changes})
 
 
-def make_plan(dataflow: str, job: ooc_ntk.Job | None = None) -> ooc_ntk.Plan:
-    return ooc_ntk.plan(job or make_job(), BUDGET, preferences=DATAFLOWS[dataflow], rates=UNCALIBRATED)
+@functools.cache
+def make_plan(dataflow: str) -> ooc_ntk.Plan:
+    return ooc_ntk.plan(make_job(), BUDGET, preferences=DATAFLOWS[dataflow], rates=UNCALIBRATED)
 
 
 def run(out: Path, plan: ooc_ntk.Plan | None = None, job: ooc_ntk.Job | None = None, progress=False, **more):
@@ -78,12 +92,12 @@ _expected: dict[str, tuple[bytes, bytes]] = {}
 
 
 @pytest.fixture
-def expected(tmp_path_factory) -> Callable[[str], tuple[bytes, bytes]]:
+def expected(tmp_path) -> Callable[[str], tuple[bytes, bytes]]:
     """Bits of kernel and diagonal of an undisturbed run of a dataflow, by the other executor."""
 
     def of(dataflow: str) -> tuple[bytes, bytes]:
         if dataflow not in _expected:
-            out = tmp_path_factory.mktemp("reference") / "run"
+            out = tmp_path / "reference"
             _expected[dataflow] = bits(ooc_ntk.run(make_job(), out, plan=make_plan(dataflow), progress=False))
         return _expected[dataflow]
 
@@ -222,8 +236,9 @@ def test_explicit_smaller_budget_is_refused_and_a_larger_one_is_taken(tmp_path, 
 def test_a_finished_run_again_does_nothing(tmp_path, expected, dataflow):
     out = tmp_path / "run"
     run(out, make_plan(dataflow))
+    wanted = expected(dataflow)
     with unchanged(out), watching() as (watch, observer):
-        assert bits(run(out, progress=observer)) == expected(dataflow)
+        assert bits(run(out, progress=observer)) == wanted
     assert watch.performed == ()
     assert watch.remaining.tasks == []
 
@@ -290,7 +305,7 @@ def test_a_kill_in_the_middle_of_a_manifest_commit_is_rolled_back(tmp_path, expe
     out = tmp_path / "run"
     with crash_at_commit("kernel-0-3-1", before=False):
         run(out, make_plan("spill"))
-    tasks = len(committed(out))
+    before = committed(out)
     # A process that dies while SQLite writes a transaction leaves a hot journal, here made sure of by a tiny cache.
     code = (
         "import os, sqlite3, sys\n"
@@ -302,11 +317,18 @@ def test_a_kill_in_the_middle_of_a_manifest_commit_is_rolled_back(tmp_path, expe
     )
     assert subprocess.run([sys.executable, "-c", code, str(out / "manifest")], check=False).returncode == 9
     assert (out / "manifest-journal").stat().st_size > 512
-    saved = tmp_path / "saved"
-    shutil.copytree(out, saved)
-    assert ooc_ntk.info(saved).kernel_tiles_done == sum(key.startswith("kernel") for key in committed(out))
-    assert bits(run(out)) == expected("spill")
-    assert tasks < len(committed(out))
+    # Whoever opens the manifest first has to roll back: each verb gets a copy of its own.
+    for name, verb in {"info": ooc_ntk.info, "open": ooc_ntk.open}.items():
+        shutil.copytree(out, tmp_path / name)
+        if name == "info":
+            assert verb(tmp_path / name).kernel_tiles_done == sum(key.startswith("kernel") for key in before)
+        else:
+            with pytest.raises(IncompleteRunError):
+                verb(tmp_path / name)
+    with watching() as (watch, observer):
+        kernel = run(out, progress=observer)
+    assert not set(before) & set(watch.performed)
+    assert bits(kernel) == expected("spill")
 
 
 def committed(out: Path) -> dict[str, float]:
@@ -514,8 +536,6 @@ def test_a_run_under_way_locks_the_directory(tmp_path, expected):
     with crash_at_commit("kernel-0-3-1", before=False):
         run(out, make_plan("spill"))
     with RunDirectory(out).locked(), unchanged(out):
-        from ooc_ntk.errors import RunLockedError
-
         with pytest.raises(RunLockedError, match=rf"process {os.getpid()}\b.*--out"):
             run(out)
     assert bits(run(out)) == expected("spill")
@@ -595,8 +615,10 @@ def test_data_that_changed_between_kill_and_resume_are_caught(tmp_path, dataflow
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataflow", ["spill", "recompute"])
-@pytest.mark.parametrize("writes", [0, 3, 23, 61, 97, 140])
+@pytest.mark.parametrize(
+    ("dataflow", "writes"),
+    [("spill", 0), ("spill", 3), ("spill", 23), ("spill", 97), ("recompute", 61), ("recompute", 140)],
+)
 def test_a_write_that_fails_for_lack_of_space_stops_a_run_that_can_go_on(
     tmp_path, monkeypatch, expected, dataflow, writes
 ):
@@ -615,8 +637,9 @@ def test_a_write_that_fails_for_lack_of_space_stops_a_run_that_can_go_on(
             run(out, plan)
     before = committed(out) if (out / "plan.json").exists() else {}
     assert list(out.rglob("*.tmp*")) == []
+    wanted = expected(dataflow)
     with watching() as (watch, observer):
-        assert bits(run(out, plan, progress=observer)) == expected(dataflow)
+        assert bits(run(out, plan, progress=observer)) == wanted
     assert not [key for key in watch.performed if key.startswith("kernel") and key in before]
     assert ooc_ntk.verify(out, make_job()).passed
 
@@ -649,7 +672,7 @@ def fill(folder: Path, left: int) -> None:
         file.truncate(max(0, file.tell() - left))
 
 
-@pytest.mark.parametrize("left", [0, 8192, 40_960, 122_880])
+@pytest.mark.parametrize("left", [0, 8192, 40_960])
 @pytest.mark.parametrize("moment", ["before-the-arrays", "before-the-tasks"])
 @pytest.mark.parametrize("dataflow", ["spill", "recompute"])
 def test_a_disk_that_is_really_full_stops_a_run_that_can_go_on(

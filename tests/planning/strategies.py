@@ -94,7 +94,9 @@ def limits_around(draw, workload):
     jacobian, kernel = workload.jacobian_bytes, workload.kernel_bytes
     host = workload.baseline_bytes + draw(st.sampled_from([0, 60, 80, 200])) * MIB + int(share * jacobian)
     disk = draw(st.sampled_from([1, 3, 2**24])) * MIB + int(draw(st.sampled_from([0.5, 1.5, 4.0])) * kernel)
-    device = workload.model_bytes + int(draw(st.sampled_from([0.0, 0.1, 1.0, 10.0])) * jacobian) + draw(
-        st.sampled_from([0, 100])
-    ) * MIB
+    device = (
+        workload.model_bytes
+        + int(draw(st.sampled_from([0.0, 0.1, 1.0, 10.0])) * jacobian)
+        + draw(st.sampled_from([0, 100])) * MIB
+    )
     return Limits(host=host, device=device, disk=disk)

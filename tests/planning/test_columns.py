@@ -7,14 +7,11 @@ from hypothesis import strategies as st
 from ooc_ntk.planning.columns import pass_columns
 from ooc_ntk.planning.planner import Preferences, make_plan
 from ooc_ntk.planning.rates import UNCALIBRATED
-
 from tests.planning.strategies import ample, blocks_of, sizes_of, small_workload
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), span=st.integers(1, 40), passes=st.integers(1, 6)
-)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), span=st.integers(1, 40), passes=st.integers(1, 6))
 def test_pieces_cover_every_column_once_and_in_order(sizes, span, passes):
     workload = small_workload(blocks=blocks_of(sizes), train_samples=3)
     spans = -(-workload.columns // min(span, workload.columns))

@@ -12,7 +12,6 @@ from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
 from ooc_ntk.planning.tiles import ColumnGrid, Range
 from ooc_ntk.planning.workload import contraction_flops
-
 from tests.planning.strategies import small_workload
 
 
@@ -63,7 +62,7 @@ def test_bytes_of_a_spill_layout():
     cost = price(job, layout, UNCALIBRATED, limit)
     panel = 40 * 3 * 60 * 4  # one row tile, its last span padded
     tile = 40 * 40 * 4
-    # Tiles (0,0) (1,1) (2,2) read one panel, (1,0) (2,0) (2,1) two; all three of these are mirrored (80..100 are train).
+    # Tiles (0,0) (1,1) (2,2) read one panel, (1,0) (2,0) (2,1) two; these three are mirrored (80..100 are train).
     assert cost.bytes_read == (3 + 6) * panel
     assert cost.bytes_written == 3 * panel + 3 * tile + 3 * 2 * tile
     assert cost.io_ratio == pytest.approx((cost.bytes_read + 120 * 100 * 4) / lower_bound_bytes(job, 2**20))
@@ -117,7 +116,9 @@ class TestRates:
             MachineRates.from_json(text)
 
     def test_rates_grow_with_the_edge(self):
-        seconds = [UNCALIBRATED.gemm_seconds(edge, edge, 1000, "float32") / edge**2 for edge in (1, 8, 32, 90, 512, 9999)]
+        seconds = [
+            UNCALIBRATED.gemm_seconds(edge, edge, 1000, "float32") / edge**2 for edge in (1, 8, 32, 90, 512, 9999)
+        ]
         assert seconds == sorted(seconds, reverse=True)
         assert seconds[-1] == pytest.approx(2 * 1000 / 5e10)
 

@@ -17,7 +17,6 @@ from ooc_ntk.planning.memory import (
     store_bytes,
 )
 from ooc_ntk.planning.tiles import ColumnGrid, Range
-
 from tests.planning.strategies import MIB, small_workload, workloads
 
 

@@ -9,7 +9,6 @@ from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import PLAN_FORMAT, Plan
 from ooc_ntk.planning.planner import Preferences, make_plan
 from ooc_ntk.planning.rates import UNCALIBRATED
-
 from tests.planning.strategies import ample, small_workload
 
 

@@ -1,0 +1,126 @@
+"""Files are whole or not there."""
+
+import errno
+import os
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from ooc_ntk.errors import StorageError
+from ooc_ntk.storage import atomic
+from ooc_ntk.storage.atomic import FileRecord, StagedFile, checksum, checksum_file, read_into, write_whole
+
+DATA = np.arange(1000, dtype="<f4")
+CRC = google_crc32c.value(DATA.tobytes())
+
+
+def names(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_nothing_is_there_before_it_is_published(tmp_path):
+    file = StagedFile(tmp_path, "a/b/tile")
+    file.append(DATA[:300])
+    file.append(DATA[300:].reshape(70, 10))
+    final = tmp_path / "a/b/tile"
+    assert not final.exists()
+    record = file.seal()
+    assert not final.exists()
+    assert record == FileRecord("a/b/tile", 4000, CRC)
+    file.publish()
+    assert final.read_bytes() == DATA.tobytes()
+    assert names(tmp_path) == ["tile"]
+    file.discard()
+    assert names(tmp_path) == ["tile"], "discarding what was published deletes nothing"
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_discarding_leaves_nothing_and_keeps_what_was_there(sealed, tmp_path):
+    (tmp_path / "tile").write_text("before")
+    file = StagedFile(tmp_path, "tile")
+    file.append(DATA)
+    if sealed:
+        file.seal()
+    file.discard()
+    file.discard()
+    assert names(tmp_path) == ["tile"]
+    assert (tmp_path / "tile").read_text() == "before"
+
+
+def test_publishing_replaces(tmp_path):
+    (tmp_path / "tile").write_text("before")
+    write_whole(tmp_path, "tile", b"after")
+    assert (tmp_path / "tile").read_text() == "after"
+
+
+def test_two_writers_of_one_tile_do_not_mix(tmp_path):
+    first, second = StagedFile(tmp_path, "tile"), StagedFile(tmp_path, "tile")
+    first.append(DATA)
+    second.append(DATA[::-1].copy())
+    for file in (first, second):
+        file.seal()
+        file.publish()
+    assert (tmp_path / "tile").read_bytes() == DATA[::-1].tobytes()
+    assert names(tmp_path) == ["tile"]
+
+
+def test_short_writes_go_on(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(atomic.os, "write", lambda descriptor, view: write(descriptor, view[:7]))
+    file = StagedFile(tmp_path, "tile")
+    file.append(DATA)
+    assert file.seal().size == 4000
+    file.publish()
+    assert (tmp_path / "tile").read_bytes() == DATA.tobytes()
+
+
+@pytest.mark.parametrize("operation", ["write", "fsync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_so_and_nothing_is_left(operation, number, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(atomic.os, operation, fail)
+    with pytest.raises(StorageError, match=r"the disk is full.*run the same command"):
+        write_whole(tmp_path, "tile", b"some bytes")
+    assert names(tmp_path) == []
+
+
+def test_another_failure_keeps_its_reason(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"creating .*tile failed: Not a directory|File exists"):
+        StagedFile(tmp_path, "file/tile")
+
+
+def test_reading_back(tmp_path):
+    write_whole(tmp_path, "tile", DATA.tobytes())
+    buffer = np.empty((10, 100), "<f4")
+    read_into(tmp_path / "tile", buffer)
+    assert np.array_equal(buffer.reshape(-1), DATA)
+    assert checksum(buffer) == checksum_file(tmp_path / "tile") == CRC
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(3999, r"truncated: 3,999 of 4,000 bytes"), (0, "truncated: 0 of"), (4001, "longer than its 4,000 bytes")],
+)
+def test_a_tile_of_another_size(size, message, tmp_path):
+    (tmp_path / "tile").write_bytes(bytes(size))
+    with pytest.raises(StorageError, match=message):
+        read_into(tmp_path / "tile", np.empty(1000, "<f4"))
+
+
+def test_a_missing_tile(tmp_path):
+    with pytest.raises(StorageError, match=r"tile .*gone is missing"):
+        read_into(tmp_path / "gone", np.empty(3))
+
+
+def test_the_checksum_covers_every_byte(tmp_path):
+    large = np.random.default_rng(0).integers(0, 256, 2**22 + 5, np.uint8)
+    large.tofile(tmp_path / "tile")
+    before = checksum_file(tmp_path / "tile")
+    assert before == checksum(large)
+    large[-1] ^= 1
+    large.tofile(tmp_path / "tile")
+    assert checksum_file(tmp_path / "tile") != before
