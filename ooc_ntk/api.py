@@ -19,8 +19,10 @@ from .execution.executors import executor_named
 from .execution.prepare import PreparedJob, available_resources, measure, prepare, resolved_device
 from .execution.progress import TerminalProgress
 from .execution.status import RunInfo, run_info
-from .inputs.job import LIVE, Job
+from .inputs.callables import absolute_callable, is_callable_spec
+from .inputs.job import LIVE, OUTPUTS, Job
 from .inputs.jobfile import format_toml, read_job_file
+from .inputs.specs import absolute_spec
 from .inputs.weights import save_weights
 from .planning.budget import Budget
 from .planning.plan import Plan
@@ -274,9 +276,23 @@ def describe_job(
         stored = read_job_file(RunDirectory(run).job_path).arguments()
         if "model" in given and "weights" not in given and stored.get("model") != LIVE:
             stored.pop("weights", None)
+    given = _absolute(given)
     wanted = {"host": host, "device": device_memory, "disk": disk}
     sizes.update({name: size for name, size in wanted.items() if size is not None})
     return Job.from_spec({**stored, **given}), Budget(**sizes)
+
+
+def _absolute(given: Mapping[str, object]) -> dict[str, object]:
+    """Arguments given by hand, with paths relative to the current folder and not to a job file's."""
+    found = dict(given)
+    for name, value in given.items():
+        if name in ("train", "test") and isinstance(value, str):
+            found[name] = absolute_spec(value, None, name)
+        elif (name == "model" or (name == "outputs" and value not in OUTPUTS)) and isinstance(value, str):
+            found[name] = absolute_callable(value, None, name) if is_callable_spec(value) else value
+        elif name == "weights" and isinstance(value, str | Path):
+            found[name] = Path(value).expanduser().absolute()
+    return found
 
 
 def calibrate(device: str | None = None, disk: str | Path = ".") -> MachineRates:

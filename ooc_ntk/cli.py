@@ -399,6 +399,7 @@ def verify(
         from .report.tables import audit_table
 
         job = None
+        api.open(run)
         if samples:
             job, _ = _job(None, run, model=model, weights=weights, train=train, test=test, outputs=outputs)
         with _status("verifying"):

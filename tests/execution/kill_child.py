@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import ooc_ntk
+from ooc_ntk.errors import RunInterrupted
 
 #: Exit code of a run that was asked to stop.
 INTERRUPTED = 130
@@ -46,7 +47,7 @@ def main(out: str, plan: str, scheduler: str) -> int:
     stored = None if (Path(out) / "plan.json").exists() else ooc_ntk.Plan.load(plan)
     try:
         ooc_ntk.run(job, out, plan=stored, scheduler=scheduler, progress=False)
-    except ooc_ntk.RunInterrupted as error:
+    except RunInterrupted as error:
         print(error)
         return INTERRUPTED
     return 0

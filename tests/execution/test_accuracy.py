@@ -37,7 +37,7 @@ def test_logits(name, kind, compute):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_square_alone(name, compute):
-    found = compute(case(name).job(test=False))
+    found = compute(case(name).job(test=False), tile_samples=10)
     assert found.shape == (TRAIN, TRAIN)
     wanted = oracle.kernel(oracle.case_jacobian(name)[:TRAIN], TRAIN)
     assert oracle.error(found, wanted) <= case(name).bound

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -20,6 +21,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import ooc_ntk
+from ooc_ntk.errors import RunLockedError
 from ooc_ntk.planning.rates import UNCALIBRATED
 
 CHILD = Path(__file__).with_name("kill_child.py")
@@ -100,13 +102,12 @@ def committed(out: Path) -> dict[str, float]:
             database.close()
 
 
-def wait_for(child: subprocess.Popen, out: Path, tasks: int) -> int:
-    """Wait until ``tasks`` tasks were committed since the run directory was made; returns how many there are."""
-    log, deadline = out / "receipts.jsonl", time.monotonic() + PATIENCE
+def wait_for(child: subprocess.Popen, out: Path, tasks: int) -> None:
+    """Wait until ``tasks`` different tasks were committed since the run directory was made."""
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        done = log.read_bytes().count(b"\n") if log.exists() else 0
-        if done >= tasks:
-            return done
+        if tasks_logged(out) >= tasks:
+            return
         assert child.poll() is None, f"the child ended early:\n{out.with_suffix('.log').read_text()}"
         time.sleep(0.002)
     raise AssertionError(f"no {tasks} tasks after {PATIENCE} s")
@@ -117,9 +118,10 @@ def finish(out: Path, plan: Path, scheduler: str) -> None:
     assert child.wait(PATIENCE) == 0, out.with_suffix(".log").read_text()
 
 
-def lines(out: Path) -> int:
+def tasks_logged(out: Path) -> int:
+    """Different tasks in the log of receipts, which is cheaper to poll than the manifest; rows may be derived again."""
     log = out / "receipts.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    return len(set(re.findall(rb'"key": "([^"]*)"', log.read_bytes()))) if log.exists() else 0
 
 
 def leftovers(out: Path) -> list[str]:
@@ -132,10 +134,9 @@ def leftovers(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("dataflow", "scheduler", "other", "kills"),
     [
-        ("spill", "threads", "serial", 3),
+        ("spill", "serial", "threads", 3),
         ("recompute", "threads", "serial", 3),
-        ("recompute", "serial", "threads", 2),
-        ("resident", "serial", "threads", 2),
+        ("resident", "threads", "serial", 2),
     ],
 )
 def test_sigkill_at_random_moments_gives_the_same_bits(folder, tmp_path, dataflow, scheduler, other, kills):
@@ -151,7 +152,7 @@ def test_sigkill_at_random_moments_gives_the_same_bits(folder, tmp_path, dataflo
         step = chance.randint(1, max(1, left // (kills - kill + 1)))
         child = start(out, plan_path, scheduler)
         try:
-            wait_for(child, out, lines(out) + step)
+            wait_for(child, out, tasks_logged(out) + step)
             time.sleep(chance.uniform(0, 0.05))
         finally:
             child.send_signal(signal.SIGKILL)
@@ -200,7 +201,7 @@ def test_interrupt_stops_within_a_tile_and_says_how_to_go_on(folder, tmp_path, d
     try:
         wait_for(child, out, 15)
         child.send_signal(number)
-        at_signal = lines(out)
+        at_signal = tasks_logged(out)
         code = child.wait(PATIENCE)
     finally:
         child.kill()
@@ -208,7 +209,7 @@ def test_interrupt_stops_within_a_tile_and_says_how_to_go_on(folder, tmp_path, d
     said = out.with_suffix(".log").read_text()
     assert code == kill_child.INTERRUPTED, said
     # The task at work stops at its next span; one more may have been in the middle of its commit.
-    assert lines(out) <= at_signal + 2
+    assert tasks_logged(out) <= at_signal + 2
     assert "stopped" in said
     assert str(out) in said
     assert "the same command goes on" in said
@@ -230,7 +231,7 @@ def test_two_processes_cannot_run_in_one_directory(folder, tmp_path):
     try:
         wait_for(child, out, 2)
         os.kill(child.pid, signal.SIGSTOP)  # hold it in the middle, whatever the machine's speed
-        with pytest.raises(ooc_ntk.RunLockedError, match=rf"process {child.pid}\b.*using {out}.*--out"):
+        with pytest.raises(RunLockedError, match=rf"process {child.pid}\b.*using {out}.*--out"):
             ooc_ntk.run(kill_child.make_job(folder), out, progress=False)
         os.kill(child.pid, signal.SIGCONT)
         assert child.wait(PATIENCE) == 0, out.with_suffix(".log").read_text()

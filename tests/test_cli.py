@@ -1,0 +1,156 @@
+"""The command line as a user types it: tables, exit codes, errors that say what to do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ooc_ntk
+from ooc_ntk.cli import app
+
+NETS = """
+import torch
+
+
+def small():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+"""
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """Run a command in a folder that holds ``nets.py``."""
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
+
+
+JOB = ("--model", "nets.py:small", "--train", "digits[0:60]", "--test", "digits[60:80]", "--device", "cpu")
+
+
+def test_plan_says_what_how_and_how_much(cli):
+    result = cli("plan", *JOB, "--host-memory", "4GiB", "--save", "plan.json")
+    assert result.exit_code == 0, result.output
+    for phrase in ("80 × 60 float32", "host memory", "of 4.0 GiB", "chosen", "dense", "dataflow", "put in eval mode"):
+        assert phrase in result.output
+    assert ooc_ntk.Plan.load("plan.json").kernel_shape == (80, 60)
+    assert not Path("runs").exists()
+
+
+def test_plan_as_json_is_the_plan(cli):
+    result = cli("plan", *JOB, "--json")
+    assert json.loads(result.stdout)["train_samples"] == 60
+
+
+def test_run_info_verify_and_run_again(cli):
+    assert cli("run", *JOB, "--out", "r", "--scheduler", "serial").exit_code == 0
+    kernel = torch.from_numpy(ooc_ntk.open("r")[:])
+    assert kernel.shape == (80, 60)
+    shown = cli("info", "r")
+    assert shown.exit_code == 0
+    assert "promised" in shown.output
+    assert "complete" in shown.output
+    assert json.loads(cli("info", "r", "--json").stdout)["finished"] is True
+    assert cli("verify", "r").exit_code == 0
+    again = cli("run", "--out", "r")
+    assert again.exit_code == 0, again.output
+    assert "nothing to do" in again.output
+
+
+def test_a_kernel_that_does_not_verify_exits_with_1(cli):
+    assert cli("run", *JOB, "--out", "r", "--quiet").exit_code == 0
+    tile = next(Path("r/kernel.zarr/c").rglob("0/0"))
+    content = bytearray(tile.read_bytes())
+    content[5] ^= 255
+    tile.write_bytes(content)
+    result = cli("verify", "r")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+    assert "kernel.zarr/c/0/0" in result.output
+    repaired = cli("run", "--out", "r")
+    assert repaired.exit_code == 0
+    assert "kernel.zarr/c/0/0" in repaired.output
+    assert cli("verify", "r").exit_code == 0
+
+
+def test_a_run_of_live_objects_is_verified_with_the_model_given(cli):
+    sys.path.insert(0, ".")
+    try:
+        import nets
+    finally:
+        sys.path.pop(0)
+    net = nets.small().eval()
+    torch.nn.init.constant_(net[1].bias, 0.3)
+    ooc_ntk.run(ooc_ntk.Job(net, "digits[0:40]", device="cpu"), "live", progress=False)
+    result = cli("verify", "live")
+    assert result.exit_code == 2
+    assert "--model" in result.output
+    assert cli("verify", "live", "--model", "nets.py:small").exit_code == 0
+
+
+def test_flags_override_the_job_file(cli):
+    Path("job.toml").write_text(
+        'model = "nets.py:small"\ntrain = "digits[0:20]"\nkernel = "pseudo"\n[budget]\nhost = "3GiB"\n'
+    )
+    plan = json.loads(cli("plan", "job.toml", "--kernel", "trace", "--json").stdout)
+    assert (plan["kernel"], plan["limits"]["host"]) == ("trace", 3 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan", "--train", "digits"), ["model"]),
+        (("plan", "--model", "nets.py:large", "--train", "digits"), ["large", "small"]),
+        (("plan", "--model", "nets.py:small", "--train", "digit"), ["digit", "digits"]),
+        (("plan", *JOB, "--kernel", "trase"), ["trase", "trace"]),
+        (("plan", *JOB, "--kernel", "output:10"), ["output:10", "0 to 9"]),
+        (("plan", *JOB, "--host-memory", "10MiB"), ["10.0 MiB", "--host-memory to"]),
+        (("plan", *JOB, "--host-memory", "lots"), ["lots", "16GiB"]),
+        (("plan", *JOB, "--parameters", "layer4.*"), ["layer4.*", "weight"]),
+        (("plan", *JOB, "--dataflow", "spil"), ["spil", "spill"]),
+        (("plan", "missing.toml"), ["missing.toml"]),
+        (("run", *JOB, "--out", "r", "--scheduler", "tcp://host:1"), ["cluster", "threads"]),
+        (("info", "nowhere"), ["nowhere", "no run"]),
+        (("verify", "nowhere"), ["nowhere"]),
+    ],
+)
+def test_wrong_input_exits_with_2_and_says_what_to_do(cli, arguments, words):
+    result = cli(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.output
+    assert not Path("r/kernel.zarr").exists()
+
+
+def test_another_job_in_the_same_directory_is_refused(cli):
+    assert cli("run", *JOB, "--out", "r", "--quiet").exit_code == 0
+    before = sorted(
+        (path, path.stat().st_mtime_ns) for path in Path("r").rglob("*") if path.is_file() and path.name != "lock"
+    )
+    result = cli("run", "--model", "nets.py:small", "--train", "digits[0:50]", "--out", "r")
+    assert result.exit_code == 2
+    assert "data" in result.output
+    after = sorted(
+        (path, path.stat().st_mtime_ns) for path in Path("r").rglob("*") if path.is_file() and path.name != "lock"
+    )
+    assert before == after
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    heavy = "('torch', 'numpy', 'zarr', 'dask', 'scipy')"
+    code = f"import sys, ooc_ntk, ooc_ntk.cli; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_python_dash_m_is_the_command():
+    result = subprocess.run([sys.executable, "-m", "ooc_ntk", "--help"], capture_output=True, text=True, check=True)
+    for command in ("plan", "run", "info", "verify", "calibrate", "demo"):
+        assert command in result.stdout
