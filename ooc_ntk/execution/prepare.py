@@ -30,7 +30,8 @@ from .context import SampleReader
 
 logger = logging.getLogger(__name__)
 
-#: Samples read twice before anything is computed, to catch data sets that augment at random.
+#: Samples of train and of test that are read twice before anything is computed, spread evenly, to catch data sets that
+#: augment at random.
 READ_TWICE_SAMPLES = 4
 
 
@@ -215,19 +216,32 @@ def _notes(prepared: PreparedJob, found: Probe) -> tuple[str, ...]:
 
 
 def _read_twice(reader: SampleReader) -> Samples:
-    """Read the first samples twice.
+    """Read a few samples of train and test twice, spread over each.
+
+    Returns:
+        The first train sample.
 
     Raises:
         DataChangedError: if the readings differ.
         InputError: if there are no samples.
     """
-    if not len(reader.train):
+    train = len(reader.train)
+    if not train:
         raise InputError("the training data is empty: a kernel needs at least one sample")
-    piece = Range(0, min(READ_TWICE_SAMPLES, len(reader.train)))
-    (_, first), (_, second) = (next(reader.pieces(piece, READ_TWICE_SAMPLES)) for _ in range(2))
-    if digest_samples(first) != digest_samples(second):
-        raise DataChangedError(
-            f"reading samples {piece} twice gave different values; a data set must return the same sample for the "
-            "same index: switch off shuffling and random augmentation"
-        )
+    spread = {round(part * (train - 1) / (READ_TWICE_SAMPLES - 1)) for part in range(READ_TWICE_SAMPLES)}
+    if len(reader) > train:
+        last = len(reader) - 1 - train
+        spread |= {train + round(part * last / (READ_TWICE_SAMPLES - 1)) for part in range(READ_TWICE_SAMPLES)}
+    first: Samples | None = None
+    for index in sorted(spread):
+        piece = Range(index, index + 1)
+        (_, once), (_, again) = (next(reader.pieces(piece, 1)) for _ in range(2))
+        if digest_samples(once) != digest_samples(again):
+            kind, shift = ("train", 0) if index < train else ("test", train)
+            raise DataChangedError(
+                f"reading {kind} sample {index - shift} twice gave different values; a data set must return the same "
+                "sample for the same index: switch off shuffling and random augmentation"
+            )
+        first = first or once
+    assert first is not None  # there is at least one train sample
     return first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,10 @@ class TileArray:
             StorageError: if an array of another shape, tile or dtype is there.
         """
         folder = self.root / self.name
-        if (folder / "zarr.json").exists():
+        there = None
+        with suppress(StorageError):  # metadata that cannot be read are written anew
             there = self.open()
+        if there is not None:
             if (there.shape, there.chunks, there.dtype.str) != (self.shape, self.chunks, self.dtype):
                 raise StorageError(
                     f"{folder} holds an array of {there.shape} in tiles of {there.chunks} ({there.dtype}), "
@@ -51,6 +54,7 @@ class TileArray:
                 )
             return
         try:
+            (folder / "zarr.json").unlink(missing_ok=True)
             self._write_metadata(attributes or {})
         except OSError as error:
             raise storage_error("creating", folder, error) from error

@@ -68,7 +68,11 @@ class RunDirectory:
             return
         # A run that was killed while it was made: the lock comes first, and only these files before the plan.
         begun = {"lock", "weights.safetensors", "job.toml"}
-        others = sorted(name for name in names - begun if TEMPORARY not in name and not name.startswith("manifest"))
+        others = sorted(
+            name
+            for name in names - begun
+            if TEMPORARY not in name and not name.startswith(("manifest", ".weights.safetensors."))
+        )
         if others or "lock" not in names:
             some = ", ".join(others[:3] or sorted(names)[:3])
             raise RunConflictError(
@@ -108,7 +112,7 @@ class RunDirectory:
     def sweep(self) -> int:
         """Delete files that were being written when a run stopped; returns how many."""
         count = 0
-        for path in list(self.root.rglob(f"*{TEMPORARY}*")):
+        for path in [*self.root.rglob(f"*{TEMPORARY}*"), *self.root.glob(".weights.safetensors.*")]:
             with suppress(OSError):
                 path.unlink()
                 count += 1

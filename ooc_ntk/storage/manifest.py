@@ -150,23 +150,45 @@ class Manifest:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
+        """All or nothing.
+
+        Raises:
+            StorageError: if the database or a file that it should record cannot be written or read.
+        """
         try:
-            yield
-        except BaseException:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._database.in_transaction:  # a full disk has rolled it back already
+                    self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+        except (sqlite3.Error, OSError) as error:
+            raise self._failure(error) from error
 
     def set_meta(self, name: str, value: str) -> None:
         """Keep a named text."""
-        self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+        with self._transaction():
+            self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def _read(self, statement: str, *values: str) -> list[Any]:
+        """Rows of a query.
+
+        Raises:
+            StorageError: if the database is damaged.
+        """
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"cannot read the manifest in {self._root} ({error}); move the run directory away and run again"
+            ) from error
 
     def meta(self, name: str) -> str | None:
         """A named text, or None."""
-        row = self._database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return None if row is None else str(row[0])
+        rows = self._read("SELECT value FROM meta WHERE name = ?", name)
+        return str(rows[0][0]) if rows else None
 
     def commit(self, receipt: Receipt) -> None:
         """Record a finished task and its files; files that it replaces are forgotten (not deleted).
@@ -174,21 +196,18 @@ class Manifest:
         Raises:
             StorageError: if the database cannot be written.
         """
-        try:
-            with self._transaction():
-                self._database.execute(
-                    "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (receipt.key, receipt.to_json(), time.time())
-                )
-                self._database.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in receipt.replaces])
-                self._database.executemany(
-                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
-                    [
-                        (record.path, receipt.key, record.size, record.crc32c, file_stamp(self._root / record.path))
-                        for record in receipt.files
-                    ],
-                )
-        except (sqlite3.Error, OSError) as error:
-            raise self._failure(error) from error
+        with self._transaction():
+            self._database.execute(
+                "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (receipt.key, receipt.to_json(), time.time())
+            )
+            self._database.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in receipt.replaces])
+            self._database.executemany(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
+                [
+                    (record.path, receipt.key, record.size, record.crc32c, file_stamp(self._root / record.path))
+                    for record in receipt.files
+                ],
+            )
 
     def _failure(self, error: sqlite3.Error | OSError) -> StorageError:
         """Say that the database could not be written, and when the disk is full what to do."""
@@ -207,16 +226,17 @@ class Manifest:
 
     def forget_files(self, folder: str) -> None:
         """Forget every file below ``folder`` (a released pass); its tasks stay finished."""
-        self._database.execute("DELETE FROM files WHERE path GLOB ?", (f"{folder}/*",))
+        with self._transaction():
+            self._database.execute("DELETE FROM files WHERE path GLOB ?", (f"{folder}/*",))
 
     def receipts(self) -> dict[str, Receipt]:
         """Receipts of all finished tasks, by key."""
-        rows = self._database.execute("SELECT key, receipt FROM tasks ORDER BY committed")
+        rows = self._read("SELECT key, receipt FROM tasks ORDER BY committed")
         return {key: Receipt.from_json(text) for key, text in rows}
 
     def files(self) -> dict[str, FileRecord]:
         """Every file that should be there, by path."""
-        rows = self._database.execute("SELECT path, size, crc32c FROM files ORDER BY path")
+        rows = self._read("SELECT path, size, crc32c FROM files ORDER BY path")
         return {path: FileRecord(path, size, crc) for path, size, crc in rows}
 
     def damage(self, *, thorough: bool) -> Damage:
@@ -230,8 +250,8 @@ class Manifest:
             What is missing, truncated or altered.
         """
         found = Damage()
-        rows = self._database.execute("SELECT path, task, size, crc32c, stamp FROM files ORDER BY path")
-        for path, task, size, crc, stamp in rows.fetchall():
+        rows = self._read("SELECT path, task, size, crc32c, stamp FROM files ORDER BY path")
+        for path, task, size, crc, stamp in rows:
             reason = self._reason(path, size, crc, None if thorough else stamp)
             if reason is not None:
                 found.reasons[path] = reason

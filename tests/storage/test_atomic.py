@@ -9,7 +9,7 @@ import pytest
 
 from ooc_ntk.errors import StorageError
 from ooc_ntk.storage import atomic
-from ooc_ntk.storage.atomic import FileRecord, StagedFile, checksum, checksum_file, read_into, write_whole
+from ooc_ntk.storage.atomic import FileRecord, StagedFile, checksum_file, read_checked, read_stripes, write_whole
 
 DATA = np.arange(1000, dtype="<f4")
 CRC = google_crc32c.value(DATA.tobytes())
@@ -94,33 +94,51 @@ def test_another_failure_keeps_its_reason(tmp_path):
 
 
 def test_reading_back(tmp_path):
-    write_whole(tmp_path, "tile", DATA.tobytes())
+    record = write_whole(tmp_path, "tile", DATA.tobytes())
     buffer = np.empty((10, 100), "<f4")
-    read_into(tmp_path / "tile", buffer)
+    read_checked(tmp_path, record, buffer)
     assert np.array_equal(buffer.reshape(-1), DATA)
-    assert checksum(buffer) == checksum_file(tmp_path / "tile") == CRC
+    assert checksum_file(tmp_path / "tile") == record.crc32c == CRC
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 64])
+def test_reading_in_stripes(rows, tmp_path):
+    record = write_whole(tmp_path, "tile", DATA.tobytes())
+    stripe = np.empty((rows, 100), "<f4")
+    found = [part.copy() for part in read_stripes(tmp_path, record, stripe)]
+    assert np.array_equal(np.concatenate(found), DATA.reshape(10, 100))
+    assert [len(part) for part in found[:-1]] == [rows] * (len(found) - 1)
+
+
+def altered(path):
+    data = bytearray(path.read_bytes())
+    data[1234] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    ("size", "message"),
-    [(3999, r"truncated: 3,999 of 4,000 bytes"), (0, "truncated: 0 of"), (4001, "longer than its 4,000 bytes")],
+    ("harm", "message"),
+    [
+        (lambda path: os.truncate(path, 3999), r"tile is not what was committed; run again"),
+        (lambda path: os.truncate(path, 0), "is not what was committed"),
+        (altered, "is not what was committed"),
+        (lambda path: path.unlink(), "tile is missing; run again"),
+    ],
 )
-def test_a_tile_of_another_size(size, message, tmp_path):
-    (tmp_path / "tile").write_bytes(bytes(size))
+def test_a_damaged_tile_is_never_taken(harm, message, tmp_path):
+    record = write_whole(tmp_path, "tile", DATA.tobytes())
+    harm(tmp_path / "tile")
     with pytest.raises(StorageError, match=message):
-        read_into(tmp_path / "tile", np.empty(1000, "<f4"))
-
-
-def test_a_missing_tile(tmp_path):
-    with pytest.raises(StorageError, match=r"tile .*gone is missing"):
-        read_into(tmp_path / "gone", np.empty(3))
+        read_checked(tmp_path, record, np.empty(1000, "<f4"))
+    with pytest.raises(StorageError, match=message):
+        list(read_stripes(tmp_path, record, np.empty((3, 100), "<f4")))
 
 
 def test_the_checksum_covers_every_byte(tmp_path):
     large = np.random.default_rng(0).integers(0, 256, 2**22 + 5, np.uint8)
     large.tofile(tmp_path / "tile")
     before = checksum_file(tmp_path / "tile")
-    assert before == checksum(large)
+    assert before == google_crc32c.value(large.tobytes())
     large[-1] ^= 1
     large.tofile(tmp_path / "tile")
     assert checksum_file(tmp_path / "tile") != before

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_a_released_folder_is_forgotten_with_its_tasks_finished(manifest, tmp_pa
 def test_a_file_that_is_not_there_cannot_be_committed(manifest, tmp_path):
     receipt = publish(tmp_path, "rows-0-0-0", "a")
     (tmp_path / "a").unlink()
-    with pytest.raises(StorageError, match="cannot write the manifest"):
+    with pytest.raises(StorageError, match=r"manifest.*No such file"):
         manifest.commit(receipt)
     assert manifest.receipts() == {}
 
@@ -152,8 +153,8 @@ def test_a_damaged_page_is_an_error_of_ours(tmp_path):
     data = bytearray((tmp_path / "manifest").read_bytes())
     data[4096:] = b"\xff" * (len(data) - 4096)
     (tmp_path / "manifest").write_bytes(data)
-    with pytest.raises(StorageError, match="manifest"):
-        Manifest(tmp_path, read_only=True).receipts()
+    with pytest.raises(StorageError, match="manifest"), closing(Manifest(tmp_path, read_only=True)) as damaged:
+        damaged.receipts()
 
 
 def test_reading_makes_nothing(tmp_path):
