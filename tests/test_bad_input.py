@@ -116,81 +116,112 @@ def job(**given) -> ooc_ntk.Job:
 #: name: (arguments of the job, type of the error, what its message must name).
 CASES: dict[str, tuple[Callable[[], dict], type[Exception], list[str]]] = {
     "batch norm in training mode": (
-        lambda: {"model": net(nn.BatchNorm1d(8))}, InputError, ["1 (BatchNorm1d)", "training mode", ".eval()"]
+        lambda: {"model": net(nn.BatchNorm1d(8))},
+        InputError,
+        ["1 (BatchNorm1d)", "training mode", ".eval()"],
     ),
     "dropout in training mode": (
-        lambda: {"model": net(nn.Dropout(0.25))}, InputError, ["1 (Dropout)", "0.25", "training mode", ".eval()"]
+        lambda: {"model": net(nn.Dropout(0.25))},
+        InputError,
+        ["1 (Dropout)", "0.25", "training mode", ".eval()"],
     ),
     "attention dropout in training mode": (
-        lambda: {"model": nn.TransformerEncoderLayer(5, 1, 8, dropout=0.3)}, InputError,
+        lambda: {"model": nn.TransformerEncoderLayer(5, 1, 8, dropout=0.3)},
+        InputError,
         ["MultiheadAttention", "0.3", ".eval()"],
     ),
     "batch norm without statistics": (
-        lambda: {"model": net(nn.BatchNorm1d(8, track_running_stats=False)).eval()}, InputError,
+        lambda: {"model": net(nn.BatchNorm1d(8, track_running_stats=False)).eval()},
+        InputError,
         ["1 (BatchNorm1d)", "running statistics", "track_running_stats=True"],
     ),
     "no parameters at all": (lambda: {"model": nn.Flatten()}, InputError, ["no parameters", "there are none"]),
-    "all parameters frozen": (lambda: {"model": frozen()}, InputError, ["no parameters", "all 4", "requires_grad=False"]),
+    "all parameters frozen": (
+        lambda: {"model": frozen()},
+        InputError,
+        ["no parameters", "all 4", "requires_grad=False"],
+    ),
     "no parameter matches": (
-        lambda: {"parameters": "0.wieght"}, InputError, ["parameter or pattern '0.wieght'", "did you mean", "'0.weight'"]
+        lambda: {"parameters": "0.wieght"},
+        InputError,
+        ["parameter or pattern '0.wieght'", "did you mean", "'0.weight'"],
     ),
-    "every parameter excluded": (
-        lambda: {"parameters": ["*", "!0.*", "!2.*"]}, InputError, ["no parameters", "!0.*"]
-    ),
+    "every parameter excluded": (lambda: {"parameters": ["*", "!0.*", "!2.*"]}, InputError, ["no parameters", "!0.*"]),
     "integer parameters": (
-        lambda: {"model": WholeNumbers()}, InputError, ["'table'", "torch.int64", "parameters='!table'"]
+        lambda: {"model": WholeNumbers()},
+        InputError,
+        ["'table'", "torch.int64", "parameters='!table'"],
     ),
     "NaN in the weights": (
-        lambda: {"model": with_weight(float("nan"))}, NonFiniteError, ["'2.weight'", "NaN or infinite", "of 24", "checkpoint"]
+        lambda: {"model": with_weight(float("nan"))},
+        NonFiniteError,
+        ["'2.weight'", "NaN or infinite", "of 24", "checkpoint"],
     ),
     "infinity in the weights": (
-        lambda: {"model": with_weight(float("inf"))}, NonFiniteError, ["'2.weight'", "NaN or infinite", "of 24", "checkpoint"]
+        lambda: {"model": with_weight(float("inf"))},
+        NonFiniteError,
+        ["'2.weight'", "NaN or infinite", "of 24", "checkpoint"],
     ),
     "NaN in the inputs": (
-        lambda: {"train": poisoned(float("nan"), 13)}, NonFiniteError, ["inputs", "NaN or infinity", "train sample 13"]
+        lambda: {"train": poisoned(float("nan"), 13)},
+        NonFiniteError,
+        ["inputs", "NaN or infinity", "train sample 13"],
     ),
     "infinity in the test inputs": (
-        lambda: {"test": poisoned(float("inf"), 4)}, NonFiniteError, ["inputs", "NaN or infinity", "test sample 4"]
+        lambda: {"test": poisoned(float("inf"), 4)},
+        NonFiniteError,
+        ["inputs", "NaN or infinity", "test sample 4"],
     ),
     "infinite gradients": (
-        lambda: {"model": Root(), "train": zero_row(11)}, NonFiniteError,
+        lambda: {"model": Root(), "train": zero_row(11)},
+        NonFiniteError,
         ["gradient", "block 'layer'", "train sample 11", "precision='float64'"],
     ),
     "empty tensor": (lambda: {"train": inputs(0)}, InputError, ["train", "empty", "at least 1 sample"]),
     "empty data set": (lambda: {"train": Samples([])}, InputError, ["train", "empty", "at least 1 sample"]),
     "empty test data": (lambda: {"test": inputs(0)}, InputError, ["test", "empty", "at least 1 sample"]),
     "inputs and labels of unequal length": (
-        lambda: {"train": (inputs(), torch.zeros(19, dtype=torch.long))}, InputError, ["train", "20", "19"]
+        lambda: {"train": (inputs(), torch.zeros(19, dtype=torch.long))},
+        InputError,
+        ["train", "20", "19"],
     ),
     "samples of differing shapes": (
-        lambda: {"train": Samples([torch.zeros(5)] * 7 + [torch.zeros(6)])}, InputError,
+        lambda: {"train": Samples([torch.zeros(5)] * 7 + [torch.zeros(6)])},
+        InputError,
         ["train sample 7", "(6,)", "(5,)", "resize or pad"],
     ),
-    "test data that the model does not take": (
-        lambda: {"test": torch.zeros(3, 7)}, InputError, ["test", "7", "5"]
-    ),
+    "test data that the model does not take": (lambda: {"test": torch.zeros(3, 7)}, InputError, ["test", "7", "5"]),
     "data that the model does not take": (
-        lambda: {"train": torch.zeros(20, 7)}, InputError, ["failed on the first sample", "(1, 7)", "shape and dtype"]
+        lambda: {"train": torch.zeros(20, 7)},
+        InputError,
+        ["failed on the first sample", "(1, 7)", "shape and dtype"],
     ),
     "labels missing for loss": (
-        lambda: {"outputs": "loss"}, InputError, ["outputs='loss'", "label", "train=(inputs, labels)"]
+        lambda: {"outputs": "loss"},
+        InputError,
+        ["outputs='loss'", "label", "train=(inputs, labels)"],
     ),
     "labels missing for margin": (
-        lambda: {"outputs": "margin"}, InputError, ["outputs='margin'", "label", "train=(inputs, labels)"]
+        lambda: {"outputs": "margin"},
+        InputError,
+        ["outputs='margin'", "label", "train=(inputs, labels)"],
     ),
     "labels missing in the test data": (
         lambda: {"train": (inputs(), torch.zeros(20, dtype=torch.long)), "test": inputs(4), "outputs": "loss"},
-        InputError, ["test", "label"],
+        InputError,
+        ["test", "label"],
     ),
     "a label beyond the classes": (
-        lambda: {"train": (inputs(), torch.tensor([0, 1, 2, 3] * 5)), "outputs": "loss"}, InputError, ["3", "label"]
+        lambda: {"train": (inputs(), torch.tensor([0, 1, 2, 3] * 5)), "outputs": "loss"},
+        InputError,
+        ["3", "label"],
     ),
     "random augmentation": (
-        lambda: {"train": Augmented()}, DataChangedError, ["[0:4]", "twice", "random augmentation"]
+        lambda: {"train": Augmented()},
+        DataChangedError,
+        ["[0:4]", "twice", "random augmentation"],
     ),
-    "output out of range": (
-        lambda: {"kernel": "output:3"}, InputError, ["'output:3'", "3 outputs", "0 to 2"]
-    ),
+    "output out of range": (lambda: {"kernel": "output:3"}, InputError, ["'output:3'", "3 outputs", "0 to 2"]),
     "output without a number": (lambda: {"kernel": "output:last"}, InputError, ["'output:last'", "'output:3'"]),
     "unknown kernel": (lambda: {"kernel": "trase"}, InputError, ["kernel 'trase'", "did you mean 'trace'"]),
     "unknown outputs": (lambda: {"outputs": "logit"}, InputError, ["outputs 'logit'", "did you mean 'logits'"]),
@@ -222,8 +253,14 @@ def test_a_wrong_job_is_refused_and_no_kernel_is_left(tmp_path, name):
 
 
 #: What shows only when the sample in question is derived.
-LATE = {"NaN in the inputs", "infinity in the test inputs", "infinite gradients", "a label beyond the classes",
-        "labels missing in the test data", "test data that the model does not take"}
+LATE = {
+    "NaN in the inputs",
+    "infinity in the test inputs",
+    "infinite gradients",
+    "a label beyond the classes",
+    "labels missing in the test data",
+    "test data that the model does not take",
+}
 
 
 def test_a_model_in_training_mode_without_random_layers_is_taken(tmp_path):
@@ -334,10 +371,18 @@ def newer(out: Path) -> None:
 
 
 RUNS: dict[str, tuple[Callable[[Path], object], Callable[[], dict], type[Exception], list[str]]] = {
-    "another model": (lambda out: None, lambda: {"model": with_weight(0.125)}, RunConflictError, ["model (there", "--out"]),
+    "another model": (
+        lambda out: None,
+        lambda: {"model": with_weight(0.125)},
+        RunConflictError,
+        ["model (there", "--out"],
+    ),
     "other data": (lambda out: None, lambda: {"train": inputs(19)}, RunConflictError, ["data (there", "--out"]),
     "another kernel": (
-        lambda out: None, lambda: {"kernel": "pseudo"}, RunConflictError, ["kernel settings (there", "--out"]
+        lambda out: None,
+        lambda: {"kernel": "pseudo"},
+        RunConflictError,
+        ["kernel settings (there", "--out"],
     ),
     "a newer manifest": (newer, dict, StorageError, ["version 7", "up to 1", "upgrade"]),
     "two at once": (lock, dict, RunLockedError, ["another run (process", "--out"]),

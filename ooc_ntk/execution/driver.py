@@ -113,6 +113,7 @@ def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[s
 
     Raises:
         BudgetError: if the disk has less room than the plan needs.
+        RunConflictError: if tiles of an unknown plan are there.
     """
     free = free_disk_bytes(directory.root)
     if plan.promised.disk_bytes > free:
@@ -122,6 +123,11 @@ def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[s
         )
     manifest = Manifest(directory.root)
     try:
+        if manifest.receipts() or directory.pending_receipts():
+            raise RunConflictError(
+                f"{directory.root} holds finished tiles but no plan.json, so it is unknown whose they are; restore the "
+                "plan or choose another --out"
+            )
         manifest.set_meta("job", json.dumps(dict(digests)))
         manifest.set_meta("plan", plan.digest)
         manifest.set_meta("versions", json.dumps(versions()))

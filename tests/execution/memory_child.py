@@ -38,8 +38,9 @@ def make_job(case: str) -> ooc_ntk.Job:
         torch.manual_seed(0)
         return ooc_ntk.Job(model=nn.Linear(6, 3), train=images(40, 6), device="cpu")
     if case == "full":
-        return ooc_ntk.Job(model=mlp(64, 512, 10), train=images(150, 64), test=images(10, 64, 1), kernel="full",
-                           device="cpu")
+        return ooc_ntk.Job(
+            model=mlp(64, 512, 10), train=images(125, 64), test=images(15, 64, 1), kernel="full", device="cpu"
+        )
     samples = int(case.removeprefix("jacobian-"))
     return ooc_ntk.Job(model=mlp(64, 512, 10), train=images(samples, 64), device="cpu")
 

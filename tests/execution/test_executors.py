@@ -4,8 +4,10 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
-from ooc_ntk.errors import InputError, StorageError
+import ooc_ntk
+from ooc_ntk.errors import InputError, RunConflictError, StorageError
 from ooc_ntk.execution.executors import build_graph, executor_named, run_serially, run_threaded
 from ooc_ntk.planning.tasks import dependencies, task_list
 from ooc_ntk.planning.tiles import SampleGrid
@@ -126,3 +128,12 @@ def test_both_executors_write_the_same_bits(dataflow, compute):
         assert files[0], array
         assert files[0] == files[1] == files[2]
     assert np.isfinite(np.asarray(runs[0])).all()
+
+
+def test_tiles_without_their_plan_are_not_taken_for_another_jobs(tmp_path):
+    first, second = (torch.nn.Linear(3, 2).eval() for _ in range(2))
+    inputs = torch.randn(12, 3)
+    ooc_ntk.run(ooc_ntk.Job(first, inputs, device="cpu"), tmp_path / "run", progress=False)
+    (tmp_path / "run" / "plan.json").unlink()
+    with pytest.raises(RunConflictError, match=r"no plan\.json"):
+        ooc_ntk.run(ooc_ntk.Job(second, inputs, device="cpu"), tmp_path / "run", progress=False)

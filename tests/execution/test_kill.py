@@ -63,8 +63,9 @@ def reference(folder: Path, dataflow: str, scheduler: str) -> tuple[Path, dict[s
         job = kill_child.make_job(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(threads if dataflow == "resident" else 1)  # the plan's threads are what counts
-        plan = ooc_ntk.plan(job, ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=PREFERENCES[dataflow],
-                            out=folder, rates=UNCALIBRATED)
+        plan = ooc_ntk.plan(
+            job, ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=PREFERENCES[dataflow], out=folder, rates=UNCALIBRATED
+        )
         assert plan.dataflow == dataflow
         assert len(plan.passes) == (3 if dataflow == "recompute" else 1)
         torch.set_num_threads(threads)
@@ -164,8 +165,11 @@ def test_sigkill_at_random_moments_gives_the_same_bits(folder, tmp_path, dataflo
         last = f"kernel-{len(plan.passes) - 1}-"
         assert sum(key.startswith(last) for key in now) < plan.sample_grid.kernel_tile_count, "killed too late"
         stamps.update(
-            {path.as_posix(): path.stat().st_mtime_ns for path in (out / "kernel.zarr").rglob("c/*/*")
-             if f"{last}{path.parent.name}-{path.name}" in now}
+            {
+                path.as_posix(): path.stat().st_mtime_ns
+                for path in (out / "kernel.zarr").rglob("c/*/*")
+                if f"{last}{path.parent.name}-{path.name}" in now
+            }
         )
     assert any(key.startswith("kernel") for key in finished), "no kill came after a kernel tile"
     finish(out, plan_path, scheduler)
@@ -191,9 +195,9 @@ def check_nothing_done_twice(dataflow, before: dict[str, float], after: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dataflow", "scheduler", "number"), [
-    ("recompute", "threads", signal.SIGINT), ("spill", "serial", signal.SIGTERM)
-])
+@pytest.mark.parametrize(
+    ("dataflow", "scheduler", "number"), [("recompute", "threads", signal.SIGINT), ("spill", "serial", signal.SIGTERM)]
+)
 def test_interrupt_stops_within_a_tile_and_says_how_to_go_on(folder, tmp_path, dataflow, scheduler, number):
     plan_path, expected = reference(folder, dataflow, "serial")
     out = tmp_path / "run"

@@ -34,7 +34,11 @@ def measure(case: str, dataflow: str, budget: str, out: Path, cache: Path, **env
     """Run the child and print what it found, so that ``pytest -s`` and a failure show the figures."""
     done = subprocess.run(
         [sys.executable, str(CHILD), case, dataflow, budget, str(out)],
-        capture_output=True, text=True, timeout=500, env={**os.environ, "OOC_NTK_CACHE": str(cache), **environment}, check=False,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OOC_NTK_CACHE": str(cache), **environment},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     print(done.stderr)
@@ -60,7 +64,9 @@ def check_promises(found: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dataflow", "samples", "budget", "passes"), [("spill", 140, "510MiB", 1), ("recompute", 160, "600MiB", 3)])
+@pytest.mark.parametrize(
+    ("dataflow", "samples", "budget", "passes"), [("spill", 140, "510MiB", 1), ("recompute", 160, "600MiB", 3)]
+)
 def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(
     tmp_path, cache, dataflow, samples, budget, passes
 ):
@@ -74,7 +80,7 @@ def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(
 
 @pytest.mark.slow
 def test_the_planner_goes_out_of_core_by_itself_with_a_full_kernel(tmp_path, cache):
-    found = measure("full", "any", "600MiB", tmp_path / "run", cache)
+    found = measure("full", "any", "510MiB", tmp_path / "run", cache, OMP_NUM_THREADS="1")
     assert found["jacobian"] >= 3 * found["budget"]
     assert found["dataflow"] in ("spill", "recompute")
     check_promises(found)

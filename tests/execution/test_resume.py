@@ -200,9 +200,7 @@ DAMAGE = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("dataflow", ["spill", "recompute"])
-def test_resume_uses_the_stored_plan_although_memory_and_rates_changed(
-    tmp_path, monkeypatch, expected, dataflow
-):
+def test_resume_uses_the_stored_plan_although_memory_and_rates_changed(tmp_path, monkeypatch, expected, dataflow):
     plan, out = make_plan(dataflow), tmp_path / "run"
     with crash_at_commit("kernel-0-3-1", before=False):
         run(out, plan)
@@ -455,7 +453,11 @@ def test_a_file_damaged_between_kill_and_resume_is_computed_again(
 @DAMAGE
 @pytest.mark.parametrize(
     ("dataflow", "file"),
-    [("spill", "tiles/jacobian.zarr/c/4/0/1"), ("recompute", "tiles/partial-0/5.0"), ("recompute", "tiles/diagonal-0/4")],
+    [
+        ("spill", "tiles/jacobian.zarr/c/4/0/1"),
+        ("recompute", "tiles/partial-0/5.0"),
+        ("recompute", "tiles/diagonal-0/4"),
+    ],
 )
 def test_a_file_damaged_under_a_running_run_never_gives_a_wrong_kernel(
     tmp_path, monkeypatch, expected, dataflow, file, damage, reason
@@ -464,7 +466,9 @@ def test_a_file_damaged_under_a_running_run_never_gives_a_wrong_kernel(
 
     def commit(self, receipt):
         original(self, receipt)
-        if (out / file).exists() and receipt.key == "kernel-0-6-4" or (dataflow == "spill" and receipt.key == "kernel-0-1-0"):
+        if ((out / file).exists() and receipt.key == "kernel-0-6-4") or (
+            dataflow == "spill" and receipt.key == "kernel-0-1-0"
+        ):
             if not done:
                 damage(out / file)
                 done.append(receipt.key)
@@ -487,9 +491,18 @@ def test_another_job_or_plan_is_refused_by_name_and_nothing_changes(tmp_path, fi
     else:
         with crash_at_commit("kernel-0-3-1", before=False):
             run(out, plan)
-    parts = {"model": {"model": make_model(7)}, "data": {"train": samples(TRAIN, 5)}, "kernel settings": {"kernel": "pseudo"}}
-    parts_more = [*parts.items(), ("data", {"test": None}), ("kernel settings", {"scale": "mean"}),
-                  ("kernel settings", {"parameters": "0.*"}), ("kernel settings", {"normalize": "cosine"})]
+    parts = {
+        "model": {"model": make_model(7)},
+        "data": {"train": samples(TRAIN, 5)},
+        "kernel settings": {"kernel": "pseudo"},
+    }
+    parts_more = [
+        *parts.items(),
+        ("data", {"test": None}),
+        ("kernel settings", {"scale": "mean"}),
+        ("kernel settings", {"parameters": "0.*"}),
+        ("kernel settings", {"normalize": "cosine"}),
+    ]
     for name, change in parts_more:
         with unchanged(out), pytest.raises(ooc_ntk.api.RunConflictError) as error:
             run(out, job=make_job(**change))
