@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import Budget, Job, Kernel, Plan, Preferences, calibrate, info, open, plan, run, verify  # noqa: A004
+    from .api import Budget, Job, Kernel, OocNtkError, Plan, Preferences, calibrate, info, open, plan, run, verify  # noqa: A004
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "Budget",
     "Job",
     "Kernel",
+    "OocNtkError",
     "Plan",
     "Preferences",
     "__version__",

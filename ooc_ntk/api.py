@@ -20,7 +20,7 @@ from .execution.prepare import PreparedJob, available_resources, measure, prepar
 from .execution.progress import TerminalProgress
 from .execution.status import RunInfo, run_info
 from .inputs.callables import absolute_callable, is_callable_spec
-from .inputs.job import LIVE, OUTPUTS, Job
+from .inputs.job import LIVE, OUTPUTS, Job, checked_device
 from .inputs.jobfile import format_toml, read_job_file
 from .inputs.specs import absolute_spec
 from .inputs.weights import save_weights
@@ -82,17 +82,18 @@ def plan(
         InputError: if the job is wrong.
         BudgetError: if no plan fits; says the smallest budget that would do.
     """
-    return _plan(prepare(job), budget, preferences, Path(out or "."), rates)
+    before = peak_resident_bytes()
+    return _plan(prepare(job), before, budget, preferences, Path(out or "."), rates)
 
 
 def _plan(
     prepared: PreparedJob,
+    before: int,
     budget: Budget | None,
     preferences: Preferences | None,
     out: Path,
     rates: MachineRates | None,
 ) -> Plan:
-    before = peak_resident_bytes()
     rates = rates or calibration.cached_rates(prepared.device)
     if not rates.measured:
         logger.info("first plan on this machine: calibrating for a few seconds")
@@ -138,8 +139,11 @@ def run(
         RunInterrupted: if it was stopped; the same call goes on.
         StorageError: if the disk is full or files cannot be written; the same call goes on.
     """
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(f"plan must be a Plan, got {type(plan).__name__}; read a saved one with Plan.load(path)")
     directory = run_directory(out)
     executor = executor_named(scheduler)
+    before = peak_resident_bytes()
     prepared = prepare(job)
     with directory.locked():
         if directory.holds_run:
@@ -152,19 +156,40 @@ def run(
                     f"given {plan.digest[:8]}); leave the plan out to go on with the stored one, "
                     "or choose another --out"
                 )
+            _check_preferences(stored, preferences)
             chosen = stored
         else:
-            chosen = plan or _plan(prepared, budget, preferences, directory.root, None)
+            chosen = plan or _plan(prepared, before, budget, preferences, directory.root, None)
             if chosen.job_digest != prepared.digest:
                 raise RunConflictError(
                     f"the plan was made for another job (plan {chosen.job_digest[:8]}, "
                     f"this job {prepared.digest[:8]}); make a new plan"
                 )
             check_budget(chosen, budget)
+            _check_preferences(chosen, preferences if plan is not None else None)
             _write_new_run(directory, chosen, prepared)
+        if chosen.device != prepared.device:
+            raise RunConflictError(
+                f"the plan of this run is for {chosen.device}, the job is for {prepared.device}; "
+                f"give the job device={chosen.device!r}"
+            )
         with TerminalProgress.of(progress) as observer:
             execute(chosen, directory, prepared.function, prepared.reader, executor, observer)
     return Kernel(out)
+
+
+def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
+    """Refuse preferences that a plan that is there already does not follow."""
+    if preferences is None:
+        return
+    follows = {"dataflow": chosen.dataflow, "tile_samples": chosen.tile_samples, "span_columns": chosen.span_columns}
+    for name, value in {**follows, "passes": len(chosen.passes)}.items():
+        wanted = getattr(preferences, name)
+        if wanted is not None and wanted != value:
+            raise RunConflictError(
+                f"the plan that is there has {name} {value}, asked for is {wanted}; leave it out to go on with that "
+                "plan, or choose another --out"
+            )
 
 
 def _write_new_run(directory: RunDirectory, chosen: Plan, prepared: PreparedJob) -> None:
@@ -304,8 +329,11 @@ def calibrate(device: str | None = None, disk: str | Path = ".") -> MachineRates
 
     Returns:
         The rates.
+
+    Raises:
+        InputError: for a device that is not there.
     """
-    return calibration.calibrate(resolved_device(device), _existing(Path(disk)))
+    return calibration.calibrate(resolved_device(checked_device(device)), _existing(Path(disk)))
 
 
 def _existing(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -360,7 +361,7 @@ def run(
         api.run(wanted, out, plan=chosen, budget=budget, scheduler=scheduler, progress=not quiet)
         if not quiet:
             _print(info_table(api.info(out)))
-            typer.echo(f"\nkernel: {out}/kernel.zarr   check it: ooc-ntk verify {out}")
+            typer.echo(f"\nkernel: {out}/kernel.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
 
 @app.command()

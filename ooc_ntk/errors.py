@@ -42,6 +42,19 @@ class StorageError(OocNtkError, OSError):
     """A file could not be read or written (disk full, damaged tile, newer manifest)."""
 
 
+class DamagedFileError(StorageError):
+    """A committed file is not what was committed.
+
+    Attributes:
+        path: the file, relative to the run directory.
+    """
+
+    def __init__(self, path: str, message: str) -> None:
+        """Name the file and what is wrong."""
+        super().__init__(message)
+        self.path = path
+
+
 class IncompleteRunError(StorageError):
     """The run directory holds a kernel that is not finished yet."""
 

@@ -219,7 +219,7 @@ CASES: dict[str, tuple[Callable[[], dict], type[Exception], list[str]]] = {
     "random augmentation": (
         lambda: {"train": Augmented()},
         DataChangedError,
-        ["[0:4]", "twice", "random augmentation"],
+        ["train sample 0", "twice", "random augmentation"],
     ),
     "output out of range": (lambda: {"kernel": "output:3"}, InputError, ["'output:3'", "3 outputs", "0 to 2"]),
     "output without a number": (lambda: {"kernel": "output:last"}, InputError, ["'output:last'", "'output:3'"]),

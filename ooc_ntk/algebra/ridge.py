@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import psutil
 import scipy.linalg
 import zarr
 from numpy.typing import ArrayLike, NDArray
 
+from ooc_ntk.compute.machine import free_host_bytes
 from ooc_ntk.errors import BudgetError, InputError
 from ooc_ntk.units import format_bytes
 
@@ -59,7 +59,7 @@ def solve_ridge(kernel: zarr.Array[Any], train: int, y: ArrayLike, ridge: float)
     if not ridge >= 0:
         raise InputError(f"ridge must be at least 0, got {ridge}")
     needed = 8 * train * train + 3 * targets.nbytes
-    free = int(MEMORY_SHARE * psutil.virtual_memory().available)
+    free = int(MEMORY_SHARE * free_host_bytes())
     if needed > free:
         raise BudgetError(
             f"solving {train} × {train} in memory needs {format_bytes(needed)}, {format_bytes(free)} are free to use; "

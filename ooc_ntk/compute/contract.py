@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -36,6 +38,7 @@ class KernelAccumulator:
         """
         self._on_cpu = torch.device(device).type == "cpu"
         self._device = torch.device(device)
+        self._tf32 = precision == "tf32"
         self._sums = torch.empty(edge * edge, dtype=torch.float64, device=device)
         self._products = torch.empty(edge * edge, dtype=TORCH_DTYPE[precision], device=device)
         self._sum, self._product = self._sums, self._products
@@ -62,7 +65,8 @@ class KernelAccumulator:
             if self._on_cpu:
                 np.matmul(a.numpy(), b.numpy().T, out=self._product.numpy())
             else:
-                torch.mm(a, b.T, out=self._product)
+                with tf32(self._tf32):
+                    torch.mm(a, b.T, out=self._product)
             if self._on_cpu:
                 # Ten times faster than torch's addition of mixed dtypes (measured).
                 np.add(self._sum.numpy(), self._product.numpy(), out=self._sum.numpy())
@@ -91,17 +95,25 @@ def squared_norms(rows: np.ndarray) -> np.ndarray:
     return total
 
 
-def precision_context(precision: str, device: str) -> None:
-    """Set torch's matrix product precision: float32 means float32, TF32 only where the plan says so.
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a precision that the device does not have.
 
     Raises:
-        InputError: for ``tf32`` on a device that has none.
+        InputError: for ``tf32`` without CUDA.
     """
     if precision == "tf32" and torch.device(device).type != "cuda":
         raise InputError(f"precision 'tf32' needs a CUDA device, got {device}; use 'float32'")
-    if torch.device(device).type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 in matrix products; convolutions never use it. Set back after."""
+    products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed, False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
 
 
 def measure_products(device: str, precisions: tuple[str, ...]) -> tuple[dict[str, dict[int, float]], ...]:
@@ -118,7 +130,6 @@ def measure_products(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
     symmetric: dict[str, dict[int, float]] = {}
     generator = torch.Generator().manual_seed(0)
     for precision in precisions:
-        precision_context(precision, device)
         general[precision], symmetric[precision] = {}, {}
         for edge in CALIBRATED_EDGES:
             left = torch.randn(edge, CALIBRATED_DEPTH, generator=generator).to(device, TORCH_DTYPE[precision])

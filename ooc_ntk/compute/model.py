@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Final
 
@@ -129,8 +131,8 @@ def check_finite_state(module: nn.Module) -> None:
     Raises:
         NonFiniteError: naming the first such tensor.
     """
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, tensor in _state(module):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
                 f"weight {name!r} holds {bad} NaN or infinite value{'s' if bad != 1 else ''} of {tensor.numel()}; "
@@ -139,7 +141,7 @@ def check_finite_state(module: nn.Module) -> None:
 
 
 def model_digest(module: nn.Module) -> str:
-    """Digest of what a model computes: its structure as printed, and every parameter and buffer.
+    """Digest of what a model computes: structure, the source of classes that are not torch's, parameters and buffers.
 
     Args:
         module: the model.
@@ -149,15 +151,24 @@ def model_digest(module: nn.Module) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(module).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            for start in range(0, flat.numel(), 2**24):
-                digest.update(flat[start : start + 2**24].view(torch.uint8).numpy().data)
+    for kind in sorted({type(part) for part in module.modules()}, key=lambda kind: kind.__qualname__):
+        if not kind.__module__.startswith("torch."):
+            with suppress(OSError, TypeError):
+                digest.update(inspect.getsource(kind).encode())
+    for name, tensor in _state(module):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        for start in range(0, flat.numel(), 2**24):
+            digest.update(flat[start : start + 2**24].view(torch.uint8).numpy().data)
     trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     digest.update("\n".join(trainable).encode())
     return digest.hexdigest()
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer, those that are not saved included, sorted by name."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return sorted(named, key=lambda entry: entry[0])
 
 
 def is_smooth(output: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -115,6 +116,10 @@ def _checksums(root: Path) -> Check:
     finally:
         manifest.close()
     if damage.reasons:
+        with suppress(StorageError):  # a read-only copy can be verified too
+            manifest = Manifest(root)
+            manifest.distrust(damage.reasons)
+            manifest.close()
         shown = "; ".join(f"{path} {reason}" for path, reason in list(damage.reasons.items())[:5])
         more = f" and {len(damage.reasons) - 5} more" if len(damage.reasons) > 5 else ""
         return Check("checksums", False, f"{shown}{more}; 'ooc-ntk run' computes them again")

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from ooc_ntk.compute.contract import KernelAccumulator, precision_context
+from ooc_ntk.compute.contract import KernelAccumulator, check_precision, tf32
 from ooc_ntk.compute.jacobian import METHODS, JacobianMethod, ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import limited_threads, peak_resident_bytes, return_free_memory, steady_allocator
 from ooc_ntk.errors import NonFiniteError, RunInterrupted
@@ -207,12 +207,21 @@ def reproducible(plan: Plan) -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filling = memory.fill_uninitialized_memory
-    with limited_threads(plan.threads), steady_allocator():
+    check_precision(plan.precision, plan.device)
+    kind = torch.device(plan.device).type
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with (
+        limited_threads(plan.threads),
+        steady_allocator(),
+        tf32(allowed=False),
+        torch.autocast(kind, enabled=False),
+    ):
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False
-        precision_context(plan.precision, plan.device)
         try:
             yield
         finally:
+            torch.set_float32_matmul_precision(products)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             memory.fill_uninitialized_memory = filling

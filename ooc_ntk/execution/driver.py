@@ -6,9 +6,10 @@ import json
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -18,7 +19,7 @@ import torch
 import zarr
 
 from ooc_ntk.compute.jacobian import ModelFunction
-from ooc_ntk.errors import BudgetError, RunConflictError, RunInterrupted
+from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
@@ -183,7 +184,13 @@ def execute(
         waits = remaining.waits(plan)
         observer.begin(_totals(plan, remaining), remaining)
 
+        started = 0.0
+
         def commit(receipt: Receipt) -> None:
+            nonlocal started
+            # Tasks run one after the other: what passed since the last commit is this task, syncing and committing too.
+            now = time.perf_counter()
+            receipt, started = replace(receipt, seconds=now - started), now
             if receipt.key.startswith("release"):
                 # Forgotten before the release counts: a crash in between leaves the release to be done again.
                 manifest.forget_files(JACOBIAN)
@@ -200,7 +207,12 @@ def execute(
             return perform(context, task, *upstream)
 
         with reproducible(plan), meter.watching(), _stop_on_interrupt(stop):
-            executor(remaining.tasks, waits.__getitem__, body, commit)
+            started = time.perf_counter()
+            try:
+                executor(remaining.tasks, waits.__getitem__, body, commit)
+            except DamagedFileError as error:
+                manifest.distrust([error.path])
+                raise
         _sweep_away(directory)
     finally:
         manifest.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ooc_ntk.compute.contract import precision_context
+from ooc_ntk.compute.contract import TORCH_DTYPE, check_precision, tf32
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
-from ooc_ntk.compute.machine import device_memory, free_host_bytes, resident_bytes, return_free_memory
+from ooc_ntk.compute.machine import (
+    device_memory,
+    free_host_bytes,
+    resident_bytes,
+    return_free_memory,
+    steady_allocator,
+)
 from ooc_ntk.compute.model import check_finite_state, check_mode, choose_parameters, model_digest, parameter_blocks
 from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.probe import Probe, look_at, probe
@@ -85,7 +93,7 @@ def prepare(job: Job) -> PreparedJob:
     check_finite_state(module)
     names = choose_parameters(module, job.parameters)
     device = resolved_device(job.device)
-    precision_context(job.precision, device)
+    check_precision(job.precision, device)
     outputs = job.output_function()
     rows = OutputRows.of(outputs, job.kernel)
     function = ModelFunction(module, names, rows, job.precision, device)
@@ -114,11 +122,20 @@ def prepare(job: Job) -> PreparedJob:
 
 
 def callable_identity(function: Callable[..., Any]) -> str:
-    """What identifies a user's function: its source where it can be had, otherwise its name."""
+    """What identifies a user's function: its source, its defaults and the values it closes over."""
+    if isinstance(function, functools.partial):
+        return f"{callable_identity(function.func)} {function.args!r} {sorted(function.keywords.items())!r}"
     try:
-        return inspect.getsource(function)
+        parts = [inspect.getsource(function)]
     except (OSError, TypeError):
-        return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(type(function)))}"
+        parts = [f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(type(function)))}"]
+    if inspect.isfunction(function):
+        closed = inspect.getclosurevars(function).nonlocals
+        parts += [repr(function.__defaults__), repr(function.__kwdefaults__), repr(sorted(closed.items()))]
+    else:
+        parts.append(repr(sorted(getattr(function, "__dict__", {}).items())))
+    # Addresses of objects differ from process to process.
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(parts))
 
 
 def _digest(text: str) -> str:
@@ -159,7 +176,8 @@ def measure(prepared: PreparedJob, limits: Limits) -> Workload:
     taken = resident_bytes() + LIBRARY_GROWTH_BYTES
     free = limits.host - taken if on_cpu else limits.device - device_memory(prepared.device)[1]
     machine = free_host_bytes() if on_cpu else device_memory(prepared.device)[0]
-    found = probe(prepared.function, fetch, train, free, machine, job.batch_size, blocks[0].parameters)
+    with tf32(allowed=False), steady_allocator():
+        found = probe(prepared.function, fetch, train, free, machine, job.batch_size, blocks[0].parameters)
     if reader.test is not None:
         try:
             look = look_at(prepared.function, fetch(1, train))
@@ -204,6 +222,10 @@ def _notes(prepared: PreparedJob, found: Probe) -> tuple[str, ...]:
         notes.append("the model was built from its spec and put in eval mode")
     if found.derivation.refused:
         notes.append(f"rows by the batch-1 loop, as vmap refused: {found.derivation.refused}")
+    dtypes = {parameter.dtype for parameter in prepared.module.parameters()} - {TORCH_DTYPE[prepared.job.precision]}
+    if dtypes:
+        held = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        notes.append(f"the model's {held} weights are computed with in {prepared.job.precision}")
     asked = prepared.job.batch_size
     if asked is not None and found.derivation.batch_size < min(asked, len(prepared.reader.train)):
         notes.append(

@@ -27,7 +27,8 @@ class TerminalProgress:
         self._done: dict[str, float] = {}
         self._before: dict[str, float] = {}
         self._total: dict[str, float] = {}
-        self._since: dict[str, float] = {}
+        self._busy: dict[str, float] = {}
+        self._turned = time.monotonic()
         self._bars: Any = None
         self._ids: dict[str, Any] = {}
         self._last_line = time.monotonic()
@@ -62,6 +63,7 @@ class TerminalProgress:
         self._total = {phase: every for phase, (_, every) in totals.items()}
         self._done = {phase: before for phase, (before, _) in totals.items()}
         self._before = dict(self._done)
+        self._turned = time.monotonic()
         if self._stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -84,28 +86,29 @@ class TerminalProgress:
         """Note that work was done."""
         with self._lock:
             now = time.monotonic()
-            if phase not in self._since:
-                self._since[phase] = now
-                if self._bars is not None:
-                    self._bars.start_task(self._ids[phase])
+            if self._bars is not None and phase not in self._busy:
+                self._bars.start_task(self._ids[phase])
+            # Phases take turns; each has a clock of its own that runs only while it does.
+            self._busy[phase] = self._busy.get(phase, 0.0) + now - self._turned
+            self._turned = now
             self._done[phase] = min(self._total.get(phase, amount), self._done.get(phase, 0.0) + amount)
             if self._bars is not None:
-                self._bars.update(self._ids[phase], completed=self._done[phase], rate=self._rate(phase, now))
+                self._bars.update(self._ids[phase], completed=self._done[phase], rate=self._rate(phase))
             elif now - self._last_line >= LINE_SECONDS:
                 self._last_line = now
-                self._line(self._status(phase, now))
+                self._line(self._status(phase))
 
-    def _rate(self, phase: str, now: float) -> str:
-        spent = now - self._since[phase]
+    def _rate(self, phase: str) -> str:
+        spent = self._busy[phase]
         rate = (self._done[phase] - self._before[phase]) / spent if spent > 0 else 0.0
         return f"{rate:.3g} {_LABELS[phase][1]}/s"
 
-    def _status(self, phase: str, now: float) -> str:
+    def _status(self, phase: str) -> str:
         label, unit = _LABELS[phase]
         done, total = self._done[phase], self._total[phase]
-        made, spent = done - self._before[phase], now - self._since[phase]
+        made, spent = done - self._before[phase], self._busy[phase]
         left = format_seconds(spent * (total - done) / made) if made > 0 else "unknown time"
-        return f"{label}: {done:.1f} of {total:.0f} {unit}, {self._rate(phase, now)}, {left} left in this phase"
+        return f"{label}: {done:.4g} of {total:.0f} {unit}, {self._rate(phase)}, {left} left in this phase"
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")

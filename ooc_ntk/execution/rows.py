@@ -67,7 +67,7 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
             context.advance("rows", len(samples))
         if known_digest is not None and digest.hexdigest() != known_digest:
             raise DataChangedError(
-                f"samples {tile} are not the same as when they were read before; a data set must return the same "
+                f"{where(plan, tile)} are not the same as when they were read before; a data set must return the same "
                 "sample for the same index: switch off shuffling and random augmentation"
             )
         staged = writer.finish()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from ooc_ntk.compute.machine import peak_device_bytes, return_free_memory
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.atomic import FileRecord
@@ -35,7 +33,6 @@ def perform(context: RunContext, task: Task, *upstream: Receipt) -> Receipt:
     """
     start = time.perf_counter()
     context.check_stop()
-    torch.set_num_threads(context.plan.threads)
     context.enter(task.kind)
     if task.kind == "release":
         context.store.release(task.generation)

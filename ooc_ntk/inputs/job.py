@@ -95,7 +95,7 @@ class Job:
             raise InputError(f"precision {self.precision!r} is not available in this version; use float32")
         _one_of("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "parameters", _patterns(self.parameters))
-        object.__setattr__(self, "device", _device(self.device))
+        object.__setattr__(self, "device", checked_device(self.device))
         if self.batch_size is not None:
             _check_integer("batch_size", self.batch_size, 1, 2**31 - 1)
         _check_integer("seed", self.seed, 0, 2**64 - 1)
@@ -319,7 +319,7 @@ def _patterns(parameters: object) -> tuple[str, ...] | None:
     return tuple(patterns)
 
 
-def _device(device: object) -> str | None:
+def checked_device(device: object) -> str | None:
     """Check the name of a device, and that it is there."""
     if device is None:
         return None

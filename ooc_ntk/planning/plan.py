@@ -204,8 +204,15 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json() + "\n")
+        """Write the plan as JSON.
+
+        Raises:
+            StorageError: if the file cannot be written.
+        """
+        try:
+            Path(path).write_text(self.to_json() + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write the plan {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -218,7 +225,10 @@ class Plan:
             text = Path(path).read_text()
         except OSError as error:
             raise StorageError(f"cannot read the plan {path}: {error.strerror}") from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except StorageError as error:
+            raise StorageError(f"{path}: {error}") from error
 
     def summary(self) -> list[tuple[str, str]]:
         """The plan in label and value pairs, for every table that shows it."""

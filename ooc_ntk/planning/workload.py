@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ooc_ntk.errors import InputError
 from ooc_ntk.units import item_bytes
@@ -135,10 +135,6 @@ class Workload:
     def kernel_bytes(self) -> int:
         """Bytes of the whole kernel, both triangles."""
         return self.samples * self.train_samples * self.entries_per_sample**2 * self.item_bytes
-
-    def with_notes(self, *notes: str) -> Workload:
-        """Return the same workload with remarks added."""
-        return replace(self, notes=(*self.notes, *notes))
 
 
 def contraction_flops(workload: Workload) -> int:

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ooc_ntk.errors import StorageError
+from ooc_ntk.errors import DamagedFileError, StorageError
 from ooc_ntk.units import format_bytes
 
 #: Mark of files that are being written; whatever bears it after a crash is swept away.
@@ -170,7 +170,7 @@ def read_stripes(root: Path, record: FileRecord, stripe: NDArray[np.generic]) ->
         The rows read, a view of ``stripe``; the last one may be shorter.
 
     Raises:
-        StorageError: if the file is missing or is not what was committed. What was yielded must then be dropped.
+        DamagedFileError: if the file is missing or is not what was committed. What was yielded must then be dropped.
     """
     path, crc, done = root / record.path, 0, 0
     try:
@@ -186,18 +186,18 @@ def read_stripes(root: Path, record: FileRecord, stripe: NDArray[np.generic]) ->
                 done += count
                 yield stripe[: count // (stripe.shape[1] * stripe.itemsize)]
     except FileNotFoundError as error:
-        raise StorageError(f"{path} is missing; run again: it will be computed anew") from error
+        raise DamagedFileError(record.path, f"{path} is missing; run again: it will be computed anew") from error
     except OSError as error:
         raise storage_error("reading", path, error) from error
     if done != record.size or crc != record.crc32c:
-        raise StorageError(f"{path} is not what was committed; run again: it will be computed anew")
+        raise DamagedFileError(record.path, f"{path} is not what was committed; run again: it will be computed anew")
 
 
 def read_checked(root: Path, record: FileRecord, buffer: NDArray[np.generic]) -> None:
     """Fill a C-contiguous buffer with a committed file.
 
     Raises:
-        StorageError: if the file is missing or is not what was committed.
+        DamagedFileError: if the file is missing or is not what was committed.
     """
     for _ in read_stripes(root, record, buffer.reshape(1, -1)):
         pass

@@ -224,6 +224,11 @@ class Manifest:
                 self._database.execute("DELETE FROM tasks WHERE key = ?", (key,))
                 self._database.execute("DELETE FROM files WHERE task = ?", (key,))
 
+    def distrust(self, paths: Iterable[str]) -> None:
+        """Have files compared with their checksums at the next run, although nothing seems to have touched them."""
+        with self._transaction():
+            self._database.executemany("UPDATE files SET stamp = '' WHERE path = ?", [(path,) for path in paths])
+
     def forget_files(self, folder: str) -> None:
         """Forget every file below ``folder`` (a released pass); its tasks stay finished."""
         with self._transaction():

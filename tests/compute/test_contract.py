@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ooc_ntk.compute.contract import KernelAccumulator, precision_context, squared_norms
+from ooc_ntk.compute.contract import KernelAccumulator, check_precision, squared_norms
 from ooc_ntk.errors import InputError
 
 #: Columns of the long products: several contraction blocks, the last one narrower.
@@ -98,7 +98,7 @@ def test_squared_norms_show_what_is_not_finite():
 
 def test_tf32_needs_a_gpu():
     with pytest.raises(InputError, match="'tf32' needs a CUDA device, got cpu"):
-        precision_context("tf32", "cpu")
+        check_precision("tf32", "cpu")
 
 
 @pytest.mark.gpu
@@ -106,7 +106,6 @@ def test_tf32_needs_a_gpu():
 @pytest.mark.parametrize("kind", DATA)
 def test_float32_means_float32_on_a_gpu(kind):
     left, right = DATA[kind](64), DATA[kind](48)
-    precision_context("float32", "cuda")
     accumulator = KernelAccumulator(64, "float32", "cuda")
     accumulator.begin(64, 48)
     accumulator.add(left, right)

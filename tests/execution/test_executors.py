@@ -1,5 +1,6 @@
 """Two executors of one task list: order, commits, failures, and the same bits."""
 
+import functools
 import threading
 
 import numpy as np
@@ -137,3 +138,42 @@ def test_tiles_without_their_plan_are_not_taken_for_another_jobs(tmp_path):
     (tmp_path / "run" / "plan.json").unlink()
     with pytest.raises(RunConflictError, match=r"no plan\.json"):
         ooc_ntk.run(ooc_ntk.Job(second, inputs, device="cpu"), tmp_path / "run", progress=False)
+
+
+def scaled(factor):
+    return lambda output, target: factor * output
+
+
+class Buffered(torch.nn.Module):
+    """A model whose buffer is not saved with its weights."""
+
+    def __init__(self, factor):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 2)
+        self.register_buffer("factor", torch.tensor(factor), persistent=False)
+
+    def forward(self, x):
+        return self.factor * self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"outputs": scaled(1.0)}, {"outputs": scaled(10.0)}),
+        ({"outputs": functools.partial(torch.mul, 1.0)}, {"outputs": functools.partial(torch.mul, 2.0)}),
+        ({"model": Buffered(1.0)}, {"model": Buffered(10.0)}),
+    ],
+)
+def test_what_changes_the_function_changes_the_job(tmp_path, first, second):
+    common = {"model": Buffered(1.0), "train": torch.ones(5, 3), "device": "cpu"}
+    ooc_ntk.run(ooc_ntk.Job(**{**common, **first}), tmp_path / "run", progress=False)
+    with pytest.raises(RunConflictError, match="another job"):
+        ooc_ntk.run(ooc_ntk.Job(**{**common, **second}), tmp_path / "run", progress=False)
+
+
+def test_preferences_that_the_stored_plan_does_not_follow_are_refused(tmp_path):
+    job = ooc_ntk.Job(Buffered(1.0), torch.ones(5, 3), device="cpu")
+    ooc_ntk.run(job, tmp_path / "run", preferences=ooc_ntk.Preferences(tile_samples=2), progress=False)
+    with pytest.raises(RunConflictError, match="tile_samples 2, asked for is 3"):
+        ooc_ntk.run(job, tmp_path / "run", preferences=ooc_ntk.Preferences(tile_samples=3), progress=False)
