@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 #: Bytes that a contender may take; what bounds the chunks of the Jacobian contraction and the budget of ooc-ntk.
 MEMORY_BYTES = 18 * 2**30
 
-#: Largest number of samples that the Jacobian contraction derives at once. Larger ones were never faster (measured at
-#: full size; see bench/README.md), so this is the choice that serves it best.
-LARGEST_CHUNK = 32
+#: Bytes that deriving a chunk takes beside the whole Jacobian, as a multiple of the chunk's own Jacobian (measured:
+#: 1.0 to 1.3, see the peaks that the benchmark prints). Larger chunks were faster on every workload (measured).
+CHUNK_SHARE = 1.5
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,11 @@ def jacobian_contraction(model: nn.Module, inputs: Tensor) -> Result:
 
 
 def _chunk_samples(samples: int, sample_bytes: int) -> int:
-    """Samples per chunk: a chunk may hold its Jacobian three times (result and temporaries) beside the whole."""
+    """Samples per chunk: as many as :data:`MEMORY_BYTES` allows, the chunks as equal as can be."""
     left = MEMORY_BYTES - samples * sample_bytes
-    return int(min(samples, LARGEST_CHUNK, max(1, left // (3 * sample_bytes))))
+    largest = max(1, int(left / (CHUNK_SHARE * sample_bytes)))
+    chunks = -(-samples // min(samples, largest))
+    return -(-samples // chunks)
 
 
 def exact_kernel(model: nn.Module, inputs: Tensor, samples: Sequence[int]) -> np.ndarray:

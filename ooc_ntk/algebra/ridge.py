@@ -70,14 +70,15 @@ def solve_ridge(kernel: zarr.Array[Any], train: int, y: ArrayLike, ridge: float)
     for start in range(0, train, step):
         stop = min(start + step, train)
         matrix[start:stop] = kernel[start:stop]
-    diagonal = matrix.diagonal().copy()
+    mean = float(matrix.diagonal().mean())
     matrix[np.diag_indices(train)] += ridge
     try:
         factor = scipy.linalg.cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError as error:
         raise InputError(
             f"K + {ridge:g}·I is not positive definite ({error}); raise the ridge, for example to "
-            f"{1e-6 * diagonal.mean():.3g} (a millionth of the mean diagonal)"
+            f"{1e-6 * (mean or 1.0):.3g}"
+            + (" (a millionth of the mean diagonal)" if mean else "; the diagonal is zero")
         ) from error
     solution = scipy.linalg.cho_solve((factor, True), targets, check_finite=False)
     residual = targets - ridge * solution
@@ -85,4 +86,11 @@ def solve_ridge(kernel: zarr.Array[Any], train: int, y: ArrayLike, ridge: float)
         stop = min(start + step, train)
         residual[start:stop] -= np.asarray(kernel[start:stop], dtype=np.float64) @ solution
     scale = float(np.linalg.norm(targets)) or 1.0
-    return Solution(solution, float(ridge), float(ridge / diagonal.mean()), float(np.linalg.norm(residual)) / scale)
+    return Solution(solution, float(ridge), _ratio(ridge, mean), float(np.linalg.norm(residual)) / scale)
+
+
+def _ratio(ridge: float, mean: float) -> float:
+    """The ridge over the mean diagonal, also of a kernel of zeros."""
+    if mean:
+        return float(ridge / mean)
+    return float("inf") if ridge else 0.0

@@ -204,7 +204,7 @@ def memory_rates() -> tuple[float, float]:
         Bytes/s into memory that is touched for the first time, and into memory that was touched before.
     """
     source = torch.ones(2**20)
-    slab = torch.empty(32, 2**20)
+    slab = torch.empty(16, 2**20)
 
     def work() -> None:
         for row in slab:

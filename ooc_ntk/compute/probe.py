@@ -120,7 +120,9 @@ def probe(
     allowed = int(min(max(0, share * free_bytes) // max(1, per_sample), largest, available))
     if not batch_size:
         allowed = min(allowed, max(TRIAL_SAMPLES, available // 10))  # the trial must not take longer than it can save
-    vmapped, refused = _try_vmap(function, fetch, best, per_sample, allowed, batch_size)
+    vmapped, refused = None, None
+    if per_sample < machine_bytes:
+        vmapped, refused = _try_vmap(function, fetch, best, per_sample, allowed, batch_size)
     if vmapped is not None and vmapped.seconds_per_sample < CLEARLY_FASTER * best.seconds_per_sample:
         best = vmapped
     elif refused is not None:
@@ -219,9 +221,16 @@ def _try_vmap(
     batch_size: int | None,
 ) -> tuple[Derivation | None, str | None]:
     """Time vmap on a small batch and, if it has a chance, at the batch size that the run would use."""
-    if allowed < 1:
-        return None, f"not tried: one sample would take {format_bytes(per_sample)}"
     method = VmapJacobian(function)
+    if allowed < 1:
+        # Too little memory to use it; tried all the same, so that the process has loaded what the next budget needs.
+        try:
+            _drain(method, fetch(1), function.names)
+        except OocNtkError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            return None, _refusal(error)
+        return None, None
     wanted = min(batch_size or allowed, allowed)
     result = None
     for size in sorted({min(TRIAL_SAMPLES, wanted), wanted}):

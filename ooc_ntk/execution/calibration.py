@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 
 from ooc_ntk.compute.contract import measure_products
-from ooc_ntk.compute.machine import host_to_device_rate, limited_threads, machine_name, memory_rates
+from ooc_ntk.compute.machine import (
+    host_to_device_rate,
+    limited_threads,
+    machine_name,
+    memory_rates,
+    return_free_memory,
+)
 from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
 from ooc_ntk.storage.diskrate import measure_disk
@@ -47,6 +53,7 @@ def calibrate(device: str, disk: Path) -> MachineRates:
     with limited_threads(threads):
         gemm, syrk = measure_products(device, precisions)
         fill, copy = memory_rates()
+    return_free_memory()
     measured = measure_disk(disk)
     rates = MachineRates(
         machine=machine_name(device, threads),

@@ -13,9 +13,9 @@ from ooc_ntk.errors import StorageError
 #: Tile edges at which products are timed; between them the planner interpolates.
 CALIBRATED_EDGES: Final = (32, 128, 512, 1024)
 
-#: Depth of the timed products, each added to a float64 sum as in a run. (Deep enough that the addition is a few
-#: percent of it; that of a whole contraction block would take minutes on a slow machine.)
-CALIBRATED_DEPTH: Final = 4096
+#: Depth of the timed products, each added to a float64 sum as in a run. (Deep enough that the addition is
+#: a tenth of it at most, small enough that the operands stay below the memory of the smallest budgets.)
+CALIBRATED_DEPTH: Final = 2048
 
 
 @dataclass(frozen=True)

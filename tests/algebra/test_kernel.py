@@ -164,10 +164,7 @@ def test_a_kernel_of_zeros_says_what_is_wrong(folder, rates):
 
 
 def test_too_large_for_memory_is_refused_before_any_work(kernel, monkeypatch):
-    class Memory:
-        available = 1000
-
-    monkeypatch.setattr(ridge_module.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(ridge_module, "free_host_bytes", lambda: 1000)
     with pytest.raises(BudgetError, match=r"26 × 26 in memory needs .* KiB, 800 B are free"):
         kernel.solve(np.ones(TRAIN), 1.0)
 
