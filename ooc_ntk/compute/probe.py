@@ -32,7 +32,7 @@ LARGEST_BATCH: Final = 64
 BATCH_SHARE: Final = 0.25
 
 #: A vmap trial slower than the loop by this factor is not repeated at a larger batch.
-HOPELESS: Final = 2.0
+HOPELESS: Final = 1.3
 
 #: vmap is taken if it needs less than this share of the loop's time: it holds a whole batch of rows at once, whose
 #: copying the probe does not time (guessed from measurements: 0.85 in the probe was a tie in the run).

@@ -144,6 +144,10 @@ def scaled(factor):
     return lambda output, target: factor * output
 
 
+def times(output, target, factor):
+    return factor * output
+
+
 class Buffered(torch.nn.Module):
     """A model whose buffer is not saved with its weights."""
 
@@ -161,7 +165,7 @@ class Buffered(torch.nn.Module):
     ("first", "second"),
     [
         ({"outputs": scaled(1.0)}, {"outputs": scaled(10.0)}),
-        ({"outputs": functools.partial(torch.mul, 1.0)}, {"outputs": functools.partial(torch.mul, 2.0)}),
+        ({"outputs": functools.partial(times, factor=1.0)}, {"outputs": functools.partial(times, factor=2.0)}),
         ({"model": Buffered(1.0)}, {"model": Buffered(10.0)}),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ooc_ntk.planning.layout import Layout
 from ooc_ntk.planning.memory import (
     ALLOCATOR_SHARE,
+    DERIVING_SHARE,
     LIBRARY_GROWTH_BYTES,
     STAGING_BYTES,
     STRIPE_BYTES,
@@ -42,7 +43,7 @@ def test_a_resident_layout_by_hand():
     layout = layout_of(workload, "resident", 100, 10_000)
     assert store_bytes(workload, layout) == workload.jacobian_bytes == 200 * 4 * 50_000 * 4
     need = memory_need(workload, layout)
-    variable = workload.jacobian_bytes + 3 * 8 * 1000 + 30 * MIB
+    variable = workload.jacobian_bytes + 3 * 8 * 1000 + int(DERIVING_SHARE * 30 * MIB)
     assert need.total("host") == 200 * MIB + variable + LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
     assert "Jacobian tiles on disk" not in need.disk
 
@@ -52,7 +53,7 @@ def test_the_larger_phase_counts():
     hungry = dataclasses.replace(small_workload().derivation, method="vmap", working_bytes=900 * MIB)
     workload = small_workload(derivation=hungry)
     need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
-    variable = 3 * 8 * 1000 + 900 * MIB + STAGING_BYTES
+    variable = 3 * 8 * 1000 + int(DERIVING_SHARE * 900 * MIB) + STAGING_BYTES
     assert need.total("host") == 200 * MIB + variable + LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
     assert need.largest("host") == "deriving one batch (900 MiB)"
     assert "read buffers" not in need.host
@@ -104,7 +105,7 @@ def test_on_a_device_the_tiles_in_transit_are_the_devices(dataflow):
     workload = small_workload(device="cuda")
     need = memory_need(workload, layout_of(workload, dataflow, 100, 10_000))
     assert need.device == {
-        "deriving one batch": 4 * MIB,
+        "deriving one batch": int(DERIVING_SHARE * 4 * MIB),
         "the model": 200_000,
         "tiles in transit": 4 * 100 * 4 * 10_000 * 4,
         "kernel tile accumulators": 100 * 100 * 12,
