@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,13 +20,21 @@ from .machine import best_seconds
 TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64}
 
 
+#: Tiles with a narrower side than this go through torch's product on a CPU, Gram matrices too: ``ssyrk`` saves nothing
+#: there, and a second BLAS beside torch's own threads costs (measured at 128 rows: 87 against 150 GFLOP/s in a run).
+SYRK_EDGE: Final = 256
+
+#: Columns per block of such tiles: torch's product sums longer ones with an error above 5e-7 (measured).
+SMALL_TILE_COLUMNS: Final = 2048
+
+
 class KernelAccumulator:
     """Sums ``left @ right.T`` over many column blocks into one kernel tile.
 
     Blocks of at most :data:`CONTRACTION_COLUMNS` columns are multiplied in the plan's precision and added up in
-    float64, so the rounding error does not grow with the number of parameters. On a CPU the products go through NumPy's
-    BLAS, which computes a Gram matrix by ``ssyrk`` (half the arithmetic) and, unlike SciPy's wrapper, lets other
-    threads run meanwhile. Both buffers are allocated once and reused for every tile.
+    float64, so the rounding error does not grow with the number of parameters. On a CPU large products go through
+    NumPy's BLAS, which computes a Gram matrix by ``ssyrk`` (half the arithmetic) and, unlike SciPy's wrapper, lets
+    other threads run meanwhile. Both buffers are allocated once and reused for every tile.
     """
 
     def __init__(self, edge: int, precision: str, device: str = "cpu") -> None:
@@ -58,11 +67,13 @@ class KernelAccumulator:
         if not self._on_cpu:
             left = left.to(self._device, non_blocking=True)
             right = None if right is None else right.to(self._device, non_blocking=True)
-        for start in range(0, left.shape[1], CONTRACTION_COLUMNS):
-            stop = start + CONTRACTION_COLUMNS
+        by_numpy = self._on_cpu and min(self._product.shape) >= SYRK_EDGE
+        step = CONTRACTION_COLUMNS if by_numpy or not self._on_cpu else SMALL_TILE_COLUMNS
+        for start in range(0, left.shape[1], step):
+            stop = start + step
             a = left[:, start:stop]
             b = a if right is None else right[:, start:stop]
-            if self._on_cpu:
+            if by_numpy:
                 np.matmul(a.numpy(), b.numpy().T, out=self._product.numpy())
             else:
                 with tf32(self._tf32):

@@ -55,7 +55,7 @@ def test_the_larger_phase_counts():
     need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
     variable = 3 * 8 * 1000 + int(DERIVING_SHARE * 900 * MIB) + STAGING_BYTES
     assert need.total("host") == 200 * MIB + variable + LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
-    assert need.largest("host") == "deriving one batch (900 MiB)"
+    assert need.largest("host") == "deriving one batch (1.3 GiB)"
     assert "read buffers" not in need.host
 
 
