@@ -1,4 +1,4 @@
-"""What is measured: three plain networks with seeded weights and data, each in full and in smoke size."""
+"""What is measured: networks with seeded weights and data, each in full and in smoke size, at several sample counts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+from .inputs import Inputs
+from .sentences import minilm, missing_packages, small_bert, tokenised
 
 #: Seed of every model and every data set.
 SEED = 0
@@ -62,37 +65,28 @@ class ResNet18(nn.Module):
         return self.head(hidden.mean((2, 3)))
 
 
-class EncoderBlock(nn.Module):
-    """Attention and a two-layer network, each after a layer norm, from plain modules."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.mix = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (samples, tokens, width) to the same shape."""
-        samples, tokens, width = x.shape
-        parts = self.qkv(self.norm1(x)).reshape(samples, tokens, 3, self.heads, width // self.heads)
-        found = F.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
-        x = x + self.mix(found.transpose(1, 2).reshape(samples, tokens, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class ViT(nn.Module):
-    """Vision transformer over 4×4 patches with a class token."""
+    """Vision transformer over 4×4 patches with a class token, of torch's own encoder layers."""
 
     def __init__(self, image: int, width: int, depth: int, heads: int, outputs: int) -> None:
         super().__init__()
         self.embed = nn.Linear(3 * 4 * 4, width)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, (image // 4) ** 2 + 1, width))
-        self.blocks = nn.Sequential(*(EncoderBlock(width, heads) for _ in range(depth)))
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    d_model=width,
+                    nhead=heads,
+                    dim_feedforward=4 * width,
+                    dropout=0.0,
+                    activation="gelu",
+                    batch_first=True,
+                    norm_first=True,
+                )
+                for _ in range(depth)
+            )
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs)
 
@@ -102,7 +96,12 @@ class ViT(nn.Module):
         patches = x.reshape(samples, channels, height // 4, 4, width // 4, 4).permute(0, 2, 4, 1, 3, 5)
         tokens = self.embed(patches.reshape(samples, -1, channels * 16))
         hidden = torch.cat([self.token.expand(samples, -1, -1), tokens], 1) + self.position
-        return self.head(self.norm(self.blocks(hidden))[:, 0])
+        return self.head(self.norm(self.layers(hidden))[:, 0])
+
+
+def images(*shape: int) -> Callable[[int], Inputs]:
+    """A maker of seeded normal samples of one shape."""
+    return lambda samples: torch.randn(samples, *shape, generator=torch.Generator().manual_seed(SEED))
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,13 @@ class Size:
 
     Attributes:
         model: makes the network.
-        shape: shape of one sample.
-        samples: number of samples unless asked otherwise.
+        data: makes so many samples.
+        samples: numbers of samples unless asked otherwise, smallest first.
     """
 
     model: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    samples: int
+    data: Callable[[int], Inputs]
+    samples: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -128,11 +127,13 @@ class Workload:
         title: what it is, for the table.
         full: the size that counts.
         smoke: the size of tests.
+        missing: tells which packages it needs and does not find.
     """
 
     title: str
     full: Size
     smoke: Size
+    missing: Callable[[], tuple[str, ...]] = tuple
 
     def size(self, smoke: bool) -> Size:
         """The full or the smoke size."""
@@ -143,23 +144,34 @@ class Workload:
 WORKLOADS = {
     "mlp": Workload(
         "MLP 784-1024-1024-10",
-        Size(lambda: mlp(784, 1024, 10), (784,), 128),
-        Size(lambda: mlp(20, 24, 3), (20,), 12),
+        Size(lambda: mlp(784, 1024, 10), images(784), (128, 2048)),
+        Size(lambda: mlp(20, 24, 3), images(20), (6, 12)),
     ),
     "resnet18": Workload(
         "ResNet-18, 32×32 stem, width 64",
-        Size(lambda: ResNet18(64, 1), (3, 32, 32), 128),
-        Size(lambda: ResNet18(4, 1), (3, 8, 8), 10),
+        Size(lambda: ResNet18(64, 1), images(3, 32, 32), (128, 512)),
+        Size(lambda: ResNet18(4, 1), images(3, 8, 8), (5, 10)),
+    ),
+    "resnet18-c10": Workload(
+        "ResNet-18, 32×32 stem, width 64, 10 outputs",
+        Size(lambda: ResNet18(64, 10), images(3, 32, 32), (128,)),
+        Size(lambda: ResNet18(4, 3), images(3, 8, 8), (6,)),
     ),
     "vit": Workload(
-        "ViT d=192, depth 6, 65 tokens",
-        Size(lambda: ViT(32, 192, 6, 3, 10), (3, 32, 32), 64),
-        Size(lambda: ViT(8, 12, 2, 3, 3), (3, 8, 8), 9),
+        "ViT d=192, depth 6, 65 tokens, nn.TransformerEncoderLayer",
+        Size(lambda: ViT(32, 192, 6, 3, 10), images(3, 32, 32), (64, 256)),
+        Size(lambda: ViT(8, 12, 2, 3, 3), images(3, 8, 8), (5, 9)),
+    ),
+    "minilm": Workload(
+        "all-MiniLM-L6-v2, sentences of 64 tokens, mean pooling",
+        Size(lambda: minilm(2), lambda samples: tokenised(samples, 64), (128,)),
+        Size(lambda: small_bert(2), lambda samples: tokenised(samples, 16), (6,)),
+        missing_packages,
     ),
 }
 
 
-def build(name: str, samples: int, smoke: bool) -> tuple[nn.Module, Tensor]:
+def build(name: str, samples: int, smoke: bool) -> tuple[nn.Module, Inputs]:
     """Build a workload, the same in every process.
 
     Args:
@@ -168,9 +180,9 @@ def build(name: str, samples: int, smoke: bool) -> tuple[nn.Module, Tensor]:
         smoke: whether to take the smoke size.
 
     Returns:
-        The network in eval mode and its data (samples, ...), both float32 on the CPU.
+        The network in eval mode and its data (samples, ...), both float32 on the CPU; tokens are integers.
     """
     size = WORKLOADS[name].size(smoke)
     torch.manual_seed(SEED)
     model = size.model().eval()
-    return model, torch.randn(samples, *size.shape, generator=torch.Generator().manual_seed(SEED))
+    return model, size.data(samples)

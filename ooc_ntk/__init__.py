@@ -13,12 +13,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import Budget, Job, Kernel, OocNtkError, Plan, Preferences, calibrate, info, open, plan, run, verify  # noqa: A004
+    from .api import (
+        Budget,
+        InputError,
+        Job,
+        Kernel,
+        OocNtkError,
+        Plan,
+        Preferences,
+        calibrate,
+        forget_layer_rule,
+        info,
+        layer_rule,
+        open,  # noqa: A004 - ooc_ntk.open(path), as zarr.open
+        plan,
+        run,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "InputError",
     "Job",
     "Kernel",
     "OocNtkError",
@@ -26,7 +43,9 @@ __all__ = [
     "Preferences",
     "__version__",
     "calibrate",
+    "forget_layer_rule",
     "info",
+    "layer_rule",
     "open",
     "plan",
     "run",

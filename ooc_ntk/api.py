@@ -11,6 +11,7 @@ from pathlib import Path
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
 from .compute.machine import peak_resident_bytes
+from .compute.rules.table import forget_layer_rule, layer_rule
 from .errors import BudgetError, InputError, OocNtkError, RunConflictError
 from .execution import calibration
 from .execution.audit import AUDITED_SAMPLES, Audit, audit
@@ -46,7 +47,9 @@ __all__ = [
     "Solution",
     "calibrate",
     "describe_job",
+    "forget_layer_rule",
     "info",
+    "layer_rule",
     "open",
     "plan",
     "run",
@@ -99,7 +102,8 @@ def _plan(
         logger.info("first plan on this machine: calibrating for a few seconds")
         rates = calibration.calibrate(prepared.device, _existing(out))
     limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
-    workload = measure(prepared, limits)
+    layer_rules = preferences is None or preferences.layer_rules
+    workload = measure(prepared, limits, layer_rules=layer_rules)
     after = peak_resident_bytes()
     workload = replace(workload, planning_bytes=after if after > before else 0)
     return make_plan(workload, limits, rates, preferences, prepared.digest)
@@ -174,7 +178,7 @@ def run(
                 f"give the job device={chosen.device!r}"
             )
         with TerminalProgress.of(progress) as observer:
-            execute(chosen, directory, prepared.function, prepared.reader, executor, observer)
+            execute(chosen, directory, prepared, executor, observer)
     return Kernel(out)
 
 

@@ -82,6 +82,6 @@ def unknown_name(kind: str, got: str, known: Iterable[str]) -> InputError:
     "unknown kernel 'trase'; did you mean 'trace'? Known: pseudo, trace"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(got), names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ";"
     return InputError(f"unknown {kind} {got!r}{hint} Known: {', '.join(names)}")

@@ -25,10 +25,16 @@ _BYTE_UNITS: Final = {
 }
 
 #: Bytes of one element of each precision the engine computes in.
-ITEM_BYTES: Final = {"float32": 4, "tf32": 4, "float64": 8}
+ITEM_BYTES: Final = {"float32": 4, "tf32": 4, "bf16": 4, "float64": 8}
 
 #: NumPy dtype in which a kernel of each precision is stored.
-STORED_DTYPE: Final = {"float32": "<f4", "tf32": "<f4", "float64": "<f8"}
+STORED_DTYPE: Final = {"float32": "<f4", "tf32": "<f4", "bf16": "<f4", "float64": "<f8"}
+
+#: NumPy dtype in which Jacobian tiles of each precision are held; bf16 as its bits (NumPy has no such type).
+HELD_DTYPE: Final = {"float32": "<f4", "tf32": "<f4", "bf16": "<u2", "float64": "<f8"}
+
+#: NumPy dtype of stored token numbers.
+TOKEN_DTYPE: Final = "<i4"
 
 
 def parse_bytes(text: str | int | float) -> int:
@@ -116,10 +122,10 @@ def item_bytes(precision: str) -> int:
     """Bytes of one element of a precision.
 
     Args:
-        precision: ``float32``, ``tf32`` or ``float64``.
+        precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
 
     Returns:
-        Bytes per element.
+        Bytes per element of what is computed; held tiles may take less (:func:`held_item_bytes`).
 
     Raises:
         InputError: for a precision that is not known.
@@ -127,3 +133,21 @@ def item_bytes(precision: str) -> int:
     if precision not in ITEM_BYTES:
         raise unknown_name("precision", precision, ITEM_BYTES)
     return ITEM_BYTES[precision]
+
+
+def held_item_bytes(precision: str) -> int:
+    """Bytes of one element of a held Jacobian tile.
+
+    Args:
+        precision: as for :func:`item_bytes`.
+
+    Returns:
+        Bytes per element.
+
+    Raises:
+        InputError: for a precision that is not known.
+
+    >>> held_item_bytes("bf16"), held_item_bytes("float32")
+    (2, 4)
+    """
+    return 2 if precision == "bf16" else item_bytes(precision)

@@ -39,7 +39,8 @@ def _seeded() -> None:
 def compute(tmp_path: Path, rates: MachineRates) -> Callable[..., ooc_ntk.Kernel]:
     """``compute(job, method=None, batch_size=None, scheduler=None, **preferences)``: plan, run, and return the kernel.
 
-    The budget is fixed, so that no test depends on what is free; ``method`` overrides what the probe found faster.
+    The budget is fixed, so that no test depends on what is free; ``method`` overrides what the probe found faster, and
+    leaves layer rules out.
     """
     count = 0
     gc.freeze()  # a run collects garbage several times: over what the tests imported it would take most of the time
@@ -53,6 +54,8 @@ def compute(tmp_path: Path, rates: MachineRates) -> Callable[..., ooc_ntk.Kernel
     ) -> ooc_ntk.Kernel:
         nonlocal count
         count += 1
+        if method is not None:
+            preferences["layer_rules"] = False
         plan = ooc_ntk.plan(
             job,
             ooc_ntk.Budget(host="16GiB", device="16GiB", disk="1GiB"),

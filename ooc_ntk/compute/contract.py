@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Final
@@ -12,12 +12,23 @@ import torch
 from torch import Tensor
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
 from ooc_ntk.planning.rates import CALIBRATED_DEPTH, CALIBRATED_EDGES
 
+from .expand import Piece, expand_piece, pieces
 from .machine import best_seconds
+from .matching import contract_matching
+from .pairwise import contract_pairwise, sum_positions
 
-TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64}
+#: Factors of one layer for one tile: inputs (samples, input items), gradients (samples, positions, rows, outputs).
+Tile = tuple[Tensor, Tensor]
+
+#: What models and their gradients are computed in.
+TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+
+#: What tiles are held in and multiplied in.
+HELD_TORCH_DTYPE = {**TORCH_DTYPE, "bf16": torch.bfloat16}
 
 
 #: Tiles with a narrower side than this go through torch's product on a CPU, Gram matrices too: ``ssyrk`` saves nothing
@@ -42,15 +53,17 @@ class KernelAccumulator:
 
         Args:
             edge: largest number of kernel rows or columns of a tile.
-            precision: ``float32``, ``tf32`` or ``float64``.
+            precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
             device: torch device string.
         """
         self._on_cpu = torch.device(device).type == "cpu"
         self._device = torch.device(device)
         self._tf32 = precision == "tf32"
         self._sums = torch.empty(edge * edge, dtype=torch.float64, device=device)
-        self._products = torch.empty(edge * edge, dtype=TORCH_DTYPE[precision], device=device)
+        self._dtype = HELD_TORCH_DTYPE[precision]
+        self._products = torch.empty(edge * edge, dtype=self._dtype, device=device)
         self._sum, self._product = self._sums, self._products
+        self._expanded: tuple[Tensor, Tensor] | None = None
 
     def begin(self, rows: int, columns: int) -> None:
         """Start a new tile of rows × columns entries, at zero."""
@@ -64,10 +77,9 @@ class KernelAccumulator:
             left: (rows, depth), in the plan's precision, on the host or the device.
             right: (columns, depth); None for the Gram matrix of ``left``.
         """
-        if not self._on_cpu:
-            left = left.to(self._device, non_blocking=True)
-            right = None if right is None else right.to(self._device, non_blocking=True)
-        by_numpy = self._on_cpu and min(self._product.shape) >= SYRK_EDGE
+        left = self._there(left)
+        right = None if right is None else self._there(right)
+        by_numpy = self._on_cpu and min(self._product.shape) >= SYRK_EDGE and self._dtype != torch.bfloat16
         step = CONTRACTION_COLUMNS if by_numpy or not self._on_cpu else SMALL_TILE_COLUMNS
         for start in range(0, left.shape[1], step):
             stop = start + step
@@ -78,32 +90,86 @@ class KernelAccumulator:
             else:
                 with tf32(self._tf32):
                     torch.mm(a, b.T, out=self._product)
+            self._add_to(self._sum, self._product)
+
+    def add_factored(self, factors: LayerFactors, left: Tile, right: Tile | None, entries: int) -> None:
+        """Expand a layer's factors piece by piece into reused buffers, and add the product of each.
+
+        Args:
+            factors: shapes of the factors.
+            left: inputs (samples, input items) and gradients (samples, positions, rows, outputs).
+            right: the same of the column tile; None for the Gram matrix of ``left``.
+            entries: kernel rows per sample.
+        """
+        left, right = self._move(left), None if right is None else self._move(right)
+        rows = left[1].shape[2]
+        parts = list(pieces(factors, rows, whole_rows=entries > 1))
+        items = max(piece.items(factors) for piece in parts)
+        for piece in parts:
+            expanded = self._expand(factors, left, piece, 0, items, entries)
+            self.add(expanded, None if right is None else self._expand(factors, right, piece, 1, items, entries))
+        if factors.bias:
+            self.add(self._summed(left, entries), None if right is None else self._summed(right, entries))
+
+    def add_pairwise(self, factors: LayerFactors, left: Tile, right: Tile | None, entries: int) -> None:
+        """Add a layer's contraction from its factors; see :meth:`add_factored`."""
+
+        def add_block(block: Tensor, row: int, column: int) -> None:
+            self._add_to(self._sum[row : row + block.shape[0], column : column + block.shape[1]], block)
+
+        with tf32(self._tf32):
+            contract_pairwise(
+                factors, self._move(left), None if right is None else self._move(right), entries, add_block
+            )
+
+    def add_matching(self, left: Tile, right: Tile | None, entries: int) -> None:
+        """Add an embedding's contraction from tokens and gradients; see :meth:`add_factored`."""
+
+        def add_at(block: Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
             if self._on_cpu:
-                # Ten times faster than torch's addition of mixed dtypes (measured).
-                np.add(self._sum.numpy(), self._product.numpy(), out=self._sum.numpy())
+                added = block.float() if block.dtype == torch.bfloat16 else block
+                self._sum.numpy()[np.ix_(rows, columns)] += added.numpy()
             else:
-                self._sum += self._product
+                index = torch.from_numpy(rows)[:, None], torch.from_numpy(columns)[None, :]
+                self._sum[index] += block.to(self._sum)
+
+        with tf32(self._tf32):
+            contract_matching(self._move(left), None if right is None else self._move(right), entries, self.add, add_at)
+
+    def _expand(self, factors: LayerFactors, tile: Tile, piece: Piece, side: int, items: int, entries: int) -> Tensor:
+        """One piece of one side: (samples · entries, depth)."""
+        needed = len(tile[0]) * items
+        if self._expanded is None or self._expanded[side].numel() < needed:
+            sides = list(self._expanded or (self._sums.new_empty(0, dtype=self._dtype),) * 2)
+            sides[side] = torch.empty(needed, dtype=self._dtype, device=self._device)
+            self._expanded = sides[0], sides[1]
+        with tf32(self._tf32):
+            found = expand_piece(factors, *tile, piece, self._expanded[side])
+        return found.view(len(tile[0]) * entries, -1)
+
+    @staticmethod
+    def _summed(tile: Tile, entries: int) -> Tensor:
+        """Gradients of the bias: (samples · entries, depth)."""
+        return tile[1].sum(1).reshape(len(tile[0]) * entries, -1)
+
+    def _there(self, value: Tensor) -> Tensor:
+        return value if self._on_cpu else value.to(self._device, non_blocking=True)
+
+    def _move(self, tile: Tile) -> Tile:
+        return self._there(tile[0]), self._there(tile[1])
+
+    def _add_to(self, total: Tensor, block: Tensor) -> None:
+        """Add a block to a part of the sum."""
+        if not self._on_cpu:
+            total += block
+            return
+        # Ten times faster than torch's addition of mixed dtypes (measured).
+        values = block.float() if block.dtype == torch.bfloat16 else block
+        np.add(total.numpy(), values.numpy(), out=total.numpy())
 
     def result(self) -> Tensor:
         """The tile so far: (rows, columns) float64 on the host; a view of a buffer that the next tile reuses."""
         return self._sum.cpu()
-
-
-def squared_norms(rows: np.ndarray) -> np.ndarray:
-    """Squared norm of each row of a slab, in float32 blocks added up in float64.
-
-    Args:
-        rows: (rows, columns), float32 or float64.
-
-    Returns:
-        (rows,) float64. Infinite or NaN where a row is not finite, or where its square overflows.
-    """
-    total = np.zeros(rows.shape[0])
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, rows.shape[1], CONTRACTION_COLUMNS):
-            block = rows[:, start : start + CONTRACTION_COLUMNS]
-            total += np.vecdot(block, block)
-    return total
 
 
 def check_precision(precision: str, device: str) -> None:
@@ -143,8 +209,8 @@ def measure_products(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
     for precision in precisions:
         general[precision], symmetric[precision] = {}, {}
         for edge in CALIBRATED_EDGES:
-            left = torch.randn(edge, CALIBRATED_DEPTH, generator=generator).to(device, TORCH_DTYPE[precision])
-            right = torch.randn(edge, CALIBRATED_DEPTH, generator=generator).to(device, TORCH_DTYPE[precision])
+            left = torch.randn(edge, CALIBRATED_DEPTH, generator=generator).to(device, HELD_TORCH_DTYPE[precision])
+            right = torch.randn(edge, CALIBRATED_DEPTH, generator=generator).to(device, HELD_TORCH_DTYPE[precision])
             accumulator = KernelAccumulator(edge, precision, device)
             accumulator.begin(edge, edge)
             flops = 2 * edge * edge * CALIBRATED_DEPTH
@@ -157,6 +223,80 @@ def measure_products(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
             for edge in CALIBRATED_EDGES:
                 fastest = table[edge] = max(fastest, table[edge])
     return general, symmetric
+
+
+def measure_factored(device: str, precisions: tuple[str, ...]) -> tuple[dict[str, float], float]:
+    """Time what contracting factors takes beside products of large tiles.
+
+    Args:
+        device: torch device string.
+        precisions: the precisions to time.
+
+    Returns:
+        FLOP/s at which factors are expanded into gradients, per precision, and elements/s at which two Gram matrices
+        are multiplied and summed over positions.
+    """
+    expand: dict[str, float] = {}
+    factors = LayerFactors("linear", 64, 512, 256)
+    for precision in precisions:
+        tile = _random_tile(factors, 8, 1, precision, device)
+        piece = next(pieces(factors, 1, whole_rows=False, items=factors.inputs * factors.outputs))
+        out = torch.empty(8 * piece.items(factors), dtype=HELD_TORCH_DTYPE[precision], device=device)
+        seconds = best_seconds(partial(_wait, partial(expand_piece, factors, *tile, piece, out), device))
+        expand[precision] = 8 * factors.expand_flops(1) / seconds
+    inputs = torch.ones(512, 1024, device=device)
+    gradients = inputs.clone()
+    seconds = best_seconds(partial(_wait, partial(sum_positions, inputs, gradients, 32, 64, 16, 1), device))
+    return expand, inputs.numel() / seconds
+
+
+def measure_block(
+    factors: LayerFactors, rows: int, entries: int, precision: str, device: str, samples: int
+) -> tuple[float, float]:
+    """Time both contractions of a block on random factors.
+
+    Args:
+        factors: shapes of the factors (linear or convolution).
+        rows: Jacobian rows per sample.
+        entries: kernel rows per sample.
+        precision: the plan's precision.
+        device: torch device string.
+        samples: samples of the tile to try.
+
+    Returns:
+        Seconds to expand one sample, and seconds to contract one pair of samples pairwise.
+    """
+    tile = _random_tile(factors, samples, rows, precision, device)
+    parts = list(pieces(factors, rows, whole_rows=entries > 1))
+    items = max(piece.items(factors) for piece in parts)
+    out = torch.empty(samples * items, dtype=HELD_TORCH_DTYPE[precision], device=device)
+
+    def expanding() -> None:
+        for piece in parts:
+            expand_piece(factors, *tile, piece, out)
+
+    def drop(block: Tensor, row: int, column: int) -> None:
+        del block, row, column
+
+    expand_seconds = best_seconds(partial(_wait, expanding, device), budget_seconds=0.02, repeats=3)
+    pairwise = partial(contract_pairwise, factors, tile, tile, entries, drop)
+    pair_seconds = best_seconds(partial(_wait, pairwise, device), budget_seconds=0.02, repeats=3)
+    return expand_seconds / samples, pair_seconds / samples**2
+
+
+def _random_tile(factors: LayerFactors, samples: int, rows: int, precision: str, device: str) -> Tile:
+    generator = torch.Generator().manual_seed(0)
+    dtype = HELD_TORCH_DTYPE[precision]
+    inputs = torch.randn(samples, factors.input_items, generator=generator)
+    gradients = torch.randn(samples, factors.positions, rows, factors.outputs, generator=generator)
+    return inputs.to(device, dtype), gradients.to(device, dtype)
+
+
+def _wait(work: Callable[[], object], device: str) -> None:
+    """Do something and wait for the device."""
+    work()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _multiply(accumulator: KernelAccumulator, left: Tensor, right: Tensor | None) -> None:

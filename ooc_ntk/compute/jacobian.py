@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .contract import TORCH_DTYPE
 from .outputs import OutputRows, model_logits
+
+if TYPE_CHECKING:
+    from .structure import Structure
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class ModelFunction:
         names: chosen parameter names, in column order.
         sizes: number of scalars of each.
         rows: which Jacobian rows are wanted.
+        structure: what layer rules cover, once it has been found and checked.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str], rows: OutputRows, precision: str, device: str) -> None:
@@ -71,6 +76,7 @@ class ModelFunction:
         self.module = module
         self.names = tuple(names)
         self.rows = rows
+        self.structure: Structure | None = None
 
         def move(value: Tensor) -> Tensor:
             return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
@@ -160,8 +166,14 @@ class LoopJacobian(JacobianMethod):
         if count:
             yield [buffer[:count] for buffer in buffers]
 
-    def _rows(self, batch: ModelBatch, names: Sequence[str]) -> Iterator[Sequence[Tensor]]:
-        """Yield the gradients of every row, in the shapes of the parameters."""
+    def some_rows(self, batch: ModelBatch, names: Sequence[str], chosen: Sequence[int]) -> Iterator[Sequence[Tensor]]:
+        """Yield the gradients of chosen rows of every sample, in the shapes of the parameters."""
+        return self._rows(batch, names, chosen)
+
+    def _rows(
+        self, batch: ModelBatch, names: Sequence[str], chosen: Sequence[int] | None = None
+    ) -> Iterator[Sequence[Tensor]]:
+        """Yield the gradients of every row, or of chosen ones, in the shapes of the parameters."""
         function = self.function
         leaves = {name: function.parameters[name].detach().requires_grad_() for name in names}
         variables = list(leaves.values())
@@ -172,8 +184,8 @@ class LoopJacobian(JacobianMethod):
             function.rows.check_labels(one.targets, logits.shape[1])
             target = None if one.targets is None else one.targets[0]
             cotangents = function.rows.cotangents(logits[0].detach(), target)
-            last = cotangents.shape[0] - 1
-            for row in range(last + 1):
+            wanted = range(cotangents.shape[0]) if chosen is None else chosen
+            for row in wanted:
                 if not logits.requires_grad:
                     yield [torch.zeros_like(leaf) for leaf in variables]
                     continue
@@ -181,7 +193,7 @@ class LoopJacobian(JacobianMethod):
                     logits,
                     variables,
                     cotangents[row : row + 1],
-                    retain_graph=row < last,
+                    retain_graph=row != wanted[-1],
                     allow_unused=True,
                     materialize_grads=True,
                 )

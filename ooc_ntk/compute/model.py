@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Final
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from ooc_ntk.errors import InputError, NonFiniteError, unknown_name
 from ooc_ntk.planning.workload import ParameterBlock
+
+from .structure import Layer, Structure
 
 #: Autograd nodes whose derivative jumps, so that rounding can flip them (by class name, lower case).
 _KINKS: Final = ("relu", "threshold", "hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink")
@@ -104,23 +107,50 @@ def choose_parameters(module: nn.Module, patterns: Sequence[str] | None) -> tupl
     return chosen
 
 
-def parameter_blocks(module: nn.Module, names: Sequence[str]) -> tuple[ParameterBlock, ...]:
-    """Group neighbouring parameters of one layer into blocks.
+def parameter_blocks(
+    module: nn.Module, names: Sequence[str], structure: Structure | None = None
+) -> tuple[ParameterBlock, ...]:
+    """Group neighbouring parameters of one layer into blocks that can be held and contracted alike.
+
+    A weight (with its bias) that has factors is a block of its own, and so are parameters that no rule covers.
 
     Args:
         module: the model.
         names: chosen parameter names, in order.
+        structure: what layer rules cover; None for nothing.
 
     Returns:
-        Blocks with their column ranges, in order.
+        Blocks with their column ranges, in order; named after the layer, or after their first parameter where a layer
+        has several.
     """
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    layers: Mapping[str, Layer] = {} if structure is None else structure.layers
+    reasons: Mapping[str, str] = {} if structure is None else structure.reasons
+
+    def kind(name: str) -> tuple[str, str]:
+        layer = layers.get(name)
+        if layer is None:
+            return name.rpartition(".")[0], f"torch.func {reasons.get(name, '')}"
+        return name.rpartition(".")[0], f"factors {layer.parameters[0]}" if layer.factors is not None else "rule"
+
+    groups = [(layer, tuple(group)) for (layer, _), group in groupby(names, key=kind)]
+    counts = Counter(layer for layer, _ in groups)
     blocks: list[ParameterBlock] = []
     start = 0
-    for layer, group in groupby(names, key=lambda name: name.rpartition(".")[0]):
-        members = tuple(group)
+    for layer, members in groups:
         stop = start + sum(sizes[name] for name in members)
-        blocks.append(ParameterBlock(layer, members, start, stop))
+        found = layers.get(members[0])
+        blocks.append(
+            ParameterBlock(
+                name=layer if counts[layer] == 1 else members[0],
+                parameters=members,
+                start=start,
+                stop=stop,
+                source="torch.func" if found is None else "rule",
+                reason=reasons.get(members[0], "") if found is None else "",
+                factors=None if found is None else found.factors,
+            )
+        )
         start = stop
     return tuple(blocks)
 

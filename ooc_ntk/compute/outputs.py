@@ -151,6 +151,26 @@ class OutputRows:
         every = torch.func.jacrev(lambda z: function(z, target).reshape(-1))(output.detach().double())
         return self._chosen(every).to(output.dtype)
 
+    def batch_cotangents(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Cotangents of a batch.
+
+        Args:
+            outputs: (samples, outputs), in the model's dtype.
+            targets: targets of the samples, or None.
+
+        Returns:
+            (samples, rows, outputs) in the model's dtype.
+        """
+        if self.function is None:
+            every = self._chosen(torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device))
+            return every.expand(outputs.shape[0], -1, -1)
+        return torch.stack(
+            [
+                self.cotangents(output, None if targets is None else targets[index])
+                for index, output in enumerate(outputs)
+            ]
+        )
+
     def _chosen(self, every: Tensor) -> Tensor:
         if self.kernel == "pseudo":
             return every.sum(0, keepdim=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ooc_ntk.compute.contract import measure_products
+from ooc_ntk.compute.contract import measure_factored, measure_products
 from ooc_ntk.compute.machine import (
     host_to_device_rate,
     limited_threads,
@@ -49,9 +49,10 @@ def calibrate(device: str, disk: Path) -> MachineRates:
         The rates.
     """
     threads = torch.get_num_threads()
-    precisions = ("float32", "float64") if device == "cpu" else ("float32", "tf32", "float64")
+    precisions = ("float32", "bf16", "float64") if device == "cpu" else ("float32", "tf32", "bf16", "float64")
     with limited_threads(threads):
         gemm, syrk = measure_products(device, precisions)
+        expand, elements = measure_factored(device, precisions)
         fill, copy = memory_rates()
     return_free_memory()
     measured = measure_disk(disk)
@@ -65,6 +66,8 @@ def calibrate(device: str, disk: Path) -> MachineRates:
         disk_read=measured.read,
         host_to_device=host_to_device_rate(device),
         commit_seconds=measured.commit_seconds,
+        expand=expand,
+        elements=elements,
     )
     path = rates_path(device)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Any
 import psutil
 import torch
 
+from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator, check_precision, tf32
-from ooc_ntk.compute.jacobian import METHODS, JacobianMethod, ModelBatch, ModelFunction
+from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import limited_threads, peak_resident_bytes, return_free_memory, steady_allocator
+from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import NonFiniteError, RunInterrupted
 from ooc_ntk.inputs.samples import Samples, SampleSource
 from ooc_ntk.planning.plan import Plan
@@ -117,6 +120,8 @@ class RunContext:
         digests: known digests of sample ranges by row tile, from earlier passes and sessions.
         records: committed files by path, kept up to date by the driver.
         tiles_only: keys of ``rows`` tasks that are finished but for their tiles, which were lost.
+        structure: what layer rules cover of the model.
+        phases: wall-clock of the phases of the task at hand, by name.
     """
 
     plan: Plan
@@ -130,13 +135,10 @@ class RunContext:
     digests: dict[int, str]
     records: Mapping[str, FileRecord]
     tiles_only: set[str] = field(default_factory=set)
+    structure: Structure = field(default_factory=Structure)
+    phases: dict[str, float] = field(default_factory=dict)
     _accumulator: KernelAccumulator | None = None
     _phase: str = ""
-
-    @property
-    def method(self) -> JacobianMethod:
-        """How rows are derived."""
-        return METHODS[self.plan.method](self.function)
 
     @property
     def kernel_array(self) -> TileArray:
@@ -151,6 +153,19 @@ class RunContext:
         """The diagonal of all samples: (samples · entries,), float64."""
         plan, edge = self.plan, self.plan.tile_samples * self.plan.entries_per_sample
         return TileArray(self.directory.root, "diagonal", (plan.kernel_shape[0],), (edge,), "<f8")
+
+    def capture(self, names: Sequence[str]) -> Capture:
+        """What derives parameters that layer rules cover."""
+        return Capture(self.function, self.structure, names, self.plan.rows_per_sample)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the body to a phase of the task at hand."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
     def accumulator(self) -> KernelAccumulator:
         """The reused accumulator of kernel tiles."""
@@ -203,8 +218,8 @@ class Outcome:
 @contextmanager
 def reproducible(plan: Plan) -> Iterator[None]:
     """Run under the plan's thread count and precision, with deterministic algorithms; set everything back after."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Not use_deterministic_algorithms, which imports torch's compiler first (0.8 s).
+    deterministic = torch.get_deterministic_debug_mode()
     memory: Any = torch.utils.deterministic
     filling = memory.fill_uninitialized_memory
     check_precision(plan.precision, plan.device)
@@ -217,11 +232,11 @@ def reproducible(plan: Plan) -> Iterator[None]:
         tf32(allowed=False),
         torch.autocast(kind, enabled=False),
     ):
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         memory.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.set_float32_matmul_precision(products)
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.set_deterministic_debug_mode(deterministic)
             memory.fill_uninitialized_memory = filling

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ooc_ntk.compute.contract import KernelAccumulator
 from ooc_ntk.errors import NonFiniteError
 from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.spans import Span
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
 
 from .context import Outcome, RunContext
 from .prefetch import prefetched
-from .rows import diagonal_path, divisor
-from .stores import Matrix
+from .rows import diagonal_path, divisor, stage_diagonal
+from .stores import Matrix, Tile, as_tensor, row_matrix
 
 
 def kernel_path(array: TileArray, plan: Plan, generation: int, row: int, column: int) -> str:
@@ -49,21 +50,23 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
     columns = len(plan.sample_grid.columns(task.column)) * entries
     accumulator = context.accumulator()
     accumulator.begin(rows, rows if symmetric else columns)
+    train = len(plan.sample_grid.columns(task.column))
 
-    def load(span: int, buffers: tuple[Matrix | None, ...]) -> tuple[Tensor, Tensor | None]:
-        left = torch.from_numpy(store.load(task.generation, task.row, span, buffers[0]))
+    def load(span: int, buffers: tuple[Matrix | None, ...]) -> tuple[int, Tile, Tile | None]:
+        left = store.load(task.generation, task.row, span, buffers[0])
         if symmetric:
-            return left, None
-        right = torch.from_numpy(store.load(task.generation, task.column, span, buffers[1]))
-        return left, right[:columns]
+            return span, left, None
+        right = store.load(task.generation, task.column, span, buffers[1])
+        return span, left, tuple(matrix[:train] for matrix in right)
 
     sides = 1 if symmetric else 2
     share = 1.0 / len(spans) / len(plan.passes)
-    for left, right in prefetched(range(spans.start, spans.stop), load, store.buffer, sides):
+    read = 0
+    for span, left, right in prefetched(range(spans.start, spans.stop), load, store.buffer, sides):
         context.check_stop()
-        accumulator.add(left, right)
+        _add_span(context, accumulator, store.spans[span], left, right)
+        read += sides * store.load_bytes(span)
         context.advance("kernel", share)
-    read = len(spans) * sides * store.load_bytes()
     tile = accumulator.result().numpy()
     if symmetric:
         mirror_lower(tile)
@@ -76,6 +79,34 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
         read += array.chunk_bytes
         replaces = (path,)
     return Outcome(_stage_tile(context, task, tile), bytes_read=read, replaces=replaces)
+
+
+def _add_span(context: RunContext, accumulator: KernelAccumulator, span: Span, left: Tile, right: Tile | None) -> None:
+    """Contract one span of both sides the way the plan says."""
+    plan, entries = context.plan, context.plan.entries_per_sample
+    if span.block is None:
+        with context.phase("product"):
+            accumulator.add(
+                as_tensor(row_matrix(left[0], entries)),
+                None if right is None else as_tensor(row_matrix(right[0], entries)),
+            )
+        return
+    block = plan.blocks[span.block]
+    factors = block.factors
+    assert factors is not None  # the plan holds no other block as factors
+
+    def shaped(tile: Tile) -> tuple[Tensor, Tensor]:
+        shape = (len(tile[1]), factors.positions, plan.rows_per_sample, factors.outputs)
+        return as_tensor(tile[0]), as_tensor(tile[1]).view(shape)
+
+    one, other = shaped(left), None if right is None else shaped(right)
+    with context.phase(block.contraction if block.contraction != "gemm" else "expand and product"):
+        if block.contraction == "gemm":
+            accumulator.add_factored(factors, one, other, entries)
+        elif block.contraction == "pairwise":
+            accumulator.add_pairwise(factors, one, other, entries)
+        else:
+            accumulator.add_matching(one, other, entries)
 
 
 def mirror_lower(tile: np.ndarray) -> None:
@@ -113,10 +144,13 @@ def _stage_tile(context: RunContext, task: Task, tile: np.ndarray) -> list[Stage
     """Scale, normalise and stage a kernel tile and, below the diagonal, its mirror image."""
     plan, array = context.plan, context.kernel_array
     last = task.generation == len(plan.passes) - 1
+    diagonal: np.ndarray | None = None
     if last:
         tile /= divisor(plan)
+        if task.row == task.column and plan.sample_grid.is_train(task.row):
+            diagonal = tile.diagonal().copy()
         if plan.normalize == "cosine":
-            _normalise(context, task, tile)
+            _normalise(context, task, tile, diagonal)
     if not np.isfinite(tile.sum()) and not np.isfinite(tile).all():
         rows = plan.sample_grid.rows(task.row)
         columns = plan.sample_grid.columns(task.column)
@@ -127,6 +161,9 @@ def _stage_tile(context: RunContext, task: Task, tile: np.ndarray) -> list[Stage
     staged: list[StagedFile] = []
     try:
         staged.append(_stage(context, array, kernel_path(array, plan, task.generation, task.row, task.column), tile))
+        if diagonal is not None:
+            path = diagonal_path(context.diagonal_array, plan, task.generation, task.row)
+            staged.append(stage_diagonal(context, path, diagonal))
         mirrored = plan.sample_grid.mirror_rows(task.row) * plan.entries_per_sample
         if last and task.row != task.column and mirrored:
             staged.append(_stage(context, array, array.chunk_path((task.column, task.row)), tile[:mirrored].T))
@@ -155,15 +192,25 @@ def _stage(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -
     return file
 
 
-def _normalise(context: RunContext, task: Task, tile: np.ndarray) -> None:
-    """Divide by the square roots of the diagonal, in place; 0 where a diagonal entry is 0."""
+def _normalise(context: RunContext, task: Task, tile: np.ndarray, diagonal: np.ndarray | None) -> None:
+    """Divide by the square roots of the diagonal, in place; 0 where a diagonal entry is 0.
+
+    Args:
+        context: what the tasks of this process share.
+        task: a ``kernel`` task of the last pass.
+        tile: its tile.
+        diagonal: the tile's own diagonal if it brings that of its samples, otherwise None.
+    """
     plan, array = context.plan, context.diagonal_array
     inverse = []
     for index, count in ((task.row, tile.shape[0]), (task.column, tile.shape[1])):
-        values = np.empty(array.chunks, dtype="<f8")
-        path = diagonal_path(array, plan, len(plan.passes) - 1, index)
-        read_checked(context.directory.root, context.records[path], values)
-        roots = np.sqrt(values[:count])
+        if diagonal is None:
+            values = np.empty(array.chunks, dtype="<f8")
+            path = diagonal_path(array, plan, len(plan.passes) - 1, index)
+            read_checked(context.directory.root, context.records[path], values)
+        else:
+            values = diagonal
+        roots = np.sqrt(np.maximum(values[:count], 0))
         inverse.append(np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0))
     tile *= inverse[0][:, None]
     tile *= inverse[1][None, :]

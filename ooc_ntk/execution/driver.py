@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import zarr
 
-from ooc_ntk.compute.jacobian import ModelFunction
+from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.plan import Plan
@@ -27,10 +27,11 @@ from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from ooc_ntk.storage.manifest import Manifest, Receipt
 from ooc_ntk.units import format_bytes
 
-from .context import PeakMeter, RunContext, SampleReader, reproducible
+from .context import PeakMeter, RunContext, reproducible
 from .executors import Executor
+from .prepare import PreparedJob, discover, known_structure
 from .resume import Remaining, remaining_tasks
-from .stores import JACOBIAN, DiskStore, MemoryStore
+from .stores import FACTORS, JACOBIAN, DiskStore, MemoryStore
 from .work import perform
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,7 @@ def versions() -> dict[str, str]:
 def execute(
     plan: Plan,
     directory: RunDirectory,
-    function: ModelFunction,
-    reader: SampleReader,
+    prepared: PreparedJob,
     executor: Executor,
     observer: Observer | None = None,
 ) -> None:
@@ -156,8 +156,7 @@ def execute(
     Args:
         plan: the stored plan.
         directory: the run directory.
-        function: model and parameters on the plan's device.
-        reader: the samples.
+        prepared: the job, loaded.
         executor: runs the tasks.
         observer: told about progress.
 
@@ -178,7 +177,18 @@ def execute(
         stop = threading.Event()
         meter = PeakMeter()
         context = RunContext(
-            plan, directory, function, reader, store, stop, meter, observer.advance, digests, records, remaining.again
+            plan,
+            directory,
+            prepared.function,
+            prepared.reader,
+            store,
+            stop,
+            meter,
+            observer.advance,
+            digests,
+            records,
+            remaining.again,
+            planned_structure(plan, prepared),
         )
         _create_arrays(context, manifest)
         waits = remaining.waits(plan)
@@ -193,7 +203,8 @@ def execute(
             receipt, started = replace(receipt, seconds=now - started), now
             if receipt.key.startswith("release"):
                 # Forgotten before the release counts: a crash in between leaves the release to be done again.
-                manifest.forget_files(JACOBIAN)
+                for folder in (JACOBIAN, FACTORS):
+                    manifest.forget_files(folder)
             manifest.commit(receipt)
             records.update({record.path: record for record in receipt.files})
             directory.log_receipt(receipt)
@@ -216,6 +227,38 @@ def execute(
         _sweep_away(directory)
     finally:
         manifest.close()
+
+
+def planned_structure(plan: Plan, prepared: PreparedJob) -> Structure:
+    """What layer rules derive under a plan.
+
+    Args:
+        plan: the plan.
+        prepared: the job, loaded.
+
+    Returns:
+        The structure that planning found, or, where a stored plan is run, one found now: planning has compared it with
+        autograd then, and model and data are the same.
+
+    Raises:
+        RunConflictError: if the model's layers are not those of the plan.
+    """
+    ruled = [block for block in plan.blocks if block.source == "rule"]
+    if not ruled:
+        return Structure()
+    structure = prepared.function.structure or known_structure(prepared) or discover(prepared)
+    for block in ruled:
+        layers = [structure.layers.get(name) for name in block.parameters]
+        same = all(layer is not None for layer in layers)
+        if block.factors is not None:
+            shapes = layers[0].factors if layers[0] is not None else None
+            same = same and shapes is not None and replace(shapes, matches=block.factors.matches) == block.factors
+        if not same:
+            raise RunConflictError(
+                f"the plan derives block {block.name or '(model)'!r} by a layer rule that does not fit the model here; "
+                "make a new plan in another --out"
+            )
+    return structure
 
 
 def _known_digests(receipts: Any) -> dict[int, str]:
@@ -260,7 +303,7 @@ def _create_arrays(context: RunContext, manifest: Manifest) -> None:
     context.kernel_array.create(attributes)
     context.diagonal_array.create()
     if isinstance(context.store, DiskStore):
-        context.store.array.create()
+        context.store.create()
 
 
 def _sweep_away(directory: RunDirectory) -> None:
@@ -271,9 +314,10 @@ def _sweep_away(directory: RunDirectory) -> None:
 
 def _delete_spilled(directory: RunDirectory, records: dict[str, Any]) -> None:
     """Delete the spilled tiles of a finished pass."""
-    for path in [path for path in records if path.startswith(JACOBIAN)]:
+    for path in [path for path in records if path.startswith((JACOBIAN, FACTORS))]:
         del records[path]
-    directory.delete_folder(JACOBIAN)
+    for folder in (JACOBIAN, FACTORS):
+        directory.delete_folder(folder)
 
 
 @contextmanager

@@ -7,14 +7,16 @@ import hashlib
 import inspect
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from ooc_ntk.compute.contract import TORCH_DTYPE, check_precision, tf32
+from ooc_ntk.compute.check import checked_structure, with_matches
+from ooc_ntk.compute.contract import TORCH_DTYPE, check_precision, measure_block, tf32
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
     device_memory,
@@ -26,17 +28,32 @@ from ooc_ntk.compute.machine import (
 from ooc_ntk.compute.model import check_finite_state, check_mode, choose_parameters, model_digest, parameter_blocks
 from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.probe import Probe, look_at, probe
+from ooc_ntk.compute.rules.table import registered_rules
+from ooc_ntk.compute.structure import Structure, find_structure
 from ooc_ntk.errors import DataChangedError, InputError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits, Resources
+from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.tiles import Range
-from ooc_ntk.planning.workload import Workload
+from ooc_ntk.planning.workload import ParameterBlock, Workload
 
 from .context import SampleReader
 
 logger = logging.getLogger(__name__)
+
+#: Samples spread over train and test that are compared alone and together where a model branches on data.
+SPREAD_SAMPLES = 16
+
+#: Samples whose tokens are compared to price the contraction of embeddings.
+MATCHED_SAMPLES = 16
+
+#: Counted FLOPs that differ by this factor decide between two contractions without timing them.
+DECIDED = 6.0
+
+#: Positions of the tile on which both are timed, all samples together.
+TIMED_POSITIONS = 1024
 
 #: Samples of train and of test that are read twice before anything is computed, spread evenly, to catch data sets that
 #: augment at random.
@@ -148,12 +165,14 @@ def available_resources(device: str, disk_free: int) -> Resources:
     return Resources(free_host_bytes(), resident_bytes(), free, taken, disk_free)
 
 
-def measure(prepared: PreparedJob, limits: Limits) -> Workload:
+def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, timed: bool = True) -> Workload:
     """Probe a prepared job on its device.
 
     Args:
         prepared: the job.
         limits: the budget, which bounds the batch that is tried.
+        layer_rules: False leaves everything to ``torch.func``.
+        timed: whether contractions are timed where formulas do not decide.
 
     Returns:
         The workload.
@@ -166,7 +185,7 @@ def measure(prepared: PreparedJob, limits: Limits) -> Workload:
     job, reader = prepared.job, prepared.reader
     first = _read_twice(reader)
     train = len(reader.train)
-    blocks = parameter_blocks(prepared.module, prepared.function.names)
+    function = prepared.function
 
     def fetch(count: int, start: int = 0) -> ModelBatch:
         _, samples = next(reader.pieces(Range(start, min(start + count, len(reader))), count))
@@ -177,10 +196,22 @@ def measure(prepared: PreparedJob, limits: Limits) -> Workload:
     free = limits.host - taken if on_cpu else limits.device - device_memory(prepared.device)[1]
     machine = free_host_bytes() if on_cpu else device_memory(prepared.device)[0]
     with tf32(allowed=False), steady_allocator():
-        found = probe(prepared.function, fetch, train, free, machine, job.batch_size, blocks[0].parameters)
+        look = look_at(function, fetch(1))
+        function.structure = Structure()
+        if layer_rules:
+            structure = discover(prepared)
+            function.structure = checked_structure(function, structure, fetch(2), look.rows_per_sample)
+            _FOUND[prepared.module] = (_found_for(prepared), function.structure)
+        blocks = parameter_blocks(prepared.module, function.names, function.structure)
+        others = next((block.parameters for block in blocks if block.source != "rule"), ())
+        batch_size = 1 if job.allow_batch_dependence else job.batch_size
+        found = probe(function, fetch, train, free, machine, batch_size, others, function.structure)
+        blocks = with_matches(blocks, function, function.structure, fetch(MATCHED_SAMPLES), look.rows_per_sample)
+        if timed:
+            blocks = _with_timings(blocks, prepared, found.rows_per_sample)
     if reader.test is not None:
         try:
-            look = look_at(prepared.function, fetch(1, train))
+            look = look_at(function, fetch(1, train))
         except InputError as error:
             raise InputError(f"test data: {error}") from error
         if look.outputs != found.outputs:
@@ -211,15 +242,120 @@ def measure(prepared: PreparedJob, limits: Limits) -> Workload:
         cancelling=job.outputs != "logits",
         threads=torch.get_num_threads(),
         seed=job.seed,
-        notes=_notes(prepared, found),
+        notes=_notes(prepared, found, blocks),
     )
 
 
-def _notes(prepared: PreparedJob, found: Probe) -> tuple[str, ...]:
+#: Checked structures of live models, so that running a plan in the process that made it finds nothing twice; each with
+#: what it was found for.
+_FOUND: WeakKeyDictionary[nn.Module, tuple[object, Structure]] = WeakKeyDictionary()
+
+
+def _found_for(prepared: PreparedJob) -> object:
+    """What a structure depends on beside the model's identity."""
+    return prepared.digest, prepared.job.allow_batch_dependence, registered_rules()
+
+
+def known_structure(prepared: PreparedJob) -> Structure | None:
+    """The checked structure of this very model, weights and data, if this process planned the job."""
+    found_for, structure = _FOUND.get(prepared.module, (None, None))
+    return structure if found_for == _found_for(prepared) else None
+
+
+def discover(prepared: PreparedJob) -> Structure:
+    """Find what layer rules may cover of a job's model; :func:`measure` then compares it with autograd.
+
+    Raises:
+        InputError: if a sample's outputs change with its batch mates.
+    """
+    job, reader = prepared.job, prepared.reader
+
+    def read(indices: Sequence[int]) -> list[Samples]:
+        return [next(reader.pieces(Range(index, index + 1), 1))[1] for index in indices]
+
+    def batch(pieces: Sequence[Samples]) -> ModelBatch:
+        return _joined(pieces).to(prepared.device, job.precision)
+
+    train, last = len(reader.train), len(reader) - 1
+    spread = sorted({round(part * (train - 1) / (SPREAD_SAMPLES - 1)) for part in range(SPREAD_SAMPLES)})
+    found = read(spread)
+    if reader.test is not None:
+        ends = read([train, last])
+        if any(_shapes(each) != _shapes(found[0]) for each in ends):
+            # Factors are laid out for samples of one shape; the model may still take both.
+            return Structure(reasons=dict.fromkeys(prepared.function.names, "test samples have another shape"))
+        found += ends
+    return find_structure(
+        prepared.function,
+        batch(read(range(min(3, train)))),
+        batch(found),
+        single=job.allow_batch_dependence,
+    )
+
+
+def _shapes(samples: Samples) -> list[torch.Size]:
+    """Shapes of a sample's inputs."""
+    return [value.shape[1:] for value in (*samples.args, *(samples.kwargs[name] for name in sorted(samples.kwargs)))]
+
+
+def _joined(pieces: Sequence[Samples]) -> ModelBatch:
+    """Single samples as one batch."""
+    first = pieces[0]
+    return ModelBatch(
+        tuple(torch.cat([piece.args[index] for piece in pieces]) for index in range(len(first.args))),
+        {name: torch.cat([piece.kwargs[name] for piece in pieces]) for name in first.kwargs},
+        None if first.targets is None else torch.cat([piece.targets for piece in pieces if piece.targets is not None]),
+    )
+
+
+def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows: int) -> tuple[ParameterBlock, ...]:
+    """Time both contractions of blocks for which the counted FLOPs do not decide by far."""
+    entries = rows if prepared.job.kernel == "full" else 1
+    precision, device, samples = prepared.job.precision, prepared.device, len(prepared.reader)
+    timed: dict[LayerFactors, tuple[float, float]] = {}
+    found = []
+    for block in blocks:
+        factors = block.factors
+        if factors is None or factors.kind == "tokens" or factors.positions == 1:
+            found.append(block)
+            continue
+        pairs = max(1.0, samples / 2)
+        gemm = factors.dense_pair_flops(rows, entries) + factors.expand_flops(rows) / pairs
+        ratio = factors.pairwise_pair_flops(rows, entries) / gemm
+        if not 1 / DECIDED < ratio < DECIDED:
+            found.append(block)
+            continue
+        if factors not in timed:
+            tile = max(2, min(samples, TIMED_POSITIONS // factors.positions))
+            timed[factors] = measure_block(factors, rows, entries, precision, device, tile)
+        expand, pairwise = timed[factors]
+        found.append(replace(block, expand_seconds=expand, pairwise_seconds=pairwise))
+    return tuple(found)
+
+
+def _notes(prepared: PreparedJob, found: Probe, blocks: Sequence[ParameterBlock]) -> tuple[str, ...]:
     """Remarks that the reader of the plan should see."""
     notes = []
     if isinstance(prepared.job.model, str):
         notes.append("the model was built from its spec and put in eval mode")
+    structure = prepared.function.structure
+    if structure is not None and structure.layers:
+        by_reason: dict[str, list[str]] = {}
+        for block in blocks:
+            if block.source != "rule":
+                by_reason.setdefault(block.reason, []).append(block.name or "(model)")
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"by torch.func, not by a layer rule: {', '.join(names[:3])}{more}: {reason}")
+        if structure.branches:
+            notes.append(
+                "the model asks for values of tensors in its forward pass, so it may branch on data; its outputs for "
+                f"{SPREAD_SAMPLES} samples spread over the data are the same alone and in a batch"
+            )
+    elif structure is not None and structure.reasons:
+        notes.append(f"no layer rules: {next(iter(structure.reasons.values()))}")
+    if prepared.job.allow_batch_dependence:
+        notes.append("every sample is computed alone, whatever its batch mates would change")
     if found.derivation.refused:
         notes.append(f"rows by the batch-1 loop, as vmap refused: {found.derivation.refused}")
     dtypes = {parameter.dtype for parameter in prepared.module.parameters()} - {TORCH_DTYPE[prepared.job.precision]}

@@ -39,10 +39,13 @@ class Remaining:
     def waits(self, plan: Plan) -> dict[Task, tuple[Task, ...]]:
         """Direct dependencies of every remaining task among the remaining ones."""
         left = set(self.tasks)
-        in_memory = plan.layout.in_memory
+        in_memory, grid = plan.layout.in_memory, plan.sample_grid
+        normalised = len(plan.passes) - 1 if plan.normalize else None
         return {
             task: tuple(
-                earlier for earlier in dependencies(task, plan.sample_grid, in_memory=in_memory) if earlier in left
+                earlier
+                for earlier in dependencies(task, grid, in_memory=in_memory, normalised=normalised)
+                if earlier in left
             )
             for task in self.tasks
         }

@@ -1,28 +1,32 @@
-"""Rows tasks: derive the Jacobian rows of one sample range, store them, and add up the diagonal."""
+"""Rows tasks: derive the Jacobian rows of one sample range, store them, and add up the norms of test samples."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ooc_ntk.compute.contract import squared_norms
-from ooc_ntk.errors import DataChangedError, InputError, NonFiniteError, OocNtkError
+from ooc_ntk.compute.capture import Captured
+from ooc_ntk.compute.jacobian import METHODS, ModelBatch
+from ooc_ntk.compute.rownorms import factor_norms, squared_norms
+from ooc_ntk.errors import DataChangedError, InputError, NonFiniteError, OocNtkError, RunInterrupted
 from ooc_ntk.inputs.samples import digest_samples
 from ooc_ntk.planning.columns import PassColumns, pass_columns
-from ooc_ntk.planning.memory import group_rows, slab_rows
+from ooc_ntk.planning.memory import group_rows, rule_samples, slab_rows
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_checked
-from ooc_ntk.units import item_bytes
+from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .context import Outcome, RunContext
-from .stores import Matrix, RowWriter
+from .stores import Matrix, RowWriter, Tile, as_tensor
 
 
 def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Outcome:
@@ -41,29 +45,18 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         NonFiniteError: if inputs or gradients are not finite.
         RunInterrupted: if the run should stop.
     """
-    plan, function = context.plan, context.function
-    columns = pass_columns(plan, function.sizes, task.generation)
-    width = plan.layout.pass_columns(plan, task.generation)
-    gathered = group_rows(plan.span_columns, width, item_bytes(plan.precision))
+    plan = context.plan
     tile = plan.sample_grid.rows(task.row)
-    norms = np.zeros(len(tile) * plan.rows_per_sample)
     digest = hashlib.blake2b(digest_size=16)
     writer = context.store.writer(task.generation, task.row)
+    rows = _PassRows(context, task, writer)
     staged: list[StagedFile] = []
     try:
-        position = 0
         for samples, found in context.reader.pieces(tile, plan.batch_size):
-            digest.update(digest_samples(found).encode())
-            batch = context.batch(found)
-            before = position
-            for group in _named_errors(
-                context.method.derive(batch, columns.names, columns.wanted, gathered), where(plan, samples)
-            ):
-                context.check_stop()
-                position += _store_group(context, writer, columns, group, norms, position, tile.start)
-            wanted = len(samples) * plan.rows_per_sample
-            if position - before != wanted:
-                raise RuntimeError(f"internal error: {position - before} rows derived, {wanted} expected")
+            with context.phase("read"):
+                digest.update(digest_samples(found).encode())
+                batch = context.batch(found)
+            rows.derive(batch, samples)
             context.advance("rows", len(samples))
         if known_digest is not None and digest.hexdigest() != known_digest:
             raise DataChangedError(
@@ -71,9 +64,9 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
                 "sample for the same index: switch off shuffling and random augmentation"
             )
         staged = writer.finish()
-        if task.key in context.tiles_only:
+        if rows.norms is None or task.key in context.tiles_only:
             return Outcome(staged, digest=digest.hexdigest())
-        diagonal, replaces = _diagonal_file(context, task, norms)
+        diagonal, replaces = _diagonal_file(context, task, rows.norms)
         return Outcome([*staged, diagonal], digest=digest.hexdigest(), replaces=replaces)
     except BaseException:
         writer.discard()
@@ -82,10 +75,160 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         raise
 
 
-def _named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list[Tensor]]:
+class _PassRows:
+    """Derives batches of one sample tile for the spans of one pass, by rules and by torch.func.
+
+    Attributes:
+        norms: squared norms of the tile's rows, (rows,) float64; None if all its samples are train samples, whose norms
+            the kernel's own diagonal brings.
+    """
+
+    def __init__(self, context: RunContext, task: Task, writer: RowWriter) -> None:
+        plan = context.plan
+        self._context, self._writer = context, writer
+        self._tile = plan.sample_grid.rows(task.row)
+        self._columns = pass_columns(plan, context.function.sizes, task.generation)
+        source = {name: block.source for block in plan.blocks for name in block.parameters}
+        self._ruled = [name for name in self._columns.names if source[name] == "rule"]
+        self._others = [name for name in self._columns.names if source[name] != "rule"]
+        self._factored = {
+            span.index: plan.blocks[span.block]
+            for span in plan.layout.pass_spans(plan, task.generation)
+            if span.block is not None
+        }
+        names = [*self._ruled, *(name for block in self._factored.values() for name in block.parameters)]
+        self._capture = context.capture(names) if names else None
+        self._position = 0
+        self.norms: np.ndarray | None = None
+        if not plan.sample_grid.is_train(task.row):
+            self.norms = np.zeros(len(self._tile) * plan.rows_per_sample)
+
+    def derive(self, batch: ModelBatch, samples: Range) -> None:
+        """Derive one batch and store it.
+
+        Raises:
+            NonFiniteError: if gradients are not finite.
+            InputError: if the model fails on it.
+            RunInterrupted: if the run should stop.
+        """
+        context, plan = self._context, self._context.plan
+        before, wanted = self._position, len(samples) * plan.rows_per_sample
+        captured = None
+        if self._capture is not None:
+            slabs: dict[str, Tile] = {
+                block.parameters[0]: self._writer.factor_slabs(span, len(samples))
+                for span, block in self._factored.items()
+            }
+
+            def destination(name: str) -> tuple[Tensor, Tensor] | None:
+                tile = slabs.get(name)
+                return None if tile is None else (as_tensor(tile[0]), as_tensor(tile[1]))
+
+            with context.phase("capture"), _failing_on(where(plan, samples)):
+                captured = self._capture.run(batch, destination)
+            self._keep_factors(captured, samples)
+        if not self._columns.names:
+            self._position += wanted
+            return
+        for group in self._groups(batch, captured, where(plan, samples)):
+            context.check_stop()
+            with context.phase("store"):
+                self._position += _store_group(
+                    context, self._writer, self._columns, group, self.norms, self._position, self._tile.start
+                )
+        if self._position - before != wanted:
+            raise RuntimeError(f"internal error: {self._position - before} rows derived, {wanted} expected")
+
+    def _keep_factors(self, captured: Captured, samples: Range) -> None:
+        """Check factors, add up the norms of their rows where those are wanted, and hand them to the store."""
+        context, plan = self._context, self._context.plan
+        for span, block in self._factored.items():
+            (found,) = captured.factors[block.parameters[0]]
+            with context.phase("store"):
+                for part in (found.inputs, found.gradients):
+                    _check_finite_factor(plan, part, block.name, samples)
+                self._writer.factors_done(span, len(samples))
+            if self.norms is not None:
+                assert block.factors is not None
+                with context.phase("norms"):
+                    norms = factor_norms(block.factors, found.inputs, found.gradients)
+                self.norms[self._position : self._position + norms.numel()] += norms.reshape(-1).cpu().numpy()
+
+    def _groups(self, batch: ModelBatch, captured: Captured | None, samples: str) -> Iterator[list[Tensor]]:
+        """Groups of consecutive rows of all dense parameters of the pass, in column order."""
+        context, plan, columns = self._context, self._context.plan, self._columns
+        wanted = dict(zip(columns.names, columns.wanted, strict=True))
+        rows = plan.rows_per_sample
+        if not self._others:
+            step = rule_samples(rows * columns.width * item_bytes(plan.precision))
+            for start in range(0, len(batch), step):
+                with context.phase("expand"):
+                    found = self._by_rules(captured, slice(start, min(start + step, len(batch))), wanted)
+                yield [found[name] for name in columns.names]
+            return
+        width = sum(part.stop - part.start for name, part in wanted.items() if name in self._others)
+        gathered = group_rows(plan.span_columns, width, item_bytes(plan.precision))
+        if self._ruled:
+            gathered = -(-gathered // rows) * rows  # whole samples, as rules derive them
+        method = METHODS[plan.method](context.function)
+        groups = method.derive(batch, self._others, [wanted[name] for name in self._others], gathered)
+        sample = 0
+        for group in _named_errors(_timed(context, groups), samples):
+            if not self._ruled:
+                yield group
+                continue
+            count = group[0].shape[0] // rows
+            with context.phase("expand"):
+                found = self._by_rules(captured, slice(sample, sample + count), wanted)
+            found.update(zip(self._others, group, strict=True))
+            sample += count
+            yield [found[name] for name in columns.names]
+
+    def _by_rules(self, captured: Captured | None, samples: slice, wanted: Mapping[str, slice]) -> dict[str, Tensor]:
+        """Dense gradients of the parameters that rules derive: (rows, wanted columns) by name."""
+        assert captured is not None
+        assert self._capture is not None
+        return {
+            name: self._capture.dense(captured, name, samples).flatten(0, 1)[:, wanted[name]] for name in self._ruled
+        }
+
+
+def _timed(context: RunContext, groups: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Count the time that groups take to derive."""
+    while True:
+        with context.phase("torch.func"):
+            group = next(groups, None)
+        if group is None:
+            return
+        yield group
+
+
+def _check_finite_factor(plan: Plan, part: Tensor, block: str, samples: Range) -> None:
+    """Refuse factors that are not finite, naming block and sample."""
+    if not part.is_floating_point() or math.isfinite(
+        float(part.sum(dtype=torch.float32 if part.dtype != torch.float64 else None))
+    ):
+        return
+    bad = ~torch.isfinite(part).reshape(part.shape[0], -1).all(1)
+    if bool(bad.any()):
+        sample = samples.start + int(bad.nonzero()[0])
+        raise _not_finite(plan, block, sample)
+
+
+def _not_finite(plan: Plan, block: str, sample: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"the gradient of block {block or '(model)'!r} is NaN or infinite in {where(plan, Range(sample, sample + 1))}; "
+        "check that sample and the weights, or use precision='float64'"
+    )
+
+
+@contextmanager
+def _failing_on(samples: str) -> Iterator[None]:
     """Say of which samples it is that the model fails on."""
     try:
-        yield from groups
+        yield
+    except (NonFiniteError, DataChangedError, RunInterrupted):
+        raise
     except InputError as error:
         raise InputError(f"{error} (in {samples})") from error
     except (OocNtkError, MemoryError):
@@ -95,6 +238,12 @@ def _named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list
             f"the model failed on {samples} ({type(error).__name__}: {error}); "
             "check that these samples have the shape and dtype that the model takes"
         ) from error
+
+
+def _named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list[Tensor]]:
+    """Say of which samples it is that deriving fails on."""
+    with _failing_on(samples):
+        yield from groups
 
 
 def where(plan: Plan, samples: Range) -> str:
@@ -111,26 +260,27 @@ def _store_group(
     writer: RowWriter,
     columns: PassColumns,
     group: list[Tensor],
-    norms: np.ndarray,
+    norms: np.ndarray | None,
     position: int,
     first_sample: int,
 ) -> int:
     """Copy a group of rows into the spans, slab by slab, taking norms while they are in the cache."""
-    rows, step = group[0].shape[0], slab_rows(context.plan.span_columns, item_bytes(context.plan.precision))
+    rows, step = group[0].shape[0], slab_rows(context.plan.span_columns, held_item_bytes(context.plan.precision))
     for span, pieces in columns.spans:
         for start in range(0, rows, step):
             count = min(step, rows - start)
             slab = writer.slab(span, count)
-            view = torch.from_numpy(slab)
+            view = as_tensor(slab)
             for piece in pieces:
                 view[:, piece.target].copy_(group[piece.parameter][start : start + count, piece.source])
-            found = squared_norms(slab)
+            found = _norms(slab)
             if not np.isfinite(found).all():
                 row = position + start + int(np.flatnonzero(~np.isfinite(found))[0])
                 found = _judge_overflow(
                     context, slab, columns, group, first_sample + row // context.plan.rows_per_sample
                 )
-            norms[position + start : position + start + count] += found
+            if norms is not None:
+                norms[position + start : position + start + count] += found
             writer.done(span, count)
     return rows
 
@@ -141,12 +291,13 @@ def _judge_overflow(
     """Norms in float64 if only the squares overflowed; otherwise name the block whose gradient is not finite."""
     for block, gradient in zip(columns.blocks, group, strict=True):
         if not bool(torch.isfinite(gradient).all()):
-            raise NonFiniteError(
-                f"the gradient of block {block or '(model)'!r} is NaN or infinite in "
-                f"{where(context.plan, Range(sample, sample + 1))}; "
-                "check that sample and the weights, or use precision='float64'"
-            )
-    return squared_norms(slab.astype(np.float64))
+            raise _not_finite(context.plan, block, sample)
+    return squared_norms(as_tensor(slab).double().numpy())
+
+
+def _norms(slab: Matrix) -> np.ndarray:
+    """Squared norms of the rows of a slab; bf16 is widened first."""
+    return squared_norms(as_tensor(slab).float().numpy() if slab.dtype == np.uint16 else slab)
 
 
 def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[StagedFile, tuple[str, ...]]:
@@ -162,15 +313,20 @@ def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[
         replaces = (path,)
     if task.generation == len(plan.passes) - 1:
         values = values / divisor(plan)
-    padded = np.full(array.chunks, np.nan, dtype="<f8")
+    return stage_diagonal(context, diagonal_path(array, plan, task.generation, task.row), values), replaces
+
+
+def stage_diagonal(context: RunContext, path: str, values: np.ndarray) -> StagedFile:
+    """Stage the diagonal of one sample tile, padded to a whole chunk."""
+    padded = np.full(context.diagonal_array.chunks, np.nan, dtype="<f8")
     padded[: values.size] = values
-    file = StagedFile(context.directory.root, diagonal_path(array, plan, task.generation, task.row))
+    file = StagedFile(context.directory.root, path)
     try:
         file.append(padded)
     except BaseException:
         file.discard()
         raise
-    return file, replaces
+    return file
 
 
 def diagonal_path(array: TileArray, plan: Plan, generation: int, row: int) -> str:

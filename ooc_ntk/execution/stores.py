@@ -1,38 +1,53 @@
-"""Where Jacobian tiles live between being derived and being contracted: in memory or on disk."""
+"""Where tiles live between being derived and being contracted: in memory or on disk."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ooc_ntk.compute.contract import TORCH_DTYPE
+from ooc_ntk.compute.contract import HELD_TORCH_DTYPE
 from ooc_ntk.planning.memory import STAGING_BYTES
 from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, StagedFile, read_checked
-from ooc_ntk.units import STORED_DTYPE
+from ooc_ntk.units import HELD_DTYPE, TOKEN_DTYPE
 
-#: Name of the Zarr array that holds spilled Jacobian tiles: (samples, rows per sample, columns).
+#: Name of the Zarr array of dense tiles: (samples, rows per sample, columns).
 JACOBIAN: str = "tiles/jacobian.zarr"
+
+#: Folder of the Zarr arrays of factors, one for the inputs and one for the gradients of every block: (samples, items).
+FACTORS: str = "tiles/factors"
 
 Matrix = NDArray[np.generic]
 
+#: A tile of one span: one matrix per part, (samples, items).
+Tile = tuple[Matrix, ...]
+
 
 class RowWriter(ABC):
-    """Takes the rows of one sample tile, front to back, span by span."""
+    """Takes the tiles of one sample tile, front to back, span by span."""
 
     @abstractmethod
     def slab(self, span: int, rows: int) -> Matrix:
-        """Memory for the next ``rows`` rows of a span: (rows, columns of the span), to be filled by the caller."""
+        """Memory for the next ``rows`` Jacobian rows of a dense span: (rows, columns), to be filled by the caller."""
 
     @abstractmethod
     def done(self, span: int, rows: int) -> None:
         """The slab handed out last for ``span`` is filled."""
+
+    @abstractmethod
+    def factor_slabs(self, span: int, samples: int) -> Tile:
+        """Memory for the next ``samples`` samples of a factored span: one (samples, items) per part, to be filled."""
+
+    @abstractmethod
+    def factors_done(self, span: int, samples: int) -> None:
+        """The slabs handed out last for ``span`` are filled."""
 
     @abstractmethod
     def finish(self) -> list[StagedFile]:
@@ -44,16 +59,22 @@ class RowWriter(ABC):
 
 
 class TileStore(ABC):
-    """Jacobian tiles by (pass, row tile, span).
+    """Tiles by (pass, row tile, span).
 
-    A tile is (samples, rows per sample, columns) in C order, seen as a matrix: (samples, rows · columns) when outputs
-    are contracted, (samples · rows, columns) for the full kernel; both are reshapes without a copy.
+    A dense tile is (samples, rows per sample · columns) in C order, which is contracted as (samples, rows · columns)
+    or, for the full kernel, as (samples · rows, columns): reshapes without a copy. A factored one is its inputs and its
+    gradients, (samples, positions · rows · outputs).
     """
 
     def __init__(self, plan: Plan) -> None:
         """Make an empty store for a plan."""
         self.plan = plan
-        self.dtype = np.dtype(STORED_DTYPE[plan.precision])
+        cut = plan.layout.cut(plan)
+        self.spans, self.parts = cut.spans, cut.parts
+
+    def dtype(self, part: Part) -> np.dtype[np.generic]:
+        """NumPy dtype of a part (bf16 as its bits)."""
+        return np.dtype(TOKEN_DTYPE if part.tokens else HELD_DTYPE[self.plan.precision])
 
     @abstractmethod
     def writer(self, generation: int, row: int) -> RowWriter:
@@ -64,14 +85,14 @@ class TileStore(ABC):
         """Whether the tiles of a row tile are there."""
 
     @abstractmethod
-    def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Matrix:
-        """A tile as the matrix that is contracted: (samples · entries, columns · outputs contracted).
+    def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Tile:
+        """The tile of a span, one (samples, items) matrix per part.
 
         Args:
             generation: pass.
             row: row tile.
-            span: column span.
-            buffer: a whole chunk to read into; not used in memory.
+            span: span.
+            buffer: bytes to read into, as :meth:`buffer` makes them; not used in memory.
 
         Raises:
             StorageError: if the tile is missing or damaged.
@@ -79,19 +100,21 @@ class TileStore(ABC):
 
     @abstractmethod
     def buffer(self) -> Matrix | None:
-        """A buffer for :meth:`load`, or None if none is needed."""
+        """A buffer for :meth:`load` of any span, or None if none is needed."""
 
     @abstractmethod
-    def load_bytes(self) -> int:
+    def load_bytes(self, span: int) -> int:
         """Bytes that one :meth:`load` reads from disk."""
 
     @abstractmethod
     def release(self, generation: int) -> None:
         """Give up all tiles of a pass."""
 
-    def _matrix(self, tile: Matrix, samples: int) -> Matrix:
-        plan = self.plan
-        return tile.reshape(-1)[: samples * tile.size // tile.shape[0]].reshape(samples * plan.entries_per_sample, -1)
+
+def as_tensor(matrix: Matrix) -> torch.Tensor:
+    """A tensor over the same memory; bits of bf16 become bf16."""
+    tensor = torch.from_numpy(matrix)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 class MemoryStore(TileStore):
@@ -100,7 +123,7 @@ class MemoryStore(TileStore):
     def __init__(self, plan: Plan) -> None:
         """See :class:`TileStore`."""
         super().__init__(plan)
-        self._tiles: dict[tuple[int, int], dict[int, Matrix]] = {}
+        self._tiles: dict[tuple[int, int], dict[int, Tile]] = {}
         self._spare: list[Matrix] = []
 
     def writer(self, generation: int, row: int) -> RowWriter:
@@ -108,38 +131,40 @@ class MemoryStore(TileStore):
         spans = self.plan.passes[generation]
         samples = len(self.plan.sample_grid.rows(row))
         tiles = {
-            span: self._take((samples, self.plan.rows_per_sample, len(self.plan.column_grid.range(span))))
+            span: tuple(self._take(part, samples) for part in self.parts[span])
             for span in range(spans.start, spans.stop)
         }
-        return _MemoryWriter(self._tiles, (generation, row), tiles)
+        return _MemoryWriter(self._tiles, (generation, row), tiles, self.spans)
 
-    def _take(self, shape: tuple[int, ...]) -> Matrix:
+    def _take(self, part: Part, samples: int) -> Matrix:
         """Memory for a tile: one given back by an earlier pass if it is large enough, otherwise fresh.
 
         Fresh memory comes from torch: NumPy asks for huge pages, whose first touch was slower (measured on a virtual
         machine: 0.5–2 GB/s against 1.7), and touched memory takes 5 GB/s.
         """
-        count = math.prod(shape)
+        dtype = self.dtype(part)
+        count = samples * part.items
         for index, spare in enumerate(self._spare):
-            if spare.size >= count:
-                return self._spare.pop(index)[:count].reshape(shape)
-        fresh: Matrix = torch.empty(count, dtype=TORCH_DTYPE[self.plan.precision]).numpy()
-        return fresh.reshape(shape)
+            if spare.size >= count and spare.dtype == dtype:
+                return self._spare.pop(index)[:count].reshape(samples, part.items)
+        kind = torch.int32 if part.tokens else HELD_TORCH_DTYPE[self.plan.precision]
+        fresh = torch.empty(count, dtype=kind)
+        flat: Matrix = (fresh.view(torch.uint16) if kind == torch.bfloat16 else fresh).numpy()
+        return flat.reshape(samples, part.items)
 
     def holds(self, generation: int, row: int) -> bool:
         """See :meth:`TileStore.holds`."""
         return (generation, row) in self._tiles
 
-    def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Matrix:  # noqa: ARG002
-        """See :meth:`TileStore.load`; a view, nothing is copied."""
-        tile = self._tiles[generation, row][span]
-        return self._matrix(tile, tile.shape[0])
+    def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Tile:  # noqa: ARG002
+        """See :meth:`TileStore.load`; views, nothing is copied."""
+        return self._tiles[generation, row][span]
 
     def buffer(self) -> Matrix | None:
         """See :meth:`TileStore.buffer`."""
         return None
 
-    def load_bytes(self) -> int:
+    def load_bytes(self, span: int) -> int:  # noqa: ARG002
         """See :meth:`TileStore.load_bytes`."""
         return 0
 
@@ -148,7 +173,7 @@ class MemoryStore(TileStore):
         for key in [key for key in self._tiles if key[0] == generation]:
             tiles = self._tiles.pop(key)
             if generation + 1 < len(self.plan.passes):
-                self._spare.extend(_whole(tile) for tile in tiles.values())
+                self._spare.extend(_whole(matrix) for tile in tiles.values() for matrix in tile)
 
 
 def _whole(tile: Matrix) -> Matrix:
@@ -160,18 +185,28 @@ class _MemoryWriter(RowWriter):
     """Hands out views of the tiles themselves."""
 
     def __init__(
-        self, tiles: dict[tuple[int, int], dict[int, Matrix]], key: tuple[int, int], target: dict[int, Matrix]
+        self,
+        tiles: dict[tuple[int, int], dict[int, Tile]],
+        key: tuple[int, int],
+        target: dict[int, Tile],
+        spans: Sequence[Span],
     ) -> None:
-        self._tiles, self._key, self._target = tiles, key, target
+        self._tiles, self._key, self._target, self._spans = tiles, key, target, spans
         self._position = dict.fromkeys(target, 0)
 
     def slab(self, span: int, rows: int) -> Matrix:
-        tile = self._target[span]
-        start = self._position[span]
-        return tile.reshape(-1, tile.shape[2])[start : start + rows]
+        tile, start = self._target[span][0], self._position[span]
+        return tile.reshape(-1, self._spans[span].columns)[start : start + rows]
 
     def done(self, span: int, rows: int) -> None:
         self._position[span] += rows
+
+    def factor_slabs(self, span: int, samples: int) -> Tile:
+        start = self._position[span]
+        return tuple(matrix[start : start + samples] for matrix in self._target[span])
+
+    def factors_done(self, span: int, samples: int) -> None:
+        self._position[span] += samples
 
     def finish(self) -> list[StagedFile]:
         self._tiles[self._key] = self._target
@@ -182,7 +217,7 @@ class _MemoryWriter(RowWriter):
 
 
 class DiskStore(TileStore):
-    """Tiles as raw chunk files of one Zarr array in the run directory."""
+    """Tiles as raw chunk files of Zarr arrays in the run directory."""
 
     def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord]) -> None:
         """See :class:`TileStore`.
@@ -193,57 +228,114 @@ class DiskStore(TileStore):
             records: committed files by path; the driver adds to it as tasks are committed.
         """
         super().__init__(plan)
-        self.array = TileArray(
-            root,
-            JACOBIAN,
-            (plan.samples, plan.rows_per_sample, plan.columns),
-            (plan.tile_samples, plan.rows_per_sample, plan.span_columns),
-            STORED_DTYPE[plan.precision],
-        )
         self._root = root
         self._records = records
+        dense = max((span.stop for span in self.spans if span.block is None), default=0)
+        self._dense = TileArray(
+            root,
+            JACOBIAN,
+            (plan.samples, plan.rows_per_sample, dense),
+            (plan.tile_samples, plan.rows_per_sample, plan.span_columns),
+            HELD_DTYPE[plan.precision],
+        )
+        self._has_dense = dense > 0
+
+    def array(self, part: Part) -> TileArray:
+        """The Zarr array of a part."""
+        if part.name == "dense":
+            return self._dense
+        return TileArray(
+            self._root,
+            f"{FACTORS}/{part.span}-{part.name}.zarr",
+            (self.plan.samples, part.items),
+            (self.plan.tile_samples, part.items),
+            self.dtype(part).str,
+        )
+
+    def create(self) -> None:
+        """Write the metadata of every array.
+
+        Raises:
+            StorageError: if arrays of other shapes are there.
+        """
+        attributes = {"logical_dtype": "bfloat16"} if self.plan.precision == "bf16" else {}
+        if self._has_dense:
+            self._dense.create(attributes)
+        for parts in self.parts:
+            for part in parts:
+                if part.name != "dense":
+                    self.array(part).create({} if part.tokens else attributes)
+
+    def path(self, part: Part, row: int) -> str:
+        """Path of the chunk of one row tile."""
+        if part.name == "dense":
+            number = self.spans[part.span].start // self.plan.span_columns
+            return self._dense.chunk_path((row, 0, number))
+        return self.array(part).chunk_path((row, 0))
+
+    def chunk_bytes(self, part: Part) -> int:
+        """Bytes of one chunk."""
+        return self.plan.tile_samples * part.padded * self.dtype(part).itemsize
 
     def writer(self, generation: int, row: int) -> RowWriter:
         """See :meth:`TileStore.writer`."""
-        return _DiskWriter(self, generation, row)
+        return _DiskWriter(self, self._root, generation, row)
 
     def holds(self, generation: int, row: int) -> bool:
         """See :meth:`TileStore.holds`."""
         spans = self.plan.passes[generation]
-        return all(self.array.chunk_path((row, 0, span)) in self._records for span in range(spans.start, spans.stop))
+        return all(
+            self.path(part, row) in self._records
+            for span in range(spans.start, spans.stop)
+            for part in self.parts[span]
+        )
 
-    def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Matrix:  # noqa: ARG002
+    def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Tile:  # noqa: ARG002
         """See :meth:`TileStore.load`; every read is checked against its checksum."""
         if buffer is None:
-            buffer = self.array.empty_chunk()
-        read_checked(self._root, self._records[self.array.chunk_path((row, 0, span))], buffer)
-        return self._matrix(buffer, len(self.plan.sample_grid.rows(row)))
+            buffer = self.buffer()
+        samples = len(self.plan.sample_grid.rows(row))
+        found, position = [], 0
+        for part in self.parts[span]:
+            size = self.chunk_bytes(part)
+            chunk = buffer[position : position + size].view(self.dtype(part))
+            read_checked(self._root, self._records[self.path(part, row)], chunk)
+            if part.name == "dense":
+                # The last span is padded to the width of the others; zeros add nothing to a product.
+                found.append(chunk.reshape(self.plan.tile_samples, -1)[:samples])
+            else:
+                found.append(chunk.reshape(self.plan.tile_samples, part.items)[:samples])
+            position += size
+        return tuple(found)
 
-    def buffer(self) -> Matrix | None:
+    def buffer(self) -> Matrix:
         """See :meth:`TileStore.buffer`."""
-        return self.array.empty_chunk()
+        return np.empty(max(self.load_bytes(span.index) for span in self.spans), dtype=np.uint8)
 
-    def load_bytes(self) -> int:
+    def load_bytes(self, span: int) -> int:
         """See :meth:`TileStore.load_bytes`."""
-        return self.array.chunk_bytes
+        return sum(self.chunk_bytes(part) for part in self.parts[span])
 
     def release(self, generation: int) -> None:
         """See :meth:`TileStore.release`; the driver deletes the files once the release is committed."""
 
 
 class _DiskWriter(RowWriter):
-    """Gathers rows in one staging slab and appends them to one file per span."""
+    """Gathers rows in one staging slab, and factors in one buffer per part, and appends them to one file each."""
 
-    def __init__(self, store: DiskStore, generation: int, row: int) -> None:
-        plan, array = store.plan, store.array
-        self._plan = plan
+    def __init__(self, store: DiskStore, root: Path, generation: int, row: int) -> None:
+        plan = store.plan
+        self._store, self._plan = store, plan
         spans = plan.passes[generation]
-        self._files: dict[int, StagedFile] = {}
-        self._staging = np.empty(max(plan.span_columns, STAGING_BYTES // store.dtype.itemsize), dtype=store.dtype)
-        self._chunk_bytes = array.chunk_bytes
+        dtype = np.dtype(HELD_DTYPE[plan.precision])
+        self._staging = np.empty(max(plan.span_columns, STAGING_BYTES // dtype.itemsize), dtype=dtype)
+        self._files: dict[int, list[StagedFile]] = {}
+        self._buffers: dict[int, list[Matrix]] = {}
         try:
             for span in range(spans.start, spans.stop):
-                self._files[span] = StagedFile(array.root, array.chunk_path((row, 0, span)))
+                self._files[span] = []
+                for part in store.parts[span]:
+                    self._files[span].append(StagedFile(root, store.path(part, row)))
         except BaseException:
             self.discard()
             raise
@@ -251,24 +343,43 @@ class _DiskWriter(RowWriter):
     def slab(self, span: int, rows: int) -> Matrix:
         width = self._plan.span_columns
         slab = self._staging[: rows * width].reshape(rows, width)
-        used = len(self._plan.column_grid.range(span))
+        used = self._store.spans[span].columns
         slab[:, used:] = 0
         return slab[:, :used]
 
     def done(self, span: int, rows: int) -> None:
-        self._files[span].append(self._staging[: rows * self._plan.span_columns])
+        self._files[span][0].append(self._staging[: rows * self._plan.span_columns])
+
+    def factor_slabs(self, span: int, samples: int) -> Tile:
+        parts = self._store.parts[span]
+        if span not in self._buffers or len(self._buffers[span][0]) < samples:
+            self._buffers[span] = [np.empty((samples, part.items), dtype=self._store.dtype(part)) for part in parts]
+        return tuple(buffer[:samples] for buffer in self._buffers[span])
+
+    def factors_done(self, span: int, samples: int) -> None:
+        for file, buffer in zip(self._files[span], self._buffers[span], strict=True):
+            file.append(buffer[:samples])
 
     def finish(self) -> list[StagedFile]:
+        self._buffers = {}
         self._staging[:] = 0
-        for file in self._files.values():
-            missing = (self._chunk_bytes - file.size) // self._staging.itemsize
-            while missing:
-                count = min(missing, self._staging.size)
-                file.append(self._staging[:count])
-                missing -= count
-        files, self._files = list(self._files.values()), {}
-        return files
+        zeros = self._staging.view(np.uint8)
+        for span, files in self._files.items():
+            for file, part in zip(files, self._store.parts[span], strict=True):
+                missing = self._store.chunk_bytes(part) - file.size
+                while missing:
+                    count = min(missing, zeros.size)
+                    file.append(zeros[:count])
+                    missing -= count
+        found, self._files = [file for files in self._files.values() for file in files], {}
+        return found
 
     def discard(self) -> None:
-        for file in self._files.values():
-            file.discard()
+        for files in self._files.values():
+            for file in files:
+                file.discard()
+
+
+def row_matrix(tile: Matrix, entries: int) -> Matrix:
+    """A dense tile as it is contracted: (samples · entries, depth)."""
+    return tile.reshape(tile.shape[0] * entries, -1)

@@ -32,6 +32,7 @@ def perform(context: RunContext, task: Task, *upstream: Receipt) -> Receipt:
         StorageError: if files cannot be read or written.
     """
     start = time.perf_counter()
+    context.phases.clear()
     context.check_stop()
     context.enter(task.kind)
     if task.kind == "release":
@@ -51,7 +52,8 @@ def _publish(context: RunContext, task: Task, outcome: Outcome, start: float) ->
     """Sync every file, leave the receipt for a possible adoption, then rename."""
     records: list[FileRecord] = []
     try:
-        records = [file.seal() for file in outcome.files]
+        with context.phase("commit"):
+            records = [file.seal() for file in outcome.files]
         receipt = Receipt(
             key=task.key,
             seconds=time.perf_counter() - start,
@@ -62,6 +64,7 @@ def _publish(context: RunContext, task: Task, outcome: Outcome, start: float) ->
             files=tuple(records),
             samples_digest=outcome.digest,
             replaces=outcome.replaces,
+            phases=dict(context.phases),
         )
         if records:
             context.directory.leave_receipt(receipt)

@@ -54,6 +54,8 @@ class Job:
         collate: from a list of samples of a Dataset to a batch.
         weights: file with the weights; only with a model spec.
         seed: of everything random.
+        allow_batch_dependence: accept a model whose outputs for one sample change with its batch mates; every sample is
+            then computed alone.
         base: folder that relative paths in specs are relative to; None is the current one.
 
     Raises:
@@ -75,6 +77,7 @@ class Job:
     collate: Collate | None = None
     weights: Path | str | None = None
     seed: int = 0
+    allow_batch_dependence: bool = False
     base: Path | None = None
     _made: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
@@ -91,14 +94,20 @@ class Job:
         if self.normalize is not None:
             _one_of("normalize", self.normalize, NORMALIZE, "None or 'cosine'")
         _one_of("scale", self.scale, SCALES)
-        if self.precision in ("bf16", "bfloat16", "float16", "fp16"):
-            raise InputError(f"precision {self.precision!r} is not available in this version; use float32")
+        if self.precision in ("float16", "fp16"):
+            raise InputError(f"precision {self.precision!r} loses gradients to underflow; use bf16 or float32")
         _one_of("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "parameters", _patterns(self.parameters))
         object.__setattr__(self, "device", checked_device(self.device))
         if self.batch_size is not None:
             _check_integer("batch_size", self.batch_size, 1, 2**31 - 1)
         _check_integer("seed", self.seed, 0, 2**64 - 1)
+        if not isinstance(self.allow_batch_dependence, bool):
+            raise InputError(f"allow_batch_dependence must be True or False, got {self.allow_batch_dependence!r}")
+        if self.allow_batch_dependence and self.batch_size not in (None, 1):
+            raise InputError(
+                f"allow_batch_dependence computes every sample alone, got batch_size={self.batch_size}; leave it out"
+            )
 
     def _check_inputs(self) -> None:
         """Check model, weights and data as far as that is possible without loading them."""
@@ -212,6 +221,8 @@ class Job:
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
+        if self.allow_batch_dependence:
+            spec["allow_batch_dependence"] = True
         named = [spec[key] for key in ("model", "train", "test", "outputs")]
         if any(isinstance(text, str) and is_import_path(re.sub(r"\[[^\[\]]*\]$", "", text)) for text in named):
             spec["base"] = str(folder)

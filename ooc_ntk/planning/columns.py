@@ -1,4 +1,4 @@
-"""Which parameters a pass derives, and where each of their columns goes."""
+"""Which parameters a pass derives as dense gradients, and where each of their columns goes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class PassColumns:
-    """The parameters of one pass and how they fall into its spans.
+    """The dense parameters of one pass and how they fall into its spans.
 
     Attributes:
-        names: parameters to derive, in column order; those that no span of the pass touches are left out.
+        names: parameters to derive, in column order; those that no dense span of the pass touches are left out.
         wanted: the part of each parameter's columns that the pass holds.
         blocks: the block of each.
-        spans: per span of the pass its index and the pieces that fill it.
+        spans: per dense span of the pass its index and the pieces that fill it.
     """
 
     names: tuple[str, ...]
@@ -39,9 +39,14 @@ class PassColumns:
     blocks: tuple[str, ...]
     spans: tuple[tuple[int, tuple[Piece, ...]], ...]
 
+    @property
+    def width(self) -> int:
+        """Columns of the pass."""
+        return sum(part.stop - part.start for part in self.wanted)
+
 
 def pass_columns(plan: Plan, sizes: Mapping[str, int], generation: int) -> PassColumns:
-    """Lay the parameters of a pass out over its spans.
+    """Lay the dense parameters of a pass out over its spans.
 
     Args:
         plan: the plan.
@@ -49,36 +54,31 @@ def pass_columns(plan: Plan, sizes: Mapping[str, int], generation: int) -> PassC
         generation: the pass.
 
     Returns:
-        The layout; every column of every span is in exactly one piece.
+        The layout; every column of every dense span is in exactly one piece.
     """
-    grid, spans = plan.column_grid, plan.passes[generation]
-    first, last = grid.range(spans.start).start, grid.range(spans.stop - 1).stop
+    spans = [span for span in plan.layout.pass_spans(plan, generation) if span.block is None]
     block_of = {name: block.name for block in plan.blocks for name in block.parameters}
+    dense = {name for block in plan.blocks if block.representation == "dense" for name in block.parameters}
     names: list[str] = []
     wanted: list[slice] = []
-    pieces: dict[int, list[Piece]] = {span: [] for span in range(spans.start, spans.stop)}
+    pieces: dict[int, list[Piece]] = {span.index: [] for span in spans}
     position = 0
     for name, size in sizes.items():
-        start, stop = max(position, first), min(position + size, last)
-        offset = start
-        if start < stop:
+        if name not in dense:
+            continue
+        touched = [span for span in spans if span.start < position + size and position < span.stop]
+        if touched:
+            first, last = max(position, touched[0].start), min(position + size, touched[-1].stop)
             names.append(name)
-            wanted.append(slice(start - position, stop - position))
-        while start < stop:
-            columns = grid.range(start // grid.span)
-            end = min(stop, columns.stop)
-            pieces[start // grid.span].append(
-                Piece(
-                    len(names) - 1,
-                    slice(start - offset, end - offset),
-                    slice(start - columns.start, end - columns.start),
-                )
-            )
-            start = end
+            wanted.append(slice(first - position, last - position))
+            for span in touched:
+                start, stop = max(first, span.start), min(last, span.stop)
+                source, target = slice(start - first, stop - first), slice(start - span.start, stop - span.start)
+                pieces[span.index].append(Piece(len(names) - 1, source, target))
         position += size
     return PassColumns(
         tuple(names),
         tuple(wanted),
         tuple(block_of[name] for name in names),
-        tuple((span, tuple(p)) for span, p in pieces.items()),
+        tuple((index, tuple(found)) for index, found in pieces.items()),
     )

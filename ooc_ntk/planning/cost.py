@@ -10,8 +10,9 @@ from typing import Final
 from .layout import CONTRACTION_COLUMNS, Layout
 from .memory import fixed_host_bytes, group_rows, slab_rows, store_bytes
 from .rates import CALIBRATED_DEPTH, MachineRates
+from .spans import Choice
 from .tiles import count_tiles
-from .workload import Workload, contraction_flops
+from .workload import ParameterBlock, Workload
 
 #: Seconds to hand out, fill, check and store one slab of rows, beside the copying itself (measured: 20–35 µs).
 SLAB_SECONDS: Final = 3.5e-5
@@ -19,9 +20,11 @@ SLAB_SECONDS: Final = 3.5e-5
 #: Seconds to start one product and hand over its buffers, beside the product itself (measured: 0.05–0.2 ms).
 PRODUCT_SECONDS: Final = 1e-4
 
-
 #: Seconds per entry of a kernel tile to clear, check, convert, mirror and hand over (measured: 5–13 ns).
 ENTRY_SECONDS: Final = 1e-8
+
+#: Samples of the sub-tiles in which pairwise contractions of several positions are made: about this many positions.
+PAIRWISE_POSITIONS: Final = 512
 
 
 @dataclass(frozen=True)
@@ -54,66 +57,200 @@ class Cost:
 
 @dataclass(frozen=True)
 class _TileClass:
-    """Kernel tiles that cost the same: kernel rows and columns, Gram or not, mirrored or not."""
+    """Kernel tiles that cost the same: samples of rows and columns, Gram or not, mirrored or not."""
 
     rows: int
     columns: int
     symmetric: bool
     mirrored: bool
 
+    @property
+    def pairs(self) -> float:
+        """Pairs of samples to contract."""
+        return self.rows * self.columns / (2 if self.symmetric else 1)
+
+    @property
+    def panels(self) -> int:
+        """Samples whose factors are expanded."""
+        return self.rows + (0 if self.symmetric else self.columns)
+
 
 def _kernel_tile_classes(workload: Workload, layout: Layout) -> Counter[_TileClass]:
     """Count the kernel tiles of each class."""
-    grid, entries = layout.sample_grid(workload), workload.entries_per_sample
+    grid = layout.sample_grid(workload)
     classes: Counter[_TileClass] = Counter()
     last = grid.column_tiles - 1
     for i in range(grid.row_tiles):
-        rows = len(grid.rows(i)) * entries
+        rows = len(grid.rows(i))
         if i <= last:
             classes[_TileClass(rows, rows, symmetric=True, mirrored=False)] += 1
         whole = min(i, last)
         if whole:
             mirrored = grid.mirror_rows(i) > 0
-            classes[_TileClass(rows, layout.tile_samples * entries, symmetric=False, mirrored=mirrored)] += whole
+            classes[_TileClass(rows, layout.tile_samples, symmetric=False, mirrored=mirrored)] += whole
         if i > last:
-            classes[_TileClass(rows, len(grid.columns(last)) * entries, symmetric=False, mirrored=False)] += 1
+            classes[_TileClass(rows, len(grid.columns(last)), symmetric=False, mirrored=False)] += 1
     return classes
+
+
+def block_flops(workload: Workload, block: ParameterBlock, choice: Choice, panels: float | None = None) -> int:
+    """FLOPs to contract one block, the symmetric part counted once.
+
+    Args:
+        workload: the measured job.
+        block: the block.
+        choice: how it is held and contracted.
+        panels: samples whose factors are expanded, once per kernel tile that needs them; None for each once.
+
+    Returns:
+        FLOPs. A dense block costs ``N²·C·a·b`` (DESIGN: parameter block), with test rows more.
+    """
+    rows, entries, pairs = workload.rows_per_sample, workload.entries_per_sample, workload.pairs
+    if choice.contraction == "gemm":
+        product = int(pairs * 2 * block.columns * rows * entries)
+        if choice.representation == "dense" or block.factors is None:
+            return product
+        return product + int((workload.samples if panels is None else panels) * block.factors.expand_flops(rows))
+    assert block.factors is not None
+    return int(pairs * block.factors.pairwise_pair_flops(rows, entries))
+
+
+def contraction_flops(workload: Workload, layout: Layout) -> int:
+    """FLOPs to contract the Jacobian into the kernel as a layout does it, the square part counted once per pair.
+
+    >>> from .workload import Derivation, ParameterBlock
+    >>> d = Derivation("loop", 1, 0.1, 0.1, 0, 0)
+    >>> w = Workload("trace", 100, 0, 10, 10, 1, (ParameterBlock("fc", ("fc.weight",), 0, 50),), 4, 0, 0, d)
+    >>> contraction_flops(w, Layout("resident", 100, 50, ())) == 100 * 100 * 10 * 50
+    True
+    """
+    panels = sum(tile.panels * count for tile, count in _kernel_tile_classes(workload, layout).items())
+    choices = layout.block_choices(workload)
+    return sum(
+        block_flops(workload, block, choice, panels) for block, choice in zip(workload.blocks, choices, strict=True)
+    )
+
+
+def expand_seconds(workload: Workload, block: ParameterBlock, rates: MachineRates) -> float:
+    """Seconds to expand the factors of one sample into dense gradients, as timed in the probe or by the rates."""
+    if block.factors is None:
+        return 0.0
+    if block.expand_seconds is not None:
+        return block.expand_seconds
+    return rates.expand_seconds(block.factors.expand_flops(workload.rows_per_sample), workload.precision)
+
+
+def pair_seconds(workload: Workload, block: ParameterBlock, choice: Choice, rates: MachineRates, edge: int) -> float:
+    """Seconds to contract one pair of samples of a block that is held as factors, without expanding it.
+
+    Args:
+        workload: the measured job.
+        block: the block.
+        choice: ``gemm``, ``pairwise`` or ``matching``.
+        rates: the machine's rates.
+        edge: samples per tile.
+
+    Returns:
+        Seconds per (unordered) pair.
+    """
+    rows, entries, factors = workload.rows_per_sample, workload.entries_per_sample, block.factors
+    assert factors is not None
+    if choice.contraction == "gemm":
+        return rates.gemm_seconds(1, 1, block.columns * rows * entries, workload.precision, edge=edge * entries)
+    if choice.contraction == "pairwise" and block.pairwise_seconds is not None:
+        return block.pairwise_seconds
+    flops = factors.pairwise_pair_flops(rows, entries)
+    sub = edge * entries if factors.positions == 1 else PAIRWISE_POSITIONS
+    seconds = rates.gemm_seconds(1, 1, flops // 2, workload.precision, edge=sub)
+    return seconds + rates.element_seconds(factors.pairwise_elements(entries))
 
 
 def _slabs(workload: Workload, layout: Layout) -> int:
     """Slabs of rows handed to the store in all passes: one per group of rows and span."""
-    spans = layout.column_grid(workload).spans
     rows = workload.samples * workload.rows_per_sample
-    per_group = group_rows(layout.span_columns, workload.columns // len(layout.passes), workload.item_bytes)
-    if workload.derivation.method == "vmap":
+    dense, whole = 0, 0
+    for span in layout.spans(workload):
+        if span.block is None:
+            dense += 1
+        else:
+            whole += 2
+    batches = count_tiles(workload.samples, workload.derivation.batch_size)
+    if not dense:
+        return batches * whole
+    width = sum(span.columns for span in layout.spans(workload)) // len(layout.passes)
+    per_group = group_rows(layout.span_columns, max(1, width), workload.item_bytes)
+    if workload.derivation.method != "loop":
         per_group = workload.derivation.batch_size * workload.rows_per_sample
     if not layout.in_memory:
         per_group = min(per_group, slab_rows(layout.span_columns, workload.item_bytes))
-    return count_tiles(rows, per_group) * spans
+    return count_tiles(rows, per_group) * dense + batches * whole
 
 
-def _contraction_seconds(workload: Workload, layout: Layout, rates: MachineRates, tile: _TileClass) -> float:
+@dataclass(frozen=True)
+class _Blocks:
+    """A layout's blocks summed up: what one sample or one pair of samples costs.
+
+    Attributes:
+        dense_columns: columns held as gradients.
+        materialise: seconds per sample to expand what a rule derives and the layout holds dense.
+        expand: seconds per sample to expand what is held as factors, once per kernel tile and side.
+        pair: seconds per pair of samples to contract what is held as factors.
+        expanded_columns: columns that are expanded.
+    """
+
+    dense_columns: int
+    materialise: float
+    expand: float
+    pair: float
+    expanded_columns: int
+
+
+def _sum_up(workload: Workload, layout: Layout, rates: MachineRates) -> _Blocks:
+    dense, materialise, expand, pair, expanded = 0, 0.0, 0.0, 0.0, 0
+    for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True):
+        if choice.representation == "dense":
+            dense += block.columns
+            materialise += expand_seconds(workload, block, rates)
+            continue
+        pair += pair_seconds(workload, block, choice, rates, layout.tile_samples)
+        if choice.contraction == "gemm":
+            expand += expand_seconds(workload, block, rates)
+            expanded += block.columns
+    return _Blocks(dense, materialise, expand, pair, expanded)
+
+
+def _contraction_seconds(
+    workload: Workload, layout: Layout, rates: MachineRates, blocks: _Blocks, tile: _TileClass
+) -> float:
     """Seconds to contract one kernel tile over all columns, from tiles in memory."""
-    depth_per_column = workload.rows_per_sample // workload.entries_per_sample
-    spans = layout.column_grid(workload).spans
-    blocks = spans * count_tiles(layout.span_columns * depth_per_column, CONTRACTION_COLUMNS)
-    depth = workload.columns * depth_per_column
-    seconds = rates.gemm_seconds(tile.rows, tile.columns, depth, workload.precision, symmetric=tile.symmetric)
+    entries = workload.entries_per_sample
+    depth_per_column = workload.rows_per_sample // entries
+    rows, columns = tile.rows * entries, tile.columns * entries
+    spans = count_tiles(blocks.dense_columns, layout.span_columns)
+    products = spans * count_tiles(layout.span_columns * depth_per_column, CONTRACTION_COLUMNS)
+    depth = blocks.dense_columns * depth_per_column
+    seconds = 0.0
+    if depth:
+        seconds = rates.gemm_seconds(rows, columns, depth, workload.precision, symmetric=tile.symmetric)
+    seconds += tile.pairs * blocks.pair + tile.panels * blocks.expand
     # The rates include one addition to the float64 sum per CALIBRATED_DEPTH columns; narrower spans add more often.
     # An addition reads 16 bytes an entry and writes 12, at about the rate of copying rows, whose norms are taken too.
-    more = max(0.0, blocks - depth / CALIBRATED_DEPTH)
-    return seconds + more * tile.rows * tile.columns * 28 / (3 * rates.copy) + blocks * PRODUCT_SECONDS
+    factored = len(workload.blocks) - sum(c.representation == "dense" for c in layout.block_choices(workload))
+    more = max(0.0, products - depth / CALIBRATED_DEPTH) + factored
+    return seconds + more * rows * columns * 28 / (3 * rates.copy) + (products + factored) * PRODUCT_SECONDS
 
 
-def lower_bound_bytes(workload: Workload, fast_bytes: int) -> float:
+def lower_bound_bytes(workload: Workload, fast_bytes: int, sample_bytes: int | None = None) -> float:
     """Fewest bytes any schedule can move between disk and ``fast_bytes`` of memory.
 
     ``max(N·P·s_J, N²·P·s_J·√(s_K/(2S)) + 2·M·N·P·s_J·√(s_K/S)) + bytes of K``: the SYRK bound of Beaumont et al.
-    2022 (arXiv 2202.10217) for the train square and the matrix-product bound for the test rectangle.
+    2022 (arXiv 2202.10217) for the train square and the matrix-product bound for the test rectangle. For a store of
+    factors P becomes the held size.
 
     Args:
         workload: the measured job; rows are samples × entries, columns are parameters × the contracted outputs.
         fast_bytes: bytes of fast memory (S).
+        sample_bytes: bytes held of one sample; None for dense gradients.
 
     Returns:
         Bytes.
@@ -126,14 +263,42 @@ def lower_bound_bytes(workload: Workload, fast_bytes: int) -> float:
     >>> round(lower_bound_bytes(w, 8 * 10**3) / 1e6)
     36
     """
-    item = workload.item_bytes
-    train = workload.train_samples * workload.entries_per_sample
-    test = workload.test_samples * workload.entries_per_sample
-    columns = workload.columns * workload.rows_per_sample // workload.entries_per_sample
-    once = (train + test) * columns * item
-    syrk = train * train * columns * item * math.sqrt(item / (2 * fast_bytes))
-    gemm = 2 * test * train * columns * item * math.sqrt(item / fast_bytes)
+    item, entries = workload.item_bytes, workload.entries_per_sample
+    if sample_bytes is None:
+        sample_bytes = workload.columns * workload.rows_per_sample * workload.held_item_bytes
+    train, test = workload.train_samples, workload.test_samples
+    once = (train + test) * sample_bytes
+    syrk = train * train * entries * sample_bytes * math.sqrt(item / (2 * fast_bytes))
+    gemm = 2 * test * train * entries * sample_bytes * math.sqrt(item / fast_bytes)
     return max(once, syrk + gemm) + workload.kernel_bytes
+
+
+def _rows_seconds(workload: Workload, layout: Layout, rates: MachineRates, blocks: _Blocks) -> float:
+    """Seconds of all ``rows`` tasks."""
+    derivation, passes = workload.derivation, len(layout.passes)
+    seconds = layout.sample_grid(workload).row_tiles * passes * rates.commit_seconds
+    uncovered = sum(block.columns for block in workload.blocks if block.source != "rule")
+    shrinking = derivation.seconds_per_sample - derivation.chain_seconds_per_sample
+    for index in range(passes):
+        derived = [workload.blocks[number] for number in layout.pass_blocks(workload, index)]
+        others = sum(block.columns for block in derived if block.source != "rule")
+        if others:
+            seconds += workload.samples * (derivation.chain_seconds_per_sample + others / uncovered * shrinking)
+        if any(block.source == "rule" for block in derived):
+            seconds += workload.samples * derivation.capture_seconds_per_sample
+        for number, block in zip(layout.pass_blocks(workload, index), derived, strict=True):
+            if block.source == "rule" and layout.block_choices(workload)[number].representation == "dense":
+                seconds += workload.samples * expand_seconds(workload, block, rates)
+    # The squared norms of test samples, which the kernel itself does not hold.
+    seconds += workload.test_samples * blocks.expand
+    held = sum(layout.cut(workload).held) * workload.samples
+    # Only the memory of the widest pass is ever touched for the first time; later passes use it again.
+    fresh = store_bytes(workload, layout) if layout.in_memory else 0
+    seconds += fresh / rates.fill + max(0, held - fresh) / rates.copy
+    seconds += _slabs(workload, layout) * SLAB_SECONDS
+    if not layout.in_memory:
+        seconds += held / rates.disk_write
+    return seconds
 
 
 def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: int) -> Cost:
@@ -141,36 +306,22 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
 
     Args:
         workload: the measured job.
-        layout: tiles, spans and passes.
+        layout: tiles, spans, passes and the choice of every block.
         rates: the machine's rates.
         host_limit: host budget in bytes, which sets the fast memory of the lower bound.
 
     Returns:
         The cost.
     """
-    grid, columns = layout.sample_grid(workload), layout.column_grid(workload)
-    item, per_sample = workload.item_bytes, workload.rows_per_sample * workload.item_bytes
-    derivation = workload.derivation
-    passes = len(layout.passes)
-
-    rows_seconds = grid.row_tiles * passes * rates.commit_seconds
-    shrinking = derivation.seconds_per_sample - derivation.chain_seconds_per_sample
-    for index in range(passes):
-        share = layout.derived_columns(workload, index) / workload.columns
-        rows_seconds += workload.samples * (derivation.chain_seconds_per_sample + share * shrinking)
-    # Only the memory of the widest pass is ever touched for the first time; later passes use it again.
-    fresh = store_bytes(workload, layout) if layout.in_memory else 0
-    rows_seconds += fresh / rates.fill + (workload.jacobian_bytes - fresh) / rates.copy
-    rows_seconds += _slabs(workload, layout) * SLAB_SECONDS
-    if not layout.in_memory:
-        rows_seconds += workload.jacobian_bytes / rates.disk_write
-
+    grid, item, entries = layout.sample_grid(workload), workload.item_bytes, workload.entries_per_sample
+    passes, blocks = len(layout.passes), _sum_up(workload, layout, rates)
     tiles = _kernel_tile_classes(workload, layout)
-    panel_bytes = layout.tile_samples * per_sample * columns.spans * layout.span_columns
-    tile_bytes = (layout.tile_samples * workload.entries_per_sample) ** 2 * item
+    stored_sample = sum(layout.cut(workload).stored)
+    panel_bytes = layout.tile_samples * stored_sample
+    tile_bytes = (layout.tile_samples * entries) ** 2 * item
     kernel_seconds, longest, read, written = 0.0, 0.0, 0, 0
     for tile, count in tiles.items():
-        seconds = _contraction_seconds(workload, layout, rates, tile)
+        seconds = _contraction_seconds(workload, layout, rates, blocks, tile)
         loaded = panel_bytes * (1 if tile.symmetric else 2)
         if workload.device != "cpu":
             seconds = max(seconds, loaded / rates.host_to_device)
@@ -180,21 +331,22 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
         stored = tile_bytes * (2 if tile.mirrored else 1) + (passes - 1) * tile_bytes
         read += count * (passes - 1) * tile_bytes
         written += count * stored
-        seconds += passes * tile.rows * tile.columns * ENTRY_SECONDS
+        seconds += passes * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS
         seconds += (stored + (passes - 1) * tile_bytes) / rates.disk_write + passes * rates.commit_seconds
         longest = max(longest, seconds / passes)
         kernel_seconds += count * seconds
     ratio = None
     if not layout.in_memory:
         fast = max(1, host_limit - fixed_host_bytes(workload))
+        held = sum(layout.cut(workload).held)
         # Q counts what moves while contracting: every read of a tile and the kernel written (DESIGN: dataflows).
-        ratio = (read + workload.kernel_bytes) / lower_bound_bytes(workload, fast)
+        ratio = (read + workload.kernel_bytes) / lower_bound_bytes(workload, fast, held)
         written += grid.row_tiles * panel_bytes
     return Cost(
-        rows_seconds=rows_seconds,
+        rows_seconds=_rows_seconds(workload, layout, rates, blocks),
         kernel_seconds=kernel_seconds,
         longest_task_seconds=longest,
-        flops=contraction_flops(workload),
+        flops=contraction_flops(workload, layout),
         bytes_read=read,
         bytes_written=written,
         io_ratio=ratio,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final, Literal
 
 from ooc_ntk.units import format_count
 
-from .tiles import ColumnGrid, Range, SampleGrid, count_tiles, even_size
+from .spans import DENSE, BlockShape, Choice, Cut, Span
+from .tiles import Range, SampleGrid, even_size
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -37,12 +41,14 @@ class Layout:
         tile_samples: samples per tile, along rows and columns.
         span_columns: Jacobian columns per span.
         passes: the range of spans of each pass.
+        choices: how every block is held and contracted; empty means all dense.
     """
 
     dataflow: Dataflow
     tile_samples: int
     span_columns: int
     passes: tuple[Range, ...]
+    choices: tuple[Choice, ...] = ()
 
     @property
     def in_memory(self) -> bool:
@@ -53,20 +59,52 @@ class Layout:
         """The grid of sample tiles."""
         return SampleGrid(workload.train_samples, workload.test_samples, self.tile_samples)
 
-    def column_grid(self, workload: Workload | Plan) -> ColumnGrid:
-        """The grid of column spans."""
-        return ColumnGrid(workload.columns, self.span_columns)
+    def block_choices(self, workload: Workload | Plan) -> tuple[Choice, ...]:
+        """How every block is held and contracted."""
+        return self.choices or (DENSE,) * len(workload.blocks)
 
-    def pass_columns(self, workload: Workload | Plan, index: int) -> int:
-        """Jacobian columns of pass ``index``."""
-        grid, spans = self.column_grid(workload), self.passes[index]
-        return grid.range(spans.stop - 1).stop - grid.range(spans.start).start
+    def cut(self, workload: Workload | Plan) -> Cut:
+        """The Jacobian cut into spans; kept with the job, as planning asks for the same few cuts thousands of times."""
+        known: dict[tuple[tuple[Choice, ...], int], Cut] = workload.__dict__.setdefault("_cuts", {})
+        found = known.get((self.choices, self.span_columns))
+        if found is None:
+            found = known[self.choices, self.span_columns] = Cut.of(
+                [BlockShape(block.columns, block.factors) for block in workload.blocks],
+                self.block_choices(workload),
+                workload.rows_per_sample,
+                workload.held_item_bytes,
+                self.span_columns,
+            )
+        return found
 
-    def derived_columns(self, workload: Workload, index: int) -> int:
-        """Columns that pass ``index`` derives: whole blocks, even where it keeps only a part of them."""
-        grid, spans = self.column_grid(workload), self.passes[index]
-        start, stop = grid.range(spans.start).start, grid.range(spans.stop - 1).stop
-        return sum(block.columns for block in workload.blocks if block.start < stop and block.stop > start)
+    def spans(self, workload: Workload | Plan) -> tuple[Span, ...]:
+        """Every span, in the order of the model's blocks."""
+        return self.cut(workload).spans
+
+    def pass_spans(self, workload: Workload | Plan, index: int) -> tuple[Span, ...]:
+        """The spans of pass ``index``."""
+        spans = self.passes[index]
+        return self.spans(workload)[spans.start : spans.stop]
+
+    def pass_bytes(self, workload: Workload | Plan, index: int) -> int:
+        """Bytes of one sample in all spans of pass ``index``, as held in memory."""
+        spans = self.passes[index]
+        return sum(self.cut(workload).held[spans.start : spans.stop])
+
+    def pass_blocks(self, workload: Workload, index: int) -> tuple[int, ...]:
+        """Indices of the blocks that pass ``index`` derives: whole ones, even where it keeps only a part of them."""
+        spans = self.pass_spans(workload, index)
+        found = {span.block for span in spans if span.block is not None}
+        # Spans are in column order, so the dense ones of a pass are one run of columns.
+        dense = [span for span in spans if span.block is None]
+        first, last = (dense[0].start, dense[-1].stop) if dense else (0, 0)
+        position = 0
+        for number, (block, choice) in enumerate(zip(workload.blocks, self.block_choices(workload), strict=True)):
+            if choice.representation == "dense":
+                if first < position + block.columns and position < last:
+                    found.add(number)
+                position += block.columns
+        return tuple(sorted(found))
 
     def task_count(self, workload: Workload) -> int:
         """Tasks of the whole graph: rows, kernel tiles and one release per pass."""
@@ -76,7 +114,10 @@ class Layout:
     def describe(self) -> str:
         """One phrase for tables."""
         passes = f", {len(self.passes)} passes" if len(self.passes) > 1 else ""
-        return f"{self.dataflow}, tiles of {self.tile_samples} × {format_count(self.span_columns)}{passes}"
+        held = sum(choice.representation != "dense" for choice in self.choices)
+        if not held:
+            return f"{self.dataflow}, tiles of {self.tile_samples} × {format_count(self.span_columns)}{passes}"
+        return f"{self.dataflow}, tiles of {self.tile_samples}, {held} of {len(self.choices)} blocks factored{passes}"
 
 
 def tile_sizes(workload: Workload, wanted: int | None = None) -> list[int]:
@@ -103,42 +144,67 @@ def tile_sizes(workload: Workload, wanted: int | None = None) -> list[int]:
     return sorted(sizes, reverse=True)
 
 
-def span_sizes(workload: Workload, tile: int, wanted: int | None = None) -> list[int]:
+def span_sizes(workload: Workload, tile: int, columns: int | None = None, wanted: int | None = None) -> list[int]:
     """Span widths worth pricing, from sixteen contraction blocks of columns downwards.
 
     Args:
         workload: the measured job.
         tile: samples per tile, which bounds the width by :data:`MAX_TILE_ELEMENTS`.
+        columns: columns of dense blocks; None for all columns.
         wanted: a width the user asked for; then only that one (capped at the number of columns).
 
     Returns:
         Distinct widths, largest first.
     """
+    columns = max(1, workload.columns if columns is None else columns)
     if wanted is not None:
-        return [min(wanted, workload.columns)]
+        return [min(wanted, columns)]
     per_column = workload.rows_per_sample // workload.entries_per_sample
     widths = set()
     depth = 16 * CONTRACTION_COLUMNS
     while depth >= 256:
         largest = max(1, min(depth // per_column, MAX_TILE_ELEMENTS // (tile * workload.rows_per_sample)))
-        widths.add(even_size(workload.columns, largest))
+        widths.add(even_size(columns, largest))
         depth //= 2
     return sorted(widths, reverse=True)
 
 
-def pass_count(workload: Workload, span_columns: int, store_bytes: int) -> int | None:
-    """Fewest passes whose tiles fit in memory.
+def pass_ranges(sample_bytes: Sequence[int], store_bytes: int) -> tuple[Range, ...] | None:
+    """Cut spans into the fewest consecutive passes of which each fits in memory, as equal as that allows.
 
     Args:
-        workload: the measured job.
-        span_columns: columns per span.
+        sample_bytes: bytes of every span, all samples together.
         store_bytes: bytes that the tiles of one pass may take.
 
     Returns:
-        The number of passes, or None if not even one span fits.
+        The range of spans of each pass, or None if not even one span fits.
+
+    >>> [str(r) for r in pass_ranges([3, 3, 3, 3], 7)]
+    ['[0:2]', '[2:4]']
+    >>> pass_ranges([8, 1], 7) is None
+    True
     """
-    span_bytes = workload.samples * workload.rows_per_sample * span_columns * workload.item_bytes
-    spans_per_pass = store_bytes // span_bytes
-    if spans_per_pass < 1:
+    largest = max(sample_bytes, default=0)
+    if not sample_bytes or largest > store_bytes:
         return None
-    return count_tiles(count_tiles(workload.columns, span_columns), spans_per_pass)
+    ends = list(accumulate(sample_bytes))
+    fewest = len(_fill(ends, store_bytes))
+    # The smallest limit that needs no more passes makes them as equal as can be.
+    low, high = largest, store_bytes
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(ends, middle)) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    return _fill(ends, low)
+
+
+def _fill(ends: Sequence[int], limit: int) -> tuple[Range, ...]:
+    """Take consecutive sizes, given by their running sums, together as long as they stay within a limit."""
+    found, start, before = [], 0, 0
+    while start < len(ends):
+        stop = max(start + 1, bisect_right(ends, before + limit, lo=start))
+        found.append(Range(start, stop))
+        start, before = stop, ends[stop - 1]
+    return tuple(found)

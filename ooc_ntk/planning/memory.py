@@ -8,7 +8,9 @@ from typing import Final
 
 from ooc_ntk.units import format_bytes
 
+from .factors import LayerFactors
 from .layout import Layout
+from .spans import FACTORED
 from .workload import Workload
 
 #: Host bytes that libraries take beyond the baseline once tasks run: BLAS workspaces, thread stacks, code pages
@@ -38,6 +40,25 @@ STRIPE_BYTES: Final = 8 * 2**20
 
 #: Bytes of a manifest row and its receipt, per task (measured 1.1 KiB; rounded up).
 TASK_RECORD_BYTES: Final = 2048
+
+#: Elements of one sample's gradients that are expanded at a time: two sides of 128 samples stay within 16 MiB, where
+#: the product finds them in the cache, and a product of so many columns loses no digits.
+EXPANDED_ITEMS: Final = 16_384
+
+#: Bytes of the buffer of unfolded convolution inputs (measured: larger ones leave the cache and gain nothing).
+UNFOLDED_BYTES: Final = 16 * 2**20
+
+#: Positions (or pixels) of one side of a block of Gram matrices: 512 × 1,024 elements stay in the second-level cache
+#: (measured: 190 GFLOP/s on 512² blocks, 177 on 256²).
+ROW_POSITIONS: Final = 512
+COLUMN_POSITIONS: Final = 1024
+
+#: Gram blocks that a pairwise contraction holds at once: of inputs (three, while shifts are summed one dimension after
+#: the other), of gradients, and their product summed.
+PAIRWISE_BLOCKS: Final = 5
+
+#: Bytes of the dense gradients that layer rules expand before storing them; more than one sample only below it.
+RULE_BYTES: Final = 64 * 2**20
 
 #: Read buffers per side: one being contracted, one being read.
 READ_SLOTS: Final = 2
@@ -96,6 +117,15 @@ def group_rows(span_columns: int, pass_columns: int, item_bytes: int) -> int:
     return max(1, GROUP_BYTES // (pass_columns * item_bytes))
 
 
+def rule_samples(sample_bytes: int) -> int:
+    """Samples whose dense gradients layer rules expand together (at least one).
+
+    >>> rule_samples(2**20), rule_samples(2**30)
+    (64, 1)
+    """
+    return max(1, RULE_BYTES // max(1, sample_bytes))
+
+
 def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the accumulators of one kernel tile: a float64 sum and one product in the kernel's precision.
 
@@ -109,10 +139,53 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     return edge * edge * (8 + workload.item_bytes)
 
 
+def pairwise_steps(factors: LayerFactors, entries: int) -> tuple[int, int]:
+    """Samples of the rows and of the columns of one block of a pairwise contraction (at least one each).
+
+    >>> pairwise_steps(LayerFactors("linear", 64, 3, 5), entries=1)
+    (8, 16)
+    """
+    size = max(factors.positions * entries, factors.window.pixels if factors.window and factors.by_pixels else 0)
+    return max(1, ROW_POSITIONS // size), max(1, COLUMN_POSITIONS // size)
+
+
+def pairwise_bytes(factors: LayerFactors, tile_samples: int, entries: int, item_bytes: int) -> int:
+    """Bytes of the Gram blocks of a pairwise contraction, and of inputs unfolded for them."""
+    sides = [min(step, tile_samples) for step in pairwise_steps(factors, entries)]
+    size = max(factors.positions * entries, factors.window.pixels if factors.window else 0)
+    blocks = PAIRWISE_BLOCKS * sides[0] * sides[1] * size**2
+    unfolded = 0
+    if factors.window is not None and not factors.by_pixels:
+        unfolded = 2 * sum(sides) * factors.positions * factors.inputs
+    return (blocks + unfolded) * item_bytes
+
+
+def workspace_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the buffers in which factors are expanded or multiplied while one kernel tile is contracted.
+
+    Expanding takes two buffers of :data:`EXPANDED_ITEMS` elements a sample (at least one output at a time), and one for
+    unfolded inputs; pairwise contraction takes a few blocks of Gram matrices. Their copies inside torch count as well.
+    """
+    choices = layout.block_choices(workload)
+    if all(choice.representation == "dense" for choice in choices):
+        return 0
+    tile, item, total = layout.tile_samples, workload.item_bytes, 0
+    for block, choice in zip(workload.blocks, choices, strict=True):
+        if block.factors is None:
+            continue
+        if choice == FACTORED:
+            total = max(total, 2 * tile * EXPANDED_ITEMS * item + 2 * UNFOLDED_BYTES)
+        elif choice.contraction == "pairwise":
+            total = max(total, pairwise_bytes(block.factors, tile, workload.entries_per_sample, item))
+        elif choice.representation == "tokens":
+            # The rows of a side, merged by token, and the sorted copy of them.
+            total = max(total, 4 * tile * workload.rows_per_sample * block.factors.gradient_items * item)
+    return total
+
+
 def store_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the Jacobian tiles that are held at once: of the widest pass in memory, of everything on disk."""
-    per_column = workload.samples * workload.rows_per_sample * workload.item_bytes
-    return per_column * max(layout.pass_columns(workload, index) for index in range(len(layout.passes)))
+    """Bytes of the tiles that are held at once: of the widest pass in memory, of everything on disk."""
+    return workload.samples * max(layout.pass_bytes(workload, index) for index in range(len(layout.passes)))
 
 
 def fixed_host_bytes(workload: Workload) -> int:
@@ -135,27 +208,47 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     """
     on_device = workload.device != "cpu"
     derivation = workload.derivation
-    chunk = layout.tile_samples * workload.rows_per_sample * layout.span_columns * workload.item_bytes
+    cut = layout.cut(workload)
+    chunk = layout.tile_samples * max(cut.stored)
     sides = 1 if layout.sample_grid(workload).row_tiles == 1 else 2
     batch = 3 * derivation.batch_size * workload.sample_bytes
-    widest = max(layout.pass_columns(workload, index) for index in range(len(layout.passes)))
-    gathered = group_rows(layout.span_columns, widest, workload.item_bytes) * widest * workload.item_bytes
+    widths = [sum(span.columns for span in layout.pass_spans(workload, index)) for index in range(len(layout.passes))]
+    row_bytes = max(1, *widths) * workload.item_bytes
 
     rows = {"one batch of samples": batch}
-    if derivation.method == "loop" and layout.span_columns < GATHERED_COLUMNS:
-        rows["gathered rows"] = gathered
+    if derivation.method == "loop" and layout.span_columns < GATHERED_COLUMNS and any(widths):
+        rows["gathered rows"] = group_rows(layout.span_columns, max(1, *widths), workload.item_bytes) * row_bytes
+    if derivation.capture_seconds_per_sample and any(widths):
+        rows["gradients by rules"] = rule_samples(row_bytes * workload.rows_per_sample) * (
+            row_bytes * workload.rows_per_sample
+        )
+    held = sum(size for span, size in zip(cut.spans, cut.held, strict=True) if span.block is not None)
+    if not layout.in_memory and held:
+        rows["factors of one batch"] = min(derivation.batch_size, layout.tile_samples) * held
+    kept = sum(
+        block.factors.held_bytes(workload.rows_per_sample, workload.item_bytes)
+        for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True)
+        if block.factors is not None and choice.representation == "dense"
+    )
+    if kept:
+        rows["factors of dense blocks"] = derivation.batch_size * kept
     kernel = {"conversion stripes": 2 * STRIPE_BYTES}
     device: dict[str, int] = {}
     (device if on_device else rows)["deriving one batch"] = int(DERIVING_SHARE * derivation.working_bytes)
     accumulators = accumulator_bytes(workload, layout)
+    workspace = workspace_bytes(workload, layout)
     if on_device:
         device["the model"] = workload.model_bytes
         device["tiles in transit"] = 2 * READ_SLOTS * chunk
         device["kernel tile accumulators"] = accumulators
+        if workspace:
+            device["expanded factors"] = workspace
         rows["staging slab"] = STAGING_BYTES
         kernel["finished kernel tile"] = accumulators
     else:
         kernel["kernel tile accumulators"] = accumulators
+        if workspace:
+            kernel["expanded factors"] = workspace
     if not layout.in_memory:
         rows["staging slab"] = STAGING_BYTES
         kernel["read buffers"] = sides * READ_SLOTS * chunk
@@ -188,8 +281,6 @@ def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
     if len(layout.passes) > 1:
         disk["the tile being replaced"] = 2 * tile
     if not layout.in_memory:
-        padded = layout.column_grid(workload).spans * layout.span_columns
-        disk["Jacobian tiles on disk"] = (
-            grid.row_tiles * layout.tile_samples * workload.rows_per_sample * padded * workload.item_bytes
-        )
+        stored = sum(layout.cut(workload).stored)
+        disk["Jacobian tiles on disk"] = grid.row_tiles * layout.tile_samples * stored
     return disk

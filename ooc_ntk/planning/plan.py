@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from ooc_ntk.errors import StorageError
-from ooc_ntk.units import format_bytes, format_count, format_seconds
+from ooc_ntk.units import format_bytes, format_count, format_seconds, held_item_bytes
 
 from .budget import Limits
+from .factors import LayerFactors, Window
 from .layout import Dataflow, Layout
-from .tiles import ColumnGrid, Range, SampleGrid
+from .spans import Choice, Contraction, Representation
+from .tiles import Range, SampleGrid
 
-#: Version of the plan's JSON form.
-PLAN_FORMAT: Final = 1
+#: Version of the plan's JSON form; 2 came with layer rules.
+PLAN_FORMAT: Final = 2
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,51 @@ class PlannedBlock:
         parameters: its parameter names.
         start: first Jacobian column.
         stop: one past the last.
-        representation: ``dense``; the field is there for further representations.
-        contraction: ``gemm``.
+        representation: ``dense``, ``factored`` or ``tokens``.
+        contraction: ``gemm``, ``pairwise`` or ``matching``.
         held_bytes: bytes that its tiles take over all samples.
         flops: contraction FLOPs spent on it.
+        source: ``rule`` or ``torch.func``.
+        reason: why no layer rule derives it, empty if one does.
+        factors: shapes of its factors, None if it has none.
+        dense_bytes: bytes that its tiles would take as dense gradients.
+        dense_flops: contraction FLOPs that these would take.
     """
 
     name: str
     parameters: tuple[str, ...]
     start: int
     stop: int
-    representation: str
-    contraction: str
+    representation: Representation
+    contraction: Contraction
     held_bytes: int
     flops: int
+    source: str = "torch.func"
+    reason: str = ""
+    factors: LayerFactors | None = None
+    dense_bytes: int = 0
+    dense_flops: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Number of parameters (scalars) in the block."""
+        return self.stop - self.start
+
+    @property
+    def choice(self) -> Choice:
+        """How it is held and contracted."""
+        return Choice(self.representation, self.contraction)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> PlannedBlock:
+        """Make one of what JSON holds."""
+        factors = fields["factors"]
+        if factors is not None:
+            window = factors["window"]
+            if window is not None:
+                window = Window(**{name: tuple(value) for name, value in window.items()})
+            factors = LayerFactors(**{**factors, "window": window})
+        return cls(**{**fields, "parameters": tuple(fields["parameters"]), "factors": factors})
 
 
 @dataclass(frozen=True)
@@ -134,17 +167,23 @@ class Plan:
     @property
     def layout(self) -> Layout:
         """Tiles, spans and passes."""
-        return Layout(self.dataflow, self.tile_samples, self.span_columns, self.passes)
+        choices = tuple(block.choice for block in self.blocks)
+        return Layout(self.dataflow, self.tile_samples, self.span_columns, self.passes, choices)
+
+    @property
+    def held_item_bytes(self) -> int:
+        """Bytes of one element of a held tile."""
+        return held_item_bytes(self.precision)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of everything that is held of the Jacobian, over all samples."""
+        return sum(block.held_bytes for block in self.blocks)
 
     @property
     def sample_grid(self) -> SampleGrid:
         """The grid of sample tiles."""
         return SampleGrid(self.train_samples, self.test_samples, self.tile_samples)
-
-    @property
-    def column_grid(self) -> ColumnGrid:
-        """The grid of column spans."""
-        return ColumnGrid(self.columns, self.span_columns)
 
     @property
     def samples(self) -> int:
@@ -162,7 +201,8 @@ class Plan:
         covered = {name: getattr(self, name) for name in _DIGESTED}
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
         covered["blocks"] = [
-            [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction] for b in self.blocks
+            [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction, b.source, _shape(b.factors)]
+            for b in self.blocks
         ]
         text = json.dumps(covered, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -185,10 +225,13 @@ class Plan:
                 raise StorageError(
                     f"the plan has format {version}, this version reads up to {PLAN_FORMAT}; upgrade ooc-ntk"
                 )
+            if version < PLAN_FORMAT:
+                raise StorageError(
+                    f"the plan has format {version}, from before layer rules; this version reads {PLAN_FORMAT}: "
+                    "make a new plan in another --out"
+                )
             fields["passes"] = tuple(Range(**span) for span in fields["passes"])
-            fields["blocks"] = tuple(
-                PlannedBlock(**{**block, "parameters": tuple(block["parameters"])}) for block in fields["blocks"]
-            )
+            fields["blocks"] = tuple(PlannedBlock.from_fields(block) for block in fields["blocks"])
             fields["promised"] = Promise(**fields["promised"])
             fields["limits"] = Limits(**{**fields["limits"], "automatic": tuple(fields["limits"]["automatic"])})
             fields["alternatives"] = tuple(Alternative(**entry) for entry in fields["alternatives"])
@@ -246,24 +289,10 @@ class Plan:
                 + (f" + {self.test_samples:,} test" if self.test_samples else "")
                 + f", {self.outputs} output{'s' if self.outputs != 1 else ''} each",
             ),
-            (
-                "Jacobian",
-                f"{self.samples * self.rows_per_sample:,} rows × {self.columns:,} parameters "
-                f"({format_bytes(self.jacobian_bytes)}, never held whole)"
-                if self.dataflow != "resident"
-                else f"{self.samples * self.rows_per_sample:,} rows × {self.columns:,} parameters "
-                f"({format_bytes(self.jacobian_bytes)})",
-            ),
+            ("Jacobian", self._jacobian()),
             ("dataflow", f"{self.dataflow}{passes}: {self.reason}"),
-            (
-                "tiles",
-                f"{self.tile_samples:,} samples × {self.span_columns:,} columns, {self.task_count:,} tasks",
-            ),
-            (
-                "rows by",
-                f"{self.method}, batch of {self.batch_size}, on {self.device} with {self.threads} "
-                f"thread{'s' if self.threads != 1 else ''}",
-            ),
+            ("tiles", self._tiles()),
+            ("rows by", self._rows_by()),
             (
                 "arithmetic",
                 f"{format_count(self.flops)}FLOP contraction, {format_bytes(self.bytes_read)} read, "
@@ -284,6 +313,35 @@ class Plan:
         lines.append(("digest", self.digest[:12]))
         return lines
 
+    def _jacobian(self) -> str:
+        """Size of the Jacobian, and what is held of it."""
+        size = f"{self.samples * self.rows_per_sample:,} rows × {self.columns:,} parameters"
+        dense = format_bytes(self.jacobian_bytes)
+        if self.held_bytes < self.jacobian_bytes:
+            ratio = self.jacobian_bytes / self.held_bytes
+            return f"{size} ({dense} as gradients; held as {format_bytes(self.held_bytes)}, {ratio:.1f} times less)"
+        return f"{size} ({dense}{', never held whole' if self.dataflow != 'resident' else ''})"
+
+    def _tiles(self) -> str:
+        """Tile sizes and the number of tasks."""
+        factored = sum(block.representation != "dense" for block in self.blocks)
+        held = [f"{self.tile_samples:,} samples"]
+        if factored < len(self.blocks):
+            held.append(f"{self.span_columns:,} dense columns" if factored else f"{self.span_columns:,} columns")
+        also = f" and {factored} factored block{'s' if factored != 1 else ''}" if factored else ""
+        return f"{' × '.join(held)}{also}, {self.task_count:,} tasks"
+
+    def _rows_by(self) -> str:
+        """What derives the rows."""
+        ruled = sum(block.source == "rule" for block in self.blocks)
+        others = len(self.blocks) - ruled
+        by = [f"layer rules ({ruled} block{'s' if ruled != 1 else ''})"] if ruled else []
+        by += (
+            [f"{self.method} ({others} block{'s' if others != 1 else ''})" if ruled else self.method] if others else []
+        )
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        return f"{' and '.join(by)}, batch of {self.batch_size}, on {self.device} with {threads}"
+
     def __str__(self) -> str:
         """The plan as plain text: summary, alternatives, notes."""
         width = max(len(label) for label, _ in self.summary())
@@ -296,6 +354,14 @@ class Plan:
             )
         lines.extend(f"{'note':<{width}}  {note}" for note in self.notes)
         return "\n".join(lines)
+
+
+def _shape(factors: LayerFactors | None) -> list[Any] | None:
+    """What of a block's factors changes the result: everything but the counted matches."""
+    if factors is None:
+        return None
+    window = None if factors.window is None else list(asdict(factors.window).values())
+    return [factors.kind, factors.positions, factors.inputs, factors.outputs, factors.bias, window]
 
 
 _DIGESTED: Final = (

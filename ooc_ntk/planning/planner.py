@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from ooc_ntk.errors import BudgetError, InputError, unknown_name
 from ooc_ntk.units import format_bytes, format_seconds
 
 from .budget import Limits
-from .cost import Cost, price
-from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_count, span_sizes, tile_sizes
+from .cost import Cost, block_flops, price
+from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
 from .memory import ALLOCATOR_SHARE, MemoryNeed, memory_need
 from .plan import Alternative, Plan, PlannedBlock, Promise
 from .rates import MachineRates
-from .tiles import ColumnGrid, Range
-from .workload import Workload
+from .representation import POLICIES, REPRESENTATIONS, choose
+from .spans import DENSE, Choice
+from .tiles import Range, even_ranges
+from .workload import ParameterBlock, Workload
 
 #: A kernel task should not run longer than this, so that stopping and resuming lose little (DESIGN: 5–60 s).
 LONGEST_TASK_SECONDS: Final = 60.0
@@ -33,6 +35,10 @@ TOLERANCE_FLOAT64: Final = 1e-12
 #: TF32 rounds inputs to 10 bits of mantissa: 2⁻¹¹ each, less on average (guessed, not measured).
 TOLERANCE_TF32: Final = 2e-3
 
+#: bf16 rounds factors and the products on a CPU to 8 bits of mantissa: 2⁻⁹ each, averaged over many products (measured
+#: on the tests' networks: 5e-4 to 3e-3).
+TOLERANCE_BF16: Final = 1e-2
+
 
 @dataclass(frozen=True)
 class Preferences:
@@ -43,17 +49,23 @@ class Preferences:
         tile_samples: samples per tile.
         span_columns: Jacobian columns per span.
         passes: passes over the samples (``recompute`` only).
+        representation: ``dense``, ``factored`` or ``pairwise``, wherever a block allows it.
+        layer_rules: False derives every block by ``torch.func``.
     """
 
     dataflow: str | None = None
     tile_samples: int | None = None
     span_columns: int | None = None
     passes: int | None = None
+    representation: str | None = None
+    layer_rules: bool = True
 
     def __post_init__(self) -> None:
         """Check names and signs."""
         if self.dataflow is not None and self.dataflow not in DATAFLOWS:
             raise unknown_name("dataflow", self.dataflow, DATAFLOWS)
+        if self.representation is not None and self.representation not in REPRESENTATIONS:
+            raise unknown_name("representation", self.representation, REPRESENTATIONS)
         for field in ("tile_samples", "span_columns", "passes"):
             value = getattr(self, field)
             if value is not None and value < 1:
@@ -112,7 +124,6 @@ def make_plan(
     best = _best(fitting)
     alternatives, reason = _explain(candidates, best, limits)
     layout, need, cost = best.layout, best.need, best.cost
-    per_column = workload.samples * workload.rows_per_sample * workload.item_bytes
     return Plan(
         kernel=workload.kernel,
         scale=workload.scale,
@@ -134,17 +145,8 @@ def make_plan(
         span_columns=layout.span_columns,
         passes=layout.passes,
         blocks=tuple(
-            PlannedBlock(
-                name=block.name,
-                parameters=block.parameters,
-                start=block.start,
-                stop=block.stop,
-                representation="dense",
-                contraction="gemm",
-                held_bytes=per_column * block.columns,
-                flops=cost.flops * block.columns // workload.columns,
-            )
-            for block in workload.blocks
+            _planned(workload, layout, block, choice)
+            for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True)
         ),
         flops=cost.flops,
         bytes_read=cost.bytes_read,
@@ -172,12 +174,40 @@ def make_plan(
     )
 
 
+def _planned(workload: Workload, layout: Layout, block: ParameterBlock, choice: Choice) -> PlannedBlock:
+    """A block with what its choice holds and spends, beside what dense gradients would."""
+    dense_bytes = workload.samples * workload.rows_per_sample * workload.held_item_bytes * block.columns
+    held = dense_bytes
+    if choice.representation != "dense" and block.factors is not None:
+        held = workload.samples * block.factors.held_bytes(workload.rows_per_sample, workload.held_item_bytes)
+    grid = layout.sample_grid(workload)
+    # Every kernel tile expands its two panels, a diagonal one only one.
+    panels = sum(len(grid.rows(i)) + (0 if i == j else len(grid.columns(j))) for i, j in grid.kernel_tiles())
+    return PlannedBlock(
+        name=block.name,
+        parameters=block.parameters,
+        start=block.start,
+        stop=block.stop,
+        representation=choice.representation,
+        contraction=choice.contraction,
+        held_bytes=held,
+        flops=block_flops(workload, block, choice, panels),
+        source=block.source,
+        reason=block.reason,
+        factors=block.factors,
+        dense_bytes=dense_bytes,
+        dense_flops=block_flops(workload, block, DENSE),
+    )
+
+
 def tolerance(workload: Workload) -> float:
     """Relative error against float64 that a correct run stays below."""
     if workload.precision == "float64":
         return TOLERANCE_FLOAT64
     if workload.precision == "tf32":
         return TOLERANCE_TF32
+    if workload.precision == "bf16":
+        return TOLERANCE_BF16
     if not workload.smooth:
         return TOLERANCE_KINKED
     return TOLERANCE_CANCELLING if workload.cancelling else TOLERANCE_SMOOTH
@@ -193,37 +223,60 @@ def _candidates(
         if preferences.passes not in (None, 1) and dataflow != "recompute":
             continue
         for tile in tile_sizes(workload, preferences.tile_samples):
-            for span in span_sizes(workload, tile, preferences.span_columns):
-                for passes in _passes(workload, limits, dataflow, tile, span, preferences.passes):
-                    layout = Layout(dataflow, tile, span, passes)
+            held = {choose(workload, rates, dataflow, tile, policy, preferences.representation) for policy in POLICIES}
+            for choices in sorted(held, key=str):
+                for layout in _layouts(workload, limits, dataflow, tile, choices, preferences):
                     if layout.task_count(workload) <= MAX_TASKS:
                         need = memory_need(workload, layout)
                         yield _Candidate(layout, need, price(workload, layout, rates, limits.host))
 
 
-def _passes(
-    workload: Workload, limits: Limits, dataflow: Dataflow, tile: int, span: int, wanted: int | None
-) -> Iterator[tuple[Range, ...]]:
+def _layouts(
+    workload: Workload,
+    limits: Limits,
+    dataflow: Dataflow,
+    tile: int,
+    choices: tuple[Choice, ...],
+    preferences: Preferences,
+) -> Iterator[Layout]:
+    """Layouts of one dataflow, tile size and choice of representations: widths of dense spans, and passes."""
+    dense = sum(
+        block.columns
+        for block, choice in zip(workload.blocks, choices, strict=True)
+        if choice.representation == "dense"
+    )
+    for span in span_sizes(workload, tile, dense, preferences.span_columns):
+        one = Layout(dataflow, tile, span, (Range(0, 1),), choices)
+        for passes in _passes(workload, limits, one, preferences.passes):
+            yield replace(one, passes=passes)
+        if not dense:
+            return
+
+
+def _passes(workload: Workload, limits: Limits, layout: Layout, wanted: int | None) -> Iterator[tuple[Range, ...]]:
     """Passes worth pricing: one; for ``recompute`` the fewest that the host budget allows, and some more.
 
     More passes than needed pay where deriving is cheaper than touching fresh memory.
     """
-    grid = ColumnGrid(workload.columns, span)
-    if dataflow != "recompute":
-        yield grid.passes(1)
+    spans = layout.spans(workload)
+    if layout.dataflow != "recompute":
+        yield (Range(0, len(spans)),)
         return
     if wanted is not None:
-        if 2 <= wanted <= grid.spans:
-            yield grid.passes(wanted)
+        if 2 <= wanted <= len(spans):
+            yield even_ranges(len(spans), wanted)
         return
-    one_span = memory_need(workload, Layout(dataflow, tile, span, (Range(0, 1),)))
-    span_bytes = workload.samples * workload.rows_per_sample * span * workload.item_bytes
-    free = limits.host - one_span.total("host")
-    fewest = pass_count(workload, span, span_bytes + int(max(0, free) / (1 + ALLOCATOR_SHARE))) or grid.spans
-    counts = {min(max(2, fewest) * factor, grid.spans) for factor in (1, 2, 4)}
-    for count in sorted(counts):
-        if count >= 2:
-            yield grid.passes(count)
+    sizes = [workload.samples * size for size in layout.cut(workload).held]
+    free = limits.host - memory_need(workload, layout).total("host")
+    room = sizes[0] + int(max(0, free) / (1 + ALLOCATOR_SHARE))
+    found = set()
+    for share in (1, 2, 4):
+        found.add(pass_ranges(sizes, max(room // share, *sizes)) or even_ranges(len(spans), len(spans)))
+    for passes in sorted(found, key=len):
+        if len(passes) >= 2:
+            yield passes
+    if len(spans) >= 2 and all(len(passes) < 2 for passes in found):
+        yield even_ranges(len(spans), 2)
 
 
 def _best(fitting: list[_Candidate]) -> _Candidate:

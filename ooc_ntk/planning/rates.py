@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from ooc_ntk.errors import StorageError
@@ -33,6 +33,8 @@ class MachineRates:
         host_to_device: bytes/s from host to device (0 on a CPU).
         commit_seconds: seconds to write, sync and commit one small file.
         measured: whether the rates were measured (False: the built-in guess).
+        expand: FLOP/s at which factors are expanded into gradients, per precision.
+        elements: elements/s at which two Gram matrices are multiplied and summed (0: as bytes are copied).
     """
 
     machine: str
@@ -45,8 +47,12 @@ class MachineRates:
     host_to_device: float
     commit_seconds: float
     measured: bool = True
+    expand: Mapping[str, float] = field(default_factory=dict)
+    elements: float = 0.0
 
-    def gemm_seconds(self, rows: int, columns: int, depth: int, precision: str, *, symmetric: bool = False) -> float:
+    def gemm_seconds(
+        self, rows: int, columns: int, depth: int, precision: str, *, symmetric: bool = False, edge: int | None = None
+    ) -> float:
         """Seconds of one (rows × depth)·(depth × columns) product.
 
         Args:
@@ -55,9 +61,10 @@ class MachineRates:
             depth: length of the contracted dimension.
             precision: ``float32``, ``tf32`` or ``float64``.
             symmetric: whether it is a Gram matrix, half of which is computed.
+            edge: edge of the product that this is a part of; None takes the smaller one of the result.
 
         Returns:
-            Seconds, from the rate measured nearest to the smaller edge.
+            Seconds, from the rate measured nearest to that edge.
 
         >>> r = MachineRates("m", {"float32": {64: 1e9, 256: 4e9}}, {"float32": {64: 1e9}}, 1, 1, 1, 1, 0, 0)
         >>> r.gemm_seconds(256, 256, 1000, "float32") == 2 * 256 * 256 * 1000 / 4e9
@@ -66,7 +73,16 @@ class MachineRates:
         True
         """
         flops = rows * columns * depth * (1 if symmetric else 2)
-        return flops / _nearest((self.syrk if symmetric else self.gemm)[precision], min(rows, columns))
+        table = (self.syrk if symmetric else self.gemm)[precision]
+        return flops / _nearest(table, min(rows, columns) if edge is None else edge)
+
+    def expand_seconds(self, flops: float, precision: str) -> float:
+        """Seconds to expand factors into gradients; at the rate of products where it was not measured."""
+        return flops / (self.expand.get(precision) or max(self.gemm[precision].values()))
+
+    def element_seconds(self, elements: float) -> float:
+        """Seconds to multiply and sum elements of two Gram matrices; 12 bytes each where it was not measured."""
+        return elements / self.elements if self.elements else elements * 12 / self.copy
 
     def to_json(self) -> str:
         """Serialise."""
@@ -86,6 +102,9 @@ class MachineRates:
                     precision: {int(edge): float(rate) for edge, rate in rates.items()}
                     for precision, rates in fields[table].items()
                 }
+            missing = {"expand", "elements"} - set(fields)
+            if missing:
+                raise ValueError(f"without {', '.join(sorted(missing))}")
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StorageError(f"cannot read the machine's rates ({error}); run 'ooc-ntk calibrate' again") from error
@@ -103,11 +122,13 @@ def _nearest(rates: Mapping[int, float], edge: int) -> float:
     return rates[known[-1]]
 
 
+_GUESSED: Final = {"float32": 5e10, "tf32": 5e10, "bf16": 5e10, "float64": 2.5e10}
+
 #: A slow laptop, for plans made before the first calibration (guessed; the plan says so).
 UNCALIBRATED = MachineRates(
     machine="uncalibrated",
-    gemm={p: {32: r / 4, 128: r / 2, 512: r} for p, r in (("float32", 5e10), ("tf32", 5e10), ("float64", 2.5e10))},
-    syrk={p: {32: r / 4, 128: r / 2, 512: r} for p, r in (("float32", 4e10), ("tf32", 4e10), ("float64", 2e10))},
+    gemm={p: {32: r / 4, 128: r / 2, 512: r} for p, r in _GUESSED.items()},
+    syrk={p: {32: r / 5, 128: r / 2.5, 512: r / 1.25} for p, r in _GUESSED.items()},
     fill=2e9,
     copy=5e9,
     disk_write=4e8,

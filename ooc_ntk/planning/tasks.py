@@ -37,19 +37,23 @@ class Task:
         return f"{self.kind}-{self.generation}-{self.row}-{self.column}"
 
 
-def dependencies(task: Task, grid: SampleGrid, *, in_memory: bool) -> tuple[Task, ...]:
+def dependencies(task: Task, grid: SampleGrid, *, in_memory: bool, normalised: int | None = None) -> tuple[Task, ...]:
     """Tasks that must have finished before ``task``.
 
     Args:
         task: the task.
         grid: the sample grid of its plan.
         in_memory: whether tiles are held in memory, so that a pass must be released before the next one derives.
+        normalised: the pass whose kernel tiles are divided by the diagonal, which the diagonal tiles of train samples
+            bring; None if none is.
 
     Returns:
         Its direct dependencies.
 
     >>> [d.key for d in dependencies(Task("kernel", 1, 1, 0), SampleGrid(4, 0, 2), in_memory=True)]
     ['rows-1-1-0', 'rows-1-0-0', 'kernel-0-1-0']
+    >>> [d.key for d in dependencies(Task("kernel", 0, 1, 0), SampleGrid(4, 0, 2), in_memory=True, normalised=0)]
+    ['rows-0-1-0', 'rows-0-0-0', 'kernel-0-1-1', 'kernel-0-0-0']
     """
     before = task.generation - 1
     if task.kind == "rows":
@@ -61,6 +65,12 @@ def dependencies(task: Task, grid: SampleGrid, *, in_memory: bool) -> tuple[Task
         needed = [Task("rows", task.generation, task.row)]
         if task.column != task.row:
             needed.append(Task("rows", task.generation, task.column))
+            if task.generation == normalised:
+                needed += [
+                    Task("kernel", task.generation, index, index)
+                    for index in (task.row, task.column)
+                    if grid.is_train(index)
+                ]
         if before >= 0:
             needed.append(Task("kernel", before, task.row, task.column))
         return tuple(needed)
@@ -75,14 +85,14 @@ def task_list(grid: SampleGrid, passes: int) -> Iterator[Task]:
         passes: number of passes.
 
     Yields:
-        Tasks, pass by pass: rows, kernel tiles, release.
+        Tasks, pass by pass: rows, kernel tiles (those on the diagonal first), release.
 
     >>> [t.key for t in task_list(SampleGrid(4, 0, 2), 1)]
-    ['rows-0-0-0', 'rows-0-1-0', 'kernel-0-0-0', 'kernel-0-1-0', 'kernel-0-1-1', 'release-0-0-0']
+    ['rows-0-0-0', 'rows-0-1-0', 'kernel-0-0-0', 'kernel-0-1-1', 'kernel-0-1-0', 'release-0-0-0']
     """
     for generation in range(passes):
         for row in range(grid.row_tiles):
             yield Task("rows", generation, row)
-        for i, j in grid.kernel_tiles():
+        for i, j in sorted(grid.kernel_tiles(), key=lambda tile: (tile[0] != tile[1], tile)):
             yield Task("kernel", generation, i, j)
         yield Task("release", generation)

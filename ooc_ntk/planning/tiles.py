@@ -96,6 +96,10 @@ class SampleGrid:
             for j in range(min(i + 1, self.column_tiles)):
                 yield i, j
 
+    def is_train(self, index: int) -> bool:
+        """Whether row tile ``index`` holds train samples only: the kernel tile on the diagonal has its norms."""
+        return self.rows(index).stop <= self.train
+
     def mirror_rows(self, index: int) -> int:
         """How many leading rows of row tile ``index`` are train samples and so have a mirrored column."""
         rows = self.rows(index)
@@ -123,14 +127,15 @@ class ColumnGrid:
         """Columns of span ``index``."""
         return Range(index * self.span, min((index + 1) * self.span, self.columns))
 
-    def passes(self, count: int) -> tuple[Range, ...]:
-        """Split the spans into ``count`` consecutive groups, as equal as can be, each a range of spans.
 
-        >>> [str(r) for r in ColumnGrid(columns=10, span=2).passes(2)]
-        ['[0:3]', '[3:5]']
-        """
-        base, extra = divmod(self.spans, count)
-        edges = [0]
-        for index in range(count):
-            edges.append(edges[-1] + base + (index < extra))
-        return tuple(Range(a, b) for a, b in itertools.pairwise(edges) if b > a)
+def even_ranges(total: int, count: int) -> tuple[Range, ...]:
+    """Cut ``total`` things into ``count`` consecutive ranges, as equal as can be.
+
+    >>> [str(r) for r in even_ranges(5, 2)]
+    ['[0:3]', '[3:5]']
+    """
+    base, extra = divmod(total, count)
+    edges = [0]
+    for index in range(count):
+        edges.append(edges[-1] + base + (index < extra))
+    return tuple(Range(a, b) for a, b in itertools.pairwise(edges) if b > a)

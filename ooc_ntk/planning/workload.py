@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ooc_ntk.errors import InputError
-from ooc_ntk.units import item_bytes
+from ooc_ntk.units import held_item_bytes, item_bytes
+
+from .factors import LayerFactors
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,22 @@ class ParameterBlock:
         parameters: names of its parameters, in the model's order.
         start: first column of the block in the Jacobian of the chosen parameters.
         stop: one past its last column.
+        source: what derives it: ``rule`` (a layer rule) or ``torch.func``.
+        reason: why no rule does, for the reader of the plan.
+        factors: shapes of its factors, None if it has none and is only ever dense.
+        expand_seconds: measured seconds to expand the factors of one sample, None where they were not timed.
+        pairwise_seconds: measured seconds to contract one pair of samples pairwise, None where it was not timed.
     """
 
     name: str
     parameters: tuple[str, ...]
     start: int
     stop: int
+    source: str = "torch.func"
+    reason: str = ""
+    factors: LayerFactors | None = None
+    expand_seconds: float | None = None
+    pairwise_seconds: float | None = None
 
     @property
     def columns(self) -> int:
@@ -35,14 +47,16 @@ class Derivation:
     """How Jacobian rows are derived, as the probe measured it on the real device.
 
     Attributes:
-        method: ``"loop"`` (batch-1 autograd) or ``"vmap"`` (``torch.func``, vmap of vjp).
+        method: ``"rules"`` (layer rules alone), or what derives the blocks that no rule covers: ``"loop"`` (batch-1
+            autograd) or ``"vmap"`` (``torch.func``, vmap of vjp).
         batch_size: samples derived together.
-        seconds_per_sample: time to derive every row of one sample for all chosen parameters, in seconds.
+        seconds_per_sample: time to derive every row of one sample for all parameters that no rule covers, in seconds.
         chain_seconds_per_sample: the part of it that does not shrink when fewer parameters are asked for (forward
             pass and the chain of activation gradients), in seconds.
         working_bytes: memory needed beside the results while one batch is derived, in bytes.
         activation_bytes: activations that the forward pass saves for one batch, in bytes.
         refused: the operation that ``vmap`` refused, or None.
+        capture_seconds_per_sample: time to capture the layer factors of one sample, in seconds.
     """
 
     method: str
@@ -52,6 +66,7 @@ class Derivation:
     working_bytes: int
     activation_bytes: int
     refused: str | None = None
+    capture_seconds_per_sample: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Workload:
         planning_bytes: resident memory that calibration and probe reached, 0 if they stayed below an earlier peak.
         model_bytes: bytes of the model's parameters and buffers on the device.
         derivation: how rows are derived and what it costs.
-        precision: ``float32``, ``tf32`` or ``float64``.
+        precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
         scale: ``sum`` or ``mean``.
         normalize: None or ``cosine``.
         device: torch device string.
@@ -117,6 +132,11 @@ class Workload:
         return self.train_samples + self.test_samples
 
     @property
+    def pairs(self) -> float:
+        """Pairs of samples to contract: each unordered pair of train samples once (half of N²), every test × train."""
+        return self.train_samples**2 / 2 + self.test_samples * self.train_samples
+
+    @property
     def columns(self) -> int:
         """Chosen parameters in all (P)."""
         return self.blocks[-1].stop
@@ -127,30 +147,16 @@ class Workload:
         return item_bytes(self.precision)
 
     @property
+    def held_item_bytes(self) -> int:
+        """Bytes of one element of a held tile."""
+        return held_item_bytes(self.precision)
+
+    @property
     def jacobian_bytes(self) -> int:
-        """Bytes of the whole Jacobian: samples × rows per sample × parameters."""
-        return self.samples * self.rows_per_sample * self.columns * self.item_bytes
+        """Bytes of the whole dense Jacobian: samples × rows per sample × parameters."""
+        return self.samples * self.rows_per_sample * self.columns * self.held_item_bytes
 
     @property
     def kernel_bytes(self) -> int:
         """Bytes of the whole kernel, both triangles."""
         return self.samples * self.train_samples * self.entries_per_sample**2 * self.item_bytes
-
-
-def contraction_flops(workload: Workload) -> int:
-    """FLOPs to contract the Jacobian into the kernel, the square part counted once per unordered pair.
-
-    A train×train block costs ``N² · E² · (R/E) · P`` (half of ``2N²…``), a test×train block ``2·M·N·E²·(R/E)·P``
-    (DESIGN: dense representation, ``2N²Cab`` halved by symmetry), with R rows and E kernel rows per sample.
-
-    >>> from dataclasses import replace
-    >>> d = Derivation("loop", 1, 0.1, 0.1, 0, 0)
-    >>> w = Workload("trace", 100, 0, 10, 10, 1, (ParameterBlock("fc", ("fc.weight",), 0, 50),), 4, 0, 0, d)
-    >>> contraction_flops(w) == 100 * 100 * 10 * 50
-    True
-    >>> contraction_flops(replace(w, test_samples=100)) == 3 * contraction_flops(w)
-    True
-    """
-    per_pair = workload.entries_per_sample * workload.rows_per_sample * workload.columns
-    train = workload.train_samples
-    return train * train * per_pair + 2 * workload.test_samples * train * per_pair

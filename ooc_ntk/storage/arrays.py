@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import zarr
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from ooc_ntk.errors import StorageError
 
 from .atomic import storage_error
+
+#: What a missing tile reads as where the dtype has no NaN: bf16's NaN as bits, and no token.
+_MISSING: Final = {"<u2": 0x7FC0, "<i4": -1}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class TileArray:
             shape=self.shape,
             chunks=self.chunks,
             dtype=self.dtype,
-            fill_value=float("nan"),
+            fill_value=_MISSING.get(self.dtype, float("nan")),
             compressors=None,
             filters=None,
             attributes=dict(attributes),

@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class Receipt:
         files: files that the task published.
         samples_digest: digest of the sample range (``rows`` tasks).
         replaces: files of an earlier generation that may go once this task is committed.
+        phases: wall-clock of the phases within the task, by name.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Receipt:
     files: tuple[FileRecord, ...] = ()
     samples_digest: str | None = None
     replaces: tuple[str, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Serialise on one line."""

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ooc_ntk.compute.contract import KernelAccumulator, check_precision, squared_norms
+from ooc_ntk.compute.contract import KernelAccumulator, check_precision
+from ooc_ntk.compute.rownorms import squared_norms
 from ooc_ntk.errors import InputError
 
 #: Columns of the long products: several contraction blocks, the last one narrower.

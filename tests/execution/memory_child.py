@@ -25,12 +25,28 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Module:
     )
 
 
+def deep() -> nn.Module:
+    """A convolution and many layers of one position per sample: large factors, cheap to contract."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2048, 512),
+    ]
+    for _ in range(44):
+        layers += [nn.Tanh(), nn.Linear(512, 512)]
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(512, 10)).eval()
+
+
 def images(count: int, features: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, features, generator=torch.Generator().manual_seed(seed))
 
 
 def make_job(case: str) -> ooc_ntk.Job:
-    """Jobs whose Jacobian (``jacobian-SAMPLES``, ``full``) or kernel (``kernel``) is several times the budget."""
+    """Jobs whose Jacobian (``jacobian-SAMPLES``, ``full``), layer factors (``factors-SAMPLES``) or kernel
+    (``kernel``) is several times the budget."""
     if case == "kernel":
         torch.manual_seed(0)
         return ooc_ntk.Job(model=nn.Linear(6, 1), train=images(17_000, 6), device="cpu")
@@ -41,6 +57,9 @@ def make_job(case: str) -> ooc_ntk.Job:
         return ooc_ntk.Job(
             model=mlp(64, 512, 10), train=images(125, 64), test=images(15, 64, 1), kernel="full", device="cpu"
         )
+    if case.startswith("factors-"):
+        count = int(case.removeprefix("factors-"))
+        return ooc_ntk.Job(model=deep(), train=images(count, 3 * 256).view(-1, 3, 16, 16), device="cpu")
     samples = int(case.removeprefix("jacobian-"))
     return ooc_ntk.Job(model=mlp(64, 512, 10), train=images(samples, 64), device="cpu")
 
@@ -53,7 +72,9 @@ def high_water() -> int:
 
 
 def main(case: str, dataflow: str, budget: str, out: str) -> None:
-    preferences = ooc_ntk.Preferences(dataflow=None if dataflow == "any" else dataflow)
+    # Dense gradients are what does not fit; layer rules would hold far less.
+    dense = case == "full" or case.startswith("jacobian")
+    preferences = ooc_ntk.Preferences(dataflow=None if dataflow == "any" else dataflow, layer_rules=not dense)
     if case not in ("kernel", "tiny"):  # few large products: what is measured here is memory, not the choice of tiles
         preferences = replace(preferences, tile_samples=80, span_columns=6_553)
     job = make_job(case)
@@ -70,6 +91,7 @@ def main(case: str, dataflow: str, budget: str, out: str) -> None:
         json.dumps(
             {
                 "dataflow": plan.dataflow,
+                "held": plan.held_bytes,
                 "passes": len(plan.passes),
                 "tasks": plan.task_count,
                 "tile_samples": plan.tile_samples,

@@ -35,9 +35,12 @@ _spec.loader.exec_module(kill_child)
 PATIENCE = 90.0
 
 PREFERENCES = {
-    "resident": ooc_ntk.Preferences(dataflow="resident", tile_samples=10, span_columns=400),
-    "spill": ooc_ntk.Preferences(dataflow="spill", tile_samples=10, span_columns=400),
-    "recompute": ooc_ntk.Preferences(dataflow="recompute", tile_samples=14, span_columns=200, passes=3),
+    "resident": ooc_ntk.Preferences(dataflow="resident", tile_samples=10, span_columns=400, layer_rules=False),
+    "spill": ooc_ntk.Preferences(dataflow="spill", tile_samples=10, span_columns=400, layer_rules=False),
+    "recompute": ooc_ntk.Preferences(
+        dataflow="recompute", tile_samples=14, span_columns=200, passes=3, layer_rules=False
+    ),
+    "factored": ooc_ntk.Preferences(dataflow="spill", tile_samples=10),
 }
 
 
@@ -66,7 +69,7 @@ def reference(folder: Path, dataflow: str, scheduler: str) -> tuple[Path, dict[s
         plan = ooc_ntk.plan(
             job, ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=PREFERENCES[dataflow], out=folder, rates=UNCALIBRATED
         )
-        assert plan.dataflow == dataflow
+        assert plan.dataflow == PREFERENCES[dataflow].dataflow
         assert len(plan.passes) == (3 if dataflow == "recompute" else 1)
         torch.set_num_threads(threads)
         path = folder / f"{dataflow}.json"
@@ -137,6 +140,7 @@ def leftovers(out: Path) -> list[str]:
     [
         ("spill", "serial", "threads", 3),
         ("recompute", "threads", "serial", 3),
+        ("factored", "serial", "threads", 3),
         ("resident", "threads", "serial", 2),
     ],
 )
@@ -187,7 +191,7 @@ def test_sigkill_at_random_moments_gives_the_same_bits(folder, tmp_path, dataflo
 
 def check_nothing_done_twice(dataflow, before: dict[str, float], after: dict[str, float], out: Path, stamps) -> None:
     """Kernel tiles, and spilled rows, that were committed before a kill keep their commit and their file."""
-    kept = ("kernel", "rows") if dataflow == "spill" else ("kernel",)
+    kept = ("kernel", "rows") if PREFERENCES[dataflow].dataflow == "spill" else ("kernel",)
     again = [key for key in before if key.startswith(kept) and after.get(key) != before[key]]
     assert again == []
     changed = [path for path, stamp in stamps.items() if Path(path).stat().st_mtime_ns != stamp]

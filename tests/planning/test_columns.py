@@ -22,6 +22,7 @@ def test_pieces_cover_every_column_once_and_in_order(sizes, span, passes):
     starts = dict(zip(parameters, np.cumsum([0, *parameters.values()]), strict=False))
     owner = {name: block.name for block in workload.blocks for name in block.parameters}
 
+    layout = plan.layout.spans(plan)
     filled = np.full(plan.columns, -1)
     for generation, spans_of_pass in enumerate(plan.passes):
         found = pass_columns(plan, parameters, generation)
@@ -29,7 +30,7 @@ def test_pieces_cover_every_column_once_and_in_order(sizes, span, passes):
         assert found.blocks == tuple(owner[name] for name in found.names)
         used = set()
         for index, pieces in found.spans:
-            first = plan.column_grid.range(index).start
+            first = layout[index].start
             for piece in pieces:
                 name = found.names[piece.parameter]
                 used.add(name)

@@ -6,12 +6,11 @@ import math
 import pytest
 
 from ooc_ntk.errors import StorageError
-from ooc_ntk.planning.cost import lower_bound_bytes, price
+from ooc_ntk.planning.cost import contraction_flops, lower_bound_bytes, price
 from ooc_ntk.planning.layout import Layout
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
-from ooc_ntk.planning.tiles import ColumnGrid, Range
-from ooc_ntk.planning.workload import contraction_flops
+from ooc_ntk.planning.tiles import Range, even_ranges
 from tests.planning.strategies import small_workload
 
 
@@ -51,7 +50,7 @@ def test_lower_bound(changes, fast, wanted):
     ],
 )
 def test_flops(changes, wanted):
-    assert contraction_flops(workload(**changes)) == wanted
+    assert contraction_flops(workload(**changes), Layout("resident", 40, 50, (Range(0, 1),))) == wanted
 
 
 def test_bytes_of_a_spill_layout():
@@ -76,7 +75,6 @@ def test_seconds_of_passes():
     """Two passes pay the forward pass and the backward chain twice, and the block that is cut (40 of 50) as well."""
     derivation = dataclasses.replace(workload().derivation, seconds_per_sample=1.0, chain_seconds_per_sample=0.4)
     job = workload(derivation=derivation)
-    grid = ColumnGrid(job.columns, 25)
     free = MachineRates(
         "infinitely fast",
         gemm={"float32": {1: 1e30}},
@@ -88,8 +86,8 @@ def test_seconds_of_passes():
         host_to_device=1e30,
         commit_seconds=0.0,
     )
-    one = price(job, Layout("resident", 50, 25, grid.passes(1)), free, 2**40)
-    two = price(job, Layout("recompute", 50, 25, grid.passes(2)), free, 2**40)
+    one = price(job, Layout("resident", 50, 25, even_ranges(2, 1)), free, 2**40)
+    two = price(job, Layout("recompute", 50, 25, even_ranges(2, 2)), free, 2**40)
     # What a slab or a product costs beside its bytes and FLOPs is microseconds here.
     assert one.seconds == pytest.approx(100 * 1.0, rel=1e-4)
     assert two.seconds == pytest.approx(100 * (2 * 0.4 + 0.6 * (40 + 50) / 50), rel=1e-4)

@@ -17,12 +17,12 @@ from ooc_ntk.planning.memory import (
     memory_need,
     store_bytes,
 )
-from ooc_ntk.planning.tiles import ColumnGrid, Range
+from ooc_ntk.planning.tiles import ColumnGrid, Range, even_ranges
 from tests.planning.strategies import MIB, small_workload, workloads
 
 
 def layout_of(workload, dataflow, tile, span, passes=1):
-    return Layout(dataflow, tile, span, ColumnGrid(workload.columns, span).passes(passes))
+    return Layout(dataflow, tile, span, even_ranges(ColumnGrid(workload.columns, span).spans, passes))
 
 
 def test_a_spill_layout_by_hand():

@@ -40,7 +40,7 @@ def check_fits(plan, workload, limits):
     assert (plan.tile_samples * plan.entries_per_sample) ** 2 <= MAX_TILE_ELEMENTS
     assert plan.tile_samples * plan.rows_per_sample * plan.span_columns <= MAX_TILE_ELEMENTS
     assert plan.passes[0].start == 0
-    assert plan.passes[-1].stop == plan.column_grid.spans
+    assert plan.passes[-1].stop == len(plan.layout.spans(plan))
     assert (len(plan.passes) > 1) == (plan.dataflow == "recompute")
     assert plan.jacobian_bytes == workload.jacobian_bytes
 

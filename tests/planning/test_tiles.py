@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ooc_ntk.planning.tiles import ColumnGrid, SampleGrid, count_tiles, even_size
+from ooc_ntk.planning.tiles import ColumnGrid, SampleGrid, count_tiles, even_ranges, even_size
 
 grids = st.builds(SampleGrid, train=st.integers(1, 40), test=st.integers(0, 25), tile=st.integers(1, 50))
 
@@ -37,7 +37,7 @@ def test_spans_and_passes_cover_every_column_once(columns, span, passes):
     grid = ColumnGrid(columns, span)
     ranges = [grid.range(index) for index in range(grid.spans)]
     assert [index for each in ranges for index in range(each.start, each.stop)] == list(range(columns))
-    groups = grid.passes(passes)
+    groups = even_ranges(grid.spans, passes)
     assert [index for group in groups for index in range(group.start, group.stop)] == list(range(grid.spans))
     assert len(groups) == min(passes, grid.spans)
     assert max(map(len, groups)) - min(map(len, groups)) <= 1

@@ -1,0 +1,97 @@
+"""Who takes part: ooc-ntk, ooc-ntk without its layer rules, and the peers, all from model and data to a result."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+import ooc_ntk
+
+from . import nngeometry_peer
+from .inputs import Inputs
+from .peers import MEMORY_BYTES, Refused, Result, jacobian_contraction, per_sample_loop
+
+#: Where everything is computed.
+DEVICE = "cpu"
+
+#: Names of the table.
+OURS, DENSE, LOOP, TUTORIAL, NNGEOMETRY = (
+    "ooc-ntk",
+    "ooc-ntk, dense engine",
+    "per-sample loop",
+    "torch.func tutorial",
+    "nngeometry",
+)
+
+#: Peers by the name that ``--peers`` takes.
+PEERS = {"loop": LOOP, "torch.func": TUTORIAL, "nngeometry": NNGEOMETRY}
+
+
+def ooc_kernel(model: nn.Module, inputs: Inputs, preferences: ooc_ntk.Preferences | None = None) -> Result:
+    """ooc-ntk through its public face: plan (probe included), then run into a new directory on disk.
+
+    Args:
+        model: in eval mode.
+        inputs: (samples, ...).
+        preferences: what to fix in its plan.
+
+    Returns:
+        The kernel and its times; ``other_seconds`` is what a run does beside its tasks.
+    """
+    with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as folder:
+        job = ooc_ntk.Job(model=model, train=inputs, kernel="trace", device=DEVICE)
+        budget = ooc_ntk.Budget(host=MEMORY_BYTES, disk=MEMORY_BYTES)
+        start = time.perf_counter()
+        plan = ooc_ntk.plan(job, budget, preferences=preferences, out=folder)
+        planned = time.perf_counter()
+        kernel = ooc_ntk.run(job, Path(folder) / "run", plan=plan, progress=False)
+        done = time.perf_counter()
+        info = ooc_ntk.info(kernel.path)
+        return Result(
+            np.asarray(kernel),
+            plan_seconds=planned - start,
+            derive_seconds=info.rows_seconds,
+            contract_seconds=info.kernel_seconds,
+            other_seconds=done - planned - info.seconds,
+            remark=f"{plan.method}, {plan.layout.describe()}, promised {plan.promised.seconds:.1f} s",
+            figures={
+                "plan_flops": plan.flops,
+                "held_bytes": sum(block.held_bytes for block in plan.blocks),
+                "jacobian_bytes": plan.jacobian_bytes,
+            },
+            phases={name: float(seconds) for name, seconds in getattr(info, "phases", {}).items()},
+        )
+
+
+def dense_kernel(model: nn.Module, inputs: Inputs) -> Result:
+    """ooc-ntk with every layer's gradients materialised.
+
+    Args:
+        model: in eval mode.
+        inputs: (samples, ...).
+
+    Returns:
+        The kernel and its times.
+
+    Raises:
+        Refused: if this version has no layer rules to leave out.
+    """
+    if "layer_rules" not in {field.name for field in fields(ooc_ntk.Preferences)}:
+        raise Refused(f"version {ooc_ntk.__version__} knows no preference 'layer_rules'")
+    return ooc_kernel(model, inputs, ooc_ntk.Preferences(layer_rules=False))
+
+
+#: Contenders by name.
+CONTENDERS: dict[str, Callable[[nn.Module, Inputs], Result]] = {
+    LOOP: per_sample_loop,
+    TUTORIAL: jacobian_contraction,
+    NNGEOMETRY: nngeometry_peer.nngeometry_kernel,
+    DENSE: dense_kernel,
+    OURS: ooc_kernel,
+}

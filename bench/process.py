@@ -1,0 +1,217 @@
+"""Measuring in a process of its own, so that memory peaks and warm-up are a contender's own.
+
+``python -m bench.process TASK FOLDER`` is the child: it builds model and data from a seed, computes the kernel of one
+sample to warm up, then computes the kernel once, timed, and leaves figures and kernel in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ooc_ntk
+from ooc_ntk.execution.calibration import cached_rates
+
+from .contenders import CONTENDERS, DENSE, DEVICE, OURS
+from .floors import Floors, measure_floors
+from .inputs import take
+from .models import build
+from .peers import Refused, Result
+
+#: What a task names to have the floors measured.
+FLOORS = "floors"
+
+#: The repository, from which children start.
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload at one sample count."""
+
+    workload: str
+    samples: int
+
+    @property
+    def stem(self) -> str:
+        """Name of its files."""
+        return f"{self.workload}-{self.samples}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one child process measures.
+
+    Attributes:
+        contender: its name, or :data:`FLOORS`.
+        cases: one, or several one after another (then the memory peak is that of all before, too).
+        smoke: whether in smoke size, which is not warmed up.
+        threads: CPU threads.
+        limit_seconds: after which the process is ended; None waits for it.
+    """
+
+    contender: str
+    cases: tuple[Case, ...]
+    smoke: bool
+    threads: int
+    limit_seconds: float | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """Read what ``json.dumps(asdict(task))`` wrote."""
+        given = json.loads(text)
+        return cls(**{**given, "cases": tuple(Case(**case) for case in given["cases"])})
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender on one case, as its child process reports it.
+
+    Attributes:
+        result: kernel and times.
+        cpu_seconds: processor time of all its threads, plan included.
+        peak_bytes: highest resident memory of the process (VmHWM).
+        load: load average of the machine over the last minute, before it started.
+    """
+
+    result: Result
+    cpu_seconds: float
+    peak_bytes: int
+    load: float
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall clock, plan included."""
+        return self.result.plan_seconds + self.result.run_seconds
+
+
+def measure_here(task: Task, folder: Path) -> None:
+    """Body of a child process: measure, and leave ``<case>.json`` and ``<case>.npy`` in a folder.
+
+    Args:
+        task: what to measure.
+        folder: where to leave it.
+    """
+    torch.set_num_threads(task.threads)
+    for case in task.cases:
+        model, inputs = build(case.workload, case.samples, task.smoke)
+        found: dict[str, object]
+        if task.contender == FLOORS:
+            found = asdict(measure_floors(model, inputs))
+        else:
+            compute = CONTENDERS[task.contender]
+            try:
+                if not task.smoke:
+                    compute(model, take(inputs, slice(0, 1)))
+                start = time.process_time()
+                result = compute(model, inputs)
+            except Refused as refusal:
+                found = {"refusal": str(refusal)}
+            else:
+                cpu_seconds = time.process_time() - start
+                figures = asdict(result)
+                np.save(folder / f"{case.stem}.npy", figures.pop("kernel"))
+                found = {**figures, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
+        (folder / f"{case.stem}.json").write_text(json.dumps(found))
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process so far (VmHWM; Linux only, elsewhere 0)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
+
+def measure_apart(task: Task) -> dict[Case, Measurement | str]:
+    """Measure a contender in a fresh process.
+
+    Args:
+        task: what to measure.
+
+    Returns:
+        By case the measurement, or in one line why there is none.
+
+    Raises:
+        RuntimeError: if the process of ooc-ntk fails; that of a peer may, and its end is what is returned.
+    """
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as folder:
+        try:
+            start_child("bench.process", [json.dumps(asdict(task)), folder], task.threads, task.limit_seconds)
+        except subprocess.TimeoutExpired:
+            return dict.fromkeys(task.cases, f"stopped after {task.limit_seconds:.0f} s")
+        except RuntimeError as error:
+            if task.contender in (OURS, DENSE):
+                names = ", ".join(case.stem for case in task.cases)
+                raise RuntimeError(f"{task.contender} on {names}: {error}") from error
+            return dict.fromkeys(task.cases, str(error))
+        return {case: _read(Path(folder), case, load) for case in task.cases}
+
+
+def _read(folder: Path, case: Case, load: float) -> Measurement | str:
+    found = json.loads((folder / f"{case.stem}.json").read_text())
+    if "refusal" in found:
+        return str(found["refusal"])
+    cpu_seconds, peak_bytes = found.pop("cpu_seconds"), found.pop("peak_bytes")
+    return Measurement(Result(np.load(folder / f"{case.stem}.npy"), **found), cpu_seconds, peak_bytes, load)
+
+
+def floors_apart(task: Task) -> dict[Case, Floors]:
+    """Measure the floors in a fresh process.
+
+    Args:
+        task: its contender is :data:`FLOORS`.
+
+    Returns:
+        By case the floors.
+
+    Raises:
+        RuntimeError: if the process fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as folder:
+        start_child("bench.process", [json.dumps(asdict(task)), folder], task.threads)
+        return {case: Floors(**json.loads((Path(folder) / f"{case.stem}.json").read_text())) for case in task.cases}
+
+
+def start_child(module: str, arguments: Sequence[str], threads: int, limit_seconds: float | None = None) -> None:
+    """Run a module of the benchmark in a fresh process and wait for it.
+
+    Args:
+        module: its name.
+        arguments: its command line.
+        threads: CPU threads of every library in it.
+        limit_seconds: after which it is ended.
+
+    Raises:
+        RuntimeError: if it ends with another status than 0.
+        subprocess.TimeoutExpired: if it takes longer.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, str(threads))}
+    command = [sys.executable, "-m", module, *arguments]
+    status = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=limit_seconds).returncode
+    if status:
+        raise RuntimeError(f"its process ended with status {status}")
+
+
+def calibrate_once() -> None:
+    """Calibrate the machine, for this number of threads, if it never was."""
+    if not cached_rates(DEVICE).measured:
+        print("calibrating once, which is not counted", flush=True)
+        ooc_ntk.calibrate(DEVICE, tempfile.gettempdir())
+
+
+if __name__ == "__main__":
+    measure_here(Task.from_json(sys.argv[1]), Path(sys.argv[2]))

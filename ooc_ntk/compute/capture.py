@@ -1,0 +1,424 @@
+"""Capture: one forward pass and a backward pass per Jacobian row give the factors of every layer, for a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ooc_ntk.errors import InputError
+from ooc_ntk.planning.factors import LayerFactors
+
+from .expand import expand
+from .intercept import Interceptor, module_hooks
+from .jacobian import ModelBatch, ModelFunction, plain_layers
+from .rules.base import Call, ElementRule, OuterRule, Rule
+from .rules.table import module_rule
+from .structure import Layer, SampleAxis, Structure, Use, identities, to_samples
+
+#: Takes the gradient of a tapped tensor.
+Receive = Callable[[Tensor], None]
+
+
+class _Tap(torch.autograd.Function):
+    """Hands the gradient of a layer's output on, and makes outputs that need no gradient need one.
+
+    The output is marked as changed in place, so that what the model does to it in place comes after the tap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Receive) -> Tensor:
+        del anchor
+        ctx.receive = receive
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.receive(gradient)
+        return gradient, None, None
+
+
+class _SharedTap(torch.autograd.Function):
+    """The same for a tensor that all samples share, of which it makes one copy per sample without copying."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, samples: int, receive: Receive) -> Tensor:
+        del anchor
+        ctx.receive, ctx.leads = receive, value.ndim > 1 and value.shape[0] == 1
+        return to_samples(value, None, samples).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.receive(gradient)
+        return gradient.sum(0, keepdim=True) if ctx.leads else gradient.sum(0), None, None, None
+
+
+def _tapped(kind: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """Apply one of the taps, for which torch has no types."""
+    return cast("Tensor", kind.apply(*args))  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class Factors:
+    """Factors of one layer for a batch.
+
+    Attributes:
+        inputs: (samples, input items), in the layer's held form; row numbers for tokens.
+        gradients: (samples, positions, rows, outputs).
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+@dataclass
+class Captured:
+    """What one batch gave.
+
+    Attributes:
+        samples: samples of the batch.
+        factors: by the name of the weight, the factors of all its uses together, or of each one apart.
+        rows: gradients of parameters that are only ever dense, (samples, rows, numel) by name.
+        calls: the arguments of the calls, by number.
+    """
+
+    samples: int
+    factors: dict[str, list[Factors]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict)
+
+
+#: Where merged factors of a layer go, by the name of its weight: (samples, input items) and
+#: (samples, positions · rows · outputs) of any dtype, or None to have them allocated.
+Destination = Callable[[str], tuple[Tensor, Tensor] | None]
+
+
+class Capture:
+    """Derives the blocks that layer rules cover."""
+
+    def __init__(
+        self,
+        function: ModelFunction,
+        structure: Structure,
+        names: Sequence[str],
+        rows: int,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
+        """Capture the layers of some parameters; the backward passes go no further than they need.
+
+        Args:
+            function: model and chosen parameters.
+            structure: the model's structure.
+            names: parameters to derive, all covered by the structure.
+            rows: Jacobian rows per sample.
+            chosen: the rows to derive; None for all.
+        """
+        self.function = function
+        self.every_row = rows
+        self.chosen = range(rows) if chosen is None else chosen
+        self.rows = len(self.chosen)
+        self.layers = list(dict.fromkeys(structure.layers[name] for name in names))
+        self.by_call: dict[int, list[tuple[Layer, Use]]] = {}
+        for layer in self.layers:
+            for use in layer.uses:
+                self.by_call.setdefault(use.number, []).append((layer, use))
+        self.modules = {layer.module: layer for layer in self.layers if layer.kind == "module"}
+        self.shared = [layer.parameters[0] for layer in self.layers if layer.kind == "shared"]
+        self.identities = identities(function)
+
+    def run(self, batch: ModelBatch, destination: Destination = lambda name: None) -> Captured:  # noqa: ARG005
+        """Derive one batch.
+
+        Args:
+            batch: samples on the plan's device.
+            destination: where merged factors go.
+
+        Returns:
+            Factors and gradients.
+
+        Raises:
+            InputError: if the model takes another way than it did when its structure was found.
+        """
+        return _Run(self, batch, destination).go()
+
+    def dense(self, captured: Captured, name: str, samples: slice, rows: slice = slice(None)) -> Tensor:
+        """Gradients of one parameter for some samples and rows of a batch: (samples, rows, numel), in its own order."""
+        if name in captured.rows:
+            return captured.rows[name][samples, rows]
+        layer = next(layer for layer in self.layers if name in layer.parameters)
+        factors = captured.factors[layer.parameters[0]]
+        if name != layer.parameters[0]:
+            return sum_of([each.gradients[samples, :, rows].sum(1) for each in factors])
+        found = []
+        for use, each in zip(layer.uses, factors, strict=False):
+            shapes = layer.factors or use.factors
+            assert shapes is not None
+            assert isinstance(use.rule, OuterRule)
+            call = captured.calls[use.number]
+            inputs, gradients = each.inputs[samples], each.gradients[samples, :, rows]
+            if use.rule.groups(call) > 1:
+                found.append(use.rule.grouped(call, inputs.view(len(inputs), shapes.positions, -1), gradients))
+            else:
+                found.append(use.rule.weight_order(call, expand(shapes, inputs, gradients)))
+        return sum_of(found)
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape; the only one itself if there is just one."""
+    total = tensors[0]
+    for other in tensors[1:]:
+        total = total + other
+    return total
+
+
+class _Run:
+    """One forward pass and its backward passes."""
+
+    def __init__(self, capture: Capture, batch: ModelBatch, destination: Destination) -> None:
+        self._capture = capture
+        self._function = capture.function
+        self._batch = batch
+        self._samples = len(batch)
+        self._destination = destination
+        self._row = 0
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._calls = 0
+        #: Gradient buffers (samples, positions, rows, outputs) and the rows of them that were filled.
+        self._buffers: list[tuple[Tensor, set[int]]] = []
+        self._next_position: dict[str, int] = {}
+        self._found = Captured(self._samples)
+
+    def go(self) -> Captured:
+        capture, function, batch = self._capture, self._function, self._batch
+        replaced = {
+            name: _tapped(
+                _SharedTap, function.parameters[name], self._anchor, self._samples, self._receive_shared(name)
+            )
+            for name in capture.shared
+        }
+        mode = Interceptor(capture.identities, self._tap)
+        with torch.enable_grad(), plain_layers(), module_hooks(function.module, self._tap_module), mode:
+            logits = function.logits(replaced, batch)
+        if self._calls != len(capture.by_call):
+            raise other_way(f"{self._calls} of {len(capture.by_call)} layers were called")
+        function.rows.check_labels(batch.targets, logits.shape[1])
+        cotangents = function.rows.batch_cotangents(logits.detach(), batch.targets)
+        if cotangents.shape[1] != capture.every_row:
+            raise other_way(f"it has {cotangents.shape[1]} Jacobian rows a sample instead of {capture.every_row}")
+        for self._row, row in enumerate(capture.chosen):
+            if logits.requires_grad:
+                torch.autograd.grad(
+                    logits,
+                    self._anchor,
+                    cotangents[:, row],
+                    retain_graph=self._row < capture.rows - 1,
+                    allow_unused=True,
+                )
+        for buffer, filled in self._buffers:
+            for row in set(range(capture.rows)) - filled:
+                buffer[:, :, row] = 0
+        return self._found
+
+    def _tap(self, number: int, rule: Rule, call: Call, output: Tensor) -> Tensor:
+        entries = self._capture.by_call.get(number)
+        if entries is None:
+            return output
+        self._calls += 1
+        self._found.calls[number] = call
+        receivers = [self._receiver(layer, use, rule, call) for layer, use in entries]
+
+        def receive(gradient: Tensor) -> None:
+            for each in receivers:
+                each(gradient)
+
+        if entries[0][1].output_axis is None:
+            return _tapped(_SharedTap, output, self._anchor, self._samples, receive)
+        return _tapped(_Tap, output, self._anchor, receive)
+
+    def _receiver(self, layer: Layer, use: Use, rule: Rule, call: Call) -> Receive:
+        """Hold what a layer needs of its inputs; returns what takes the gradients of its output."""
+        if type(rule) is not type(use.rule):
+            raise other_way(f"{layer.parameters[0]} is used by another function")
+        inputs = to_samples(call.inputs, use.input_axis, self._samples)
+        axis = SampleAxis(0) if use.output_axis is None else use.output_axis
+        if layer.kind == "outer":
+            return self._outer(layer, use, call, inputs, axis)
+        name = layer.parameters[0]
+        parameter = self._function.parameters[name]
+        rows = self._rows(name)
+        if layer.kind == "bias":
+
+            def receive_bias(gradient: Tensor) -> None:
+                gradient = to_samples(gradient, axis, self._samples)
+                if isinstance(rule, OuterRule):
+                    rows[:, self._row] += rule.bias_gradient(call, inputs, gradient)
+                elif isinstance(rule, ElementRule):
+                    rows[:, self._row] += rule.reduce(call, gradient, parameter)
+
+            return receive_bias
+        assert isinstance(rule, ElementRule)
+        # Kept from the first row on, or taken at once where the model changes its input later.
+        scaled: list[Tensor] = [rule.scaled(call, inputs)] if use.changed else []
+        version = call.inputs._version
+
+        def receive_weight(gradient: Tensor) -> None:
+            if not scaled and call.inputs._version != version:
+                raise other_way(f"it changes the input of {name} in place, which it did not do before")
+            factor = scaled[0] if scaled else rule.scaled(call, inputs)
+            if not scaled and self._capture.rows > 1:
+                scaled.append(factor)
+            elements = to_samples(gradient, axis, self._samples) * factor
+            rows[:, self._row] += rule.reduce(call, elements, parameter)
+            if self._row == self._capture.rows - 1:
+                scaled.clear()
+
+        return receive_weight
+
+    def _outer(self, layer: Layer, use: Use, call: Call, inputs: Tensor, axis: SampleAxis) -> Receive:
+        """Copy the inputs to where they are held, and make room for the gradients."""
+        name, rule, shapes = layer.parameters[0], use.rule, use.factors
+        assert isinstance(rule, OuterRule)
+        assert shapes is not None
+        first = self._next_position.get(name, 0)
+        last = self._next_position[name] = first + shapes.positions
+        if layer.factors is None:
+            held = rule.hold(call, inputs, shapes).clone()
+            buffer = inputs.new_empty(
+                self._samples, shapes.positions, self._capture.rows, shapes.outputs, dtype=self._dtype
+            )
+            self._found.factors.setdefault(name, []).append(Factors(held, buffer))
+        else:
+            merged = self._merged(name, layer.factors)
+            if merged.gradients.shape[1] < last or layer.factors.outputs != shapes.outputs:
+                raise other_way(f"{name} has more positions than before")
+            buffer = merged.gradients[:, first:last]
+            if len(layer.uses) == 1:
+                merged.inputs.copy_(rule.hold(call, inputs, shapes))
+            elif layer.factors.kind == "tokens":
+                merged.inputs[:, first:last] = rule.hold(call, inputs, shapes)
+            else:
+                every = merged.inputs.view(self._samples, layer.factors.positions, layer.factors.inputs)
+                every[:, first:last] = rule.unfolded(call, inputs, shapes)
+        filled: set[int] = set()
+        self._buffers.append((buffer, filled))
+
+        def receive(gradient: Tensor) -> None:
+            filled.add(self._row)
+            found = rule.gradient(call, inputs, to_samples(gradient, axis, self._samples))
+            buffer[:, :, self._row].copy_(found)
+
+        return receive
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self._function.parameters.values())).dtype
+
+    def _merged(self, name: str, factors: LayerFactors) -> Factors:
+        """Room for the factors of all uses of a weight."""
+        if name not in self._found.factors:
+            given = self._destination(name)
+            rows = self._capture.rows
+            shape = (self._samples, factors.positions, rows, factors.outputs)
+            if given is None:
+                device = self._function.parameters[name].device
+                kind = torch.int32 if factors.kind == "tokens" else self._dtype
+                inputs = torch.empty(self._samples, factors.input_items, dtype=kind, device=device)
+                gradients = torch.empty(shape, dtype=self._dtype, device=device)
+            else:
+                inputs, gradients = given[0], given[1].view(shape)
+            self._found.factors[name] = [Factors(inputs, gradients)]
+        return self._found.factors[name][0]
+
+    def _rows(self, name: str) -> Tensor:
+        """Room for the gradients of a parameter that is only ever dense."""
+        if name not in self._found.rows:
+            parameter = self._function.parameters[name]
+            self._found.rows[name] = parameter.new_zeros(self._samples, self._capture.rows, parameter.numel())
+        return self._found.rows[name]
+
+    def _receive_shared(self, name: str) -> Receive:
+        rows = self._rows(name)
+
+        def receive(gradient: Tensor) -> None:
+            rows[:, self._row] += gradient.reshape(self._samples, -1)
+
+        return receive
+
+    def _tap_module(self, name: str, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Tap a module with a user's rule."""
+        layer = self._capture.modules.get(name)
+        if layer is None:
+            return output
+        rows = {parameter: self._rows(parameter) for parameter in layer.parameters}
+        given = tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in inputs)
+
+        def receive(gradient: Tensor) -> None:
+            found = user_gradients(self._function, name, given, gradient)
+            for parameter, buffer in rows.items():
+                short = parameter.rpartition(".")[2]
+                wanted = (self._samples, *self._function.parameters[parameter].shape)
+                if short not in found or tuple(found[short].shape) != wanted:
+                    got = tuple(found[short].shape) if short in found else "nothing"
+                    raise InputError(
+                        f"{whose_rule(self._function, name)} must return the gradient of {short!r} as a tensor of "
+                        f"shape {wanted}, one per sample; got {got}"
+                    )
+                buffer[:, self._row] += found[short].reshape(self._samples, -1).to(buffer)
+
+        return _tapped(_Tap, output, self._anchor, receive)
+
+
+class _ModuleCall(nn.Module):
+    """Calls a user's rule with the module's parameters replaced."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> Mapping[str, Tensor]:
+        rule = module_rule(self.layer)
+        assert rule is not None
+        return rule(self.layer, inputs, gradient)
+
+
+def whose_rule(function: ModelFunction, name: str) -> str:
+    """A user's rule in words: the module's name and class."""
+    return f"the layer rule of {name or 'the model'!r} ({type(function.module.get_submodule(name)).__name__})"
+
+
+def user_gradients(
+    function: ModelFunction, name: str, inputs: tuple[Tensor, ...], gradient: Tensor
+) -> Mapping[str, Tensor]:
+    """What a user's rule says of a module's parameters.
+
+    Raises:
+        InputError: if it fails or returns no mapping.
+    """
+    module = function.module.get_submodule(name)
+    prefix = f"{name}." if name else ""
+    state = {**function.parameters, **function.buffers}
+    own = {f"layer.{key[len(prefix) :]}": value for key, value in state.items() if key.startswith(prefix)}
+    try:
+        with torch.no_grad():
+            found = functional_call(_ModuleCall(module), own, (inputs, gradient))
+    except Exception as error:
+        raise InputError(f"{whose_rule(function, name)} failed ({type(error).__name__}: {error})") from error
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"{whose_rule(function, name)} must return a dict from parameter names to gradients, "
+            f"got {type(found).__name__}"
+        )
+    return found
+
+
+def other_way(what: str) -> InputError:
+    """The error when a batch runs through other layers than the probe's samples did."""
+    return InputError(
+        f"the model runs through other layers for these samples than for the first ones ({what}), so layer rules do "
+        "not hold for it; derive everything by torch.func instead: Preferences(layer_rules=False), --no-layer-rules"
+    )

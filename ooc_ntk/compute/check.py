@@ -1,0 +1,170 @@
+"""A model is checked, not trusted: what layer rules say of it is compared with autograd on a few samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ooc_ntk.errors import InputError
+from ooc_ntk.planning.workload import ParameterBlock
+
+from .capture import Capture, Captured
+from .jacobian import LoopJacobian, ModelBatch, ModelFunction
+from .structure import Structure, count_matches, repeated
+
+logger = logging.getLogger(__name__)
+
+#: Relative difference to autograd that rounding may explain: a wrong rule is off by percents (measured: a missing cross
+#: term of a tied embedding by 2.6%), a right one by 1e-6, or 1e-4 where a ReLU flips.
+ALLOWED: Final = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+#: Samples and Jacobian rows that are compared (a choice: each pair costs a backward pass).
+CHECKED_SAMPLES: Final = 2
+CHECKED_ROWS: Final = 3
+
+
+def checked_structure(function: ModelFunction, structure: Structure, batch: ModelBatch, rows: int) -> Structure:
+    """Compare every layer with autograd and leave those that disagree to ``torch.func``.
+
+    Args:
+        function: model and chosen parameters.
+        structure: what rules are thought to cover.
+        batch: a few samples, on the device.
+        rows: Jacobian rows per sample.
+
+    Returns:
+        The structure without the layers that disagree, each with the reason.
+
+    Raises:
+        InputError: if a user's rule disagrees, with both numbers.
+    """
+    batch = repeated(batch, min(CHECKED_SAMPLES, len(batch)))
+    chosen = sorted({0, rows - 1, rows // 2})[:CHECKED_ROWS]
+    structure, capture, captured = _captured(function, structure, batch, rows, chosen)
+    if captured is None:
+        return structure
+    names = list(structure.layers)
+    differs, wanted, got = (dict.fromkeys(names, 0.0) for _ in range(3))
+    for index, gradients in enumerate(LoopJacobian(function).some_rows(batch, names, chosen)):
+        sample, row = divmod(index, len(chosen))
+        for name, gradient in zip(names, gradients, strict=True):
+            # One row at a time: a gradient of a large layer may take much of the memory.
+            one = capture.dense(captured, name, slice(sample, sample + 1), slice(row, row + 1))
+            found = one.reshape(gradient.shape)
+            differs[name] += _square(found - gradient)
+            wanted[name] += _square(gradient)
+            got[name] += _square(found)
+    reasons: dict[str, str] = {}
+    allowed = ALLOWED[next(iter(function.parameters.values())).dtype]
+    for name, layer in structure.layers.items():
+        relative = math.sqrt(differs[name] / wanted[name]) if wanted[name] else math.sqrt(differs[name])
+        if relative <= allowed:
+            continue
+        mine, autograds = math.sqrt(got[name]), math.sqrt(wanted[name])
+        if layer.kind == "module":
+            kind = type(function.module.get_submodule(layer.module)).__name__
+            raise InputError(
+                f"the layer rule of {layer.module or 'the model'!r} ({kind}) disagrees with autograd: its gradients of "
+                f"{name!r} have norm {mine:.6g}, autograd's {autograds:.6g}, relative difference {relative:.2g} "
+                f"(allowed {allowed:g}); mend the rule or take it back with forget_layer_rule({kind})"
+            )
+        bypassed = "; something else uses it as well" if mine else "; its layer is bypassed"
+        reasons[name] = (
+            f"its layer rule disagrees with autograd (gradient norm {mine:.3g} instead of {autograds:.3g}){bypassed}"
+        )
+        logger.info("%s: %s", name, reasons[name])
+    return structure.without(reasons)
+
+
+def _square(value: Tensor) -> float:
+    found = float(value.double().square().sum())
+    return found if math.isfinite(found) else 0.0
+
+
+def _captured(
+    function: ModelFunction, structure: Structure, batch: ModelBatch, rows: int, chosen: Sequence[int]
+) -> tuple[Structure, Capture, Captured | None]:
+    """Capture some rows, leaving out what cannot be captured at all: first the guesses, then layer by layer.
+
+    Returns:
+        The structure that is left, what captures it, and what it captured; None if nothing is left.
+
+    Raises:
+        InputError: if a user's rule fails.
+    """
+
+    def attempt(names: Sequence[str]) -> Captured | str:
+        if not names:
+            return Captured(len(batch))
+        return _attempt(Capture(function, structure, names, rows, chosen), structure, names, batch)
+
+    def finish(reasons: Mapping[str, str]) -> tuple[Structure, Captured | str]:
+        reduced = structure.without(reasons)
+        return reduced, attempt(list(reduced.layers))
+
+    found = attempt(list(structure.layers))
+    if isinstance(found, str):
+        failure, whole = found, structure
+        guessed = {name: failure for name, layer in whole.layers.items() if layer.kind == "shared"}
+        structure, found = finish(guessed)
+        if isinstance(found, str):
+            structure = whole
+            reasons: dict[str, str] = {}
+            for layer in dict.fromkeys(whole.layers.values()):
+                alone = attempt(layer.parameters)
+                if isinstance(alone, str):
+                    reasons.update(dict.fromkeys(layer.parameters, alone))
+            structure, found = finish(reasons)
+        if isinstance(found, str):
+            structure = structure.without(dict.fromkeys(structure.layers, found))
+    capture = Capture(function, structure, list(structure.layers), rows, chosen)
+    return structure, capture, found if structure.layers and isinstance(found, Captured) else None
+
+
+def _attempt(capture: Capture, structure: Structure, names: Sequence[str], batch: ModelBatch) -> Captured | str:
+    """What was captured of some layers, or why it could not be.
+
+    Raises:
+        InputError: if a user's rule fails.
+    """
+    try:
+        return capture.run(batch)
+    except InputError as error:
+        if any(structure.layers[name].kind == "module" for name in names):
+            raise
+        return f"its inputs and gradients cannot be captured ({error})"
+    except Exception as error:  # noqa: BLE001 - models fail in any way
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        return f"its inputs and gradients cannot be captured ({type(error).__name__}: {first[:120]})"
+
+
+def with_matches(
+    blocks: Sequence[ParameterBlock], function: ModelFunction, structure: Structure, batch: ModelBatch, rows: int
+) -> tuple[ParameterBlock, ...]:
+    """Count how often the tokens of two samples match, which prices the contraction of embeddings.
+
+    Args:
+        blocks: the blocks.
+        function: model and chosen parameters.
+        structure: the checked structure.
+        batch: some samples, on the device.
+        rows: Jacobian rows per sample.
+
+    Returns:
+        The blocks, those of embeddings with their matches.
+    """
+    found = []
+    for block in blocks:
+        factors = block.factors
+        if factors is not None and factors.kind == "tokens":
+            captured = Capture(function, structure, block.parameters, rows, [0]).run(batch)
+            (held,) = captured.factors[block.parameters[0]]
+            factors = replace(factors, matches=count_matches(held.inputs))
+        found.append(replace(block, factors=factors))
+    return tuple(found)

@@ -1,0 +1,135 @@
+"""Expanding factors into gradients: ``Σ_s G[s] ⊗ A[s]`` for all of a layer, or piece by piece into a reused buffer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ooc_ntk.planning.factors import LayerFactors
+from ooc_ntk.planning.memory import EXPANDED_ITEMS, UNFOLDED_BYTES
+
+from .unfold import unfold_windows
+
+#: Input columns of a piece at least, where outputs can be split instead: narrower products run slower (guessed).
+PIECE_INPUTS: Final = 32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a layer's gradients: some channels of the inputs × some rows × some outputs.
+
+    Attributes:
+        channels: input channels; their taps belong to the piece as well.
+        rows: Jacobian rows of a sample.
+        outputs: outputs.
+    """
+
+    channels: slice
+    rows: slice
+    outputs: slice
+
+    def items(self, factors: LayerFactors) -> int:
+        """Elements per sample."""
+        taps = factors.window.taps if factors.window is not None else 1
+        lengths = (part.stop - part.start for part in (self.channels, self.rows, self.outputs))
+        return taps * int(math.prod(lengths))
+
+
+def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = EXPANDED_ITEMS) -> Iterator[Piece]:
+    """Cut the gradients of a layer into pieces of about ``items`` elements per sample.
+
+    Args:
+        factors: shapes of the factors.
+        rows: Jacobian rows per sample.
+        whole_rows: whether every piece holds all rows (for a full kernel, whose entries are pairs of them).
+        items: elements per sample; a piece has more only if a single output has.
+
+    Yields:
+        Pieces that cover every element once.
+
+    >>> factors = LayerFactors("linear", 65, 192, 576)
+    >>> found = list(pieces(factors, 10, whole_rows=False))
+    >>> sum((p.rows.stop - p.rows.start) * (p.outputs.stop - p.outputs.start) * (p.channels.stop - p.channels.start)
+    ...     for p in found) == 10 * 576 * 192
+    True
+    """
+    taps = factors.window.taps if factors.window is not None else 1
+    least = min(factors.channels, max(1, PIECE_INPUTS // taps))
+    row_step = rows if whole_rows else max(1, min(rows, items // (factors.outputs * least * taps)))
+    output_step = max(1, min(factors.outputs, items // (row_step * least * taps)))
+    channel_step = max(least, min(factors.channels, items // (row_step * output_step * taps)))
+    for c in range(0, factors.channels, channel_step):
+        channels = slice(c, min(c + channel_step, factors.channels))
+        for r in range(0, rows, row_step):
+            for o in range(0, factors.outputs, output_step):
+                yield Piece(
+                    channels,
+                    slice(r, min(r + row_step, rows)),
+                    slice(o, min(o + output_step, factors.outputs)),
+                )
+
+
+def expand_piece(factors: LayerFactors, inputs: Tensor, gradients: Tensor, piece: Piece, out: Tensor) -> Tensor:
+    """Expand one piece into a buffer.
+
+    Args:
+        factors: shapes of the factors.
+        inputs: (samples, input items).
+        gradients: (samples, positions, rows, outputs).
+        piece: what to expand.
+        out: flat buffer with room for it.
+
+    Returns:
+        (samples, rows · outputs · channels · taps) of the piece, a view of ``out``.
+    """
+    samples, positions = gradients.shape[:2]
+    rows, outputs = piece.rows.stop - piece.rows.start, piece.outputs.stop - piece.outputs.start
+    channels = piece.channels.stop - piece.channels.start
+    chosen = gradients[:, :, piece.rows, piece.outputs].reshape(samples, positions, rows * outputs).transpose(1, 2)
+    window = factors.window
+    if window is None:
+        found = out[: samples * rows * outputs * channels].view(samples, rows * outputs, channels)
+        torch.bmm(chosen, inputs.view(samples, positions, -1)[:, :, piece.channels], out=found)
+        return found.view(samples, -1)
+    width = window.taps * channels
+    found = out[: samples * rows * outputs * width].view(samples, rows * outputs, width)
+    pixels = inputs.view(samples, *window.size, factors.channels)[..., piece.channels]
+    step = max(1, UNFOLDED_BYTES // (positions * width * inputs.element_size()))
+    unfolded = torch.empty(
+        min(step, samples), positions, window.taps, channels, dtype=inputs.dtype, device=inputs.device
+    )
+    for start in range(0, samples, step):
+        stop = min(start + step, samples)
+        windows = unfold_windows(pixels[start:stop], window, unfolded[: stop - start])
+        torch.bmm(chosen[start:stop], windows.view(stop - start, positions, width), out=found[start:stop])
+    return found.view(samples, -1)
+
+
+def expand(factors: LayerFactors, inputs: Tensor, gradients: Tensor) -> Tensor:
+    """Expand all of a layer.
+
+    Args:
+        factors: shapes of the factors.
+        inputs: (samples, input items); row numbers for tokens, negative where there is no row.
+        gradients: (samples, positions, rows, outputs).
+
+    Returns:
+        (samples, rows, outputs, inputs), windows with channels last; for tokens (samples, rows, table rows, outputs).
+    """
+    samples, positions, rows, outputs = gradients.shape
+    if factors.kind == "tokens":
+        found = gradients.new_zeros(samples, factors.inputs, rows, outputs)
+        there = (inputs >= 0).view(samples, positions, 1, 1)
+        index = inputs.clamp(min=0).long() + factors.inputs * torch.arange(samples, device=inputs.device)[:, None]
+        found.view(samples * factors.inputs, rows, outputs).index_add_(
+            0, index.reshape(-1), (gradients * there).flatten(0, 1)
+        )
+        return found.transpose(1, 2)
+    whole = Piece(slice(0, factors.channels), slice(0, rows), slice(0, outputs))
+    out = gradients.new_empty(samples * rows * outputs * factors.inputs)
+    return expand_piece(factors, inputs, gradients, whole, out).view(samples, rows, outputs, factors.inputs)

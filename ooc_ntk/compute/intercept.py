@@ -1,0 +1,141 @@
+"""Seeing every call of a layer's function in a forward pass, whichever module or code makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .rules.base import Call, Rule
+from .rules.recurrent import STEPS, recurrent_weights, write_out
+from .rules.table import RULES, module_rule
+
+#: Told of every call: its number within the forward pass, its rule, its arguments and its output; what it returns
+#: takes the output's place.
+OnCall = Callable[[int, Rule, Call, Tensor], Tensor]
+
+#: Told of every call of a module with a user's rule: its name, its inputs and its output.
+OnModule = Callable[[str, tuple[Tensor, ...], Tensor], Tensor]
+
+#: What asks for a value of a tensor, so that the way through the model may depend on data.
+_BRANCHING: Final = frozenset(
+    {
+        Tensor.__bool__,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.__index__,
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.nonzero,
+        torch.nonzero,
+        torch.equal,
+        torch.allclose,
+        Tensor.unique,
+        torch.unique,
+    }
+)
+
+
+class Interceptor(TorchFunctionMode):
+    """A mode that finds calls with chosen parameters by the identity of their tensors.
+
+    Module hooks would miss what modules do not do themselves: ``nn.MultiheadAttention`` hands its projections'
+    weights to a function, and so does much code of users'. Recurrent layers are written out in linear ones.
+
+    Attributes:
+        calls: calls seen so far.
+        branches: what the model asked tensors for while it ran, in order.
+        elsewhere: names of parameters that went to functions without a rule, with the function's name.
+    """
+
+    def __init__(self, names: Mapping[int, str], on_call: OnCall) -> None:
+        """Watch the tensors whose ``id`` is in ``names``."""
+        super().__init__()
+        self.calls = 0
+        self.branches: list[object] = []
+        self.elsewhere: dict[str, str] = {}
+        self._names = names
+        self._on_call = on_call
+
+    def name(self, value: object) -> str | None:
+        """Name of a chosen parameter, None for anything else."""
+        return self._names.get(id(value))
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        rule = RULES.get(function)
+        if rule is not None:
+            return self._ruled(rule, function, args, kwargs)
+        if function in STEPS and not kwargs:
+            weights = recurrent_weights(args)
+            if weights is not None and any(self.name(weight) for weight in weights):
+                with self:
+                    return write_out(function, args)
+        if function is F.multi_head_attention_forward:
+            with self, _inside_functional():
+                return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function in _BRANCHING:
+            self.branches.append(result if isinstance(result, bool | int | float) else str(type(result)))
+        for value in args:
+            name = self.name(value)
+            if name is not None and not getattr(function, "__name__", "").startswith("__"):
+                self.elsewhere.setdefault(name, getattr(function, "__name__", str(function)))
+        return result
+
+    def _ruled(self, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        arguments = rule.bind(args, kwargs)
+        weight, bias = arguments.get("weight"), arguments.get("bias")
+        known_weight, known_bias = self.name(weight) is not None, self.name(bias) is not None
+        output = function(*args, **kwargs)
+        if not (known_weight or known_bias):
+            return output
+        # Detached: a call that held on to the graph, which holds on to what is told of it, would outlive its batch.
+        arguments = {
+            name: value.detach() if isinstance(value, Tensor) and name not in ("weight", "bias") else value
+            for name, value in arguments.items()
+        }
+        call = Call(arguments["input"], weight if known_weight else None, bias if known_bias else None, arguments)
+        number, self.calls = self.calls, self.calls + 1
+        return self._on_call(number, rule, call, output)
+
+
+@contextmanager
+def _inside_functional() -> Iterator[None]:
+    """Let a Python function of ``torch.nn.functional`` run its own body under a mode.
+
+    It would hand itself over to the mode again, for ever; what it calls is still seen.
+    """
+    functional: Any = F
+    before = functional.has_torch_function
+    functional.has_torch_function = lambda *_: False
+    try:
+        yield
+    finally:
+        functional.has_torch_function = before
+
+
+@contextmanager
+def module_hooks(module: nn.Module, on_module: OnModule) -> Iterator[None]:
+    """Call ``on_module`` after every module that has a user's rule."""
+
+    def hook_of(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return on_module(name, inputs, output)
+
+        return hook
+
+    handles = [part.register_forward_hook(hook_of(name)) for name, part in module.named_modules() if module_rule(part)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

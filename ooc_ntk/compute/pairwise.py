@@ -1,0 +1,155 @@
+"""Pairwise contraction: Gram matrices of both factors, multiplied position by position and summed (DESIGN §3).
+
+``K_ij = Σ_{s,t} (A_is·A_jt)(Σ_c G_ics·G_jct)``: no gradient is ever formed. With one position per sample it is
+``(A Aᵀ) ∘ (Σ_c G_c G_cᵀ)``, hundreds of times fewer FLOPs than dense gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ooc_ntk.planning.factors import LayerFactors, Window
+from ooc_ntk.planning.memory import pairwise_steps
+
+from .unfold import unfold_windows
+
+#: Columns multiplied at a time: torch's products of longer ones lose digits (measured, see contract.py).
+PRODUCT_DEPTH: Final = 4096
+
+#: Takes a finished block: its values, its first row and its first column in the tile.
+AddBlock = Callable[[Tensor, int, int], None]
+
+
+def contract_pairwise(
+    factors: LayerFactors,
+    left: tuple[Tensor, Tensor],
+    right: tuple[Tensor, Tensor] | None,
+    entries: int,
+    add_block: AddBlock,
+) -> None:
+    """Contract one layer of two tiles.
+
+    Args:
+        factors: shapes of the factors (linear or convolution).
+        left: inputs (samples, input items) and gradients (samples, positions, rows, outputs).
+        right: the same of the column tile; None for the tile with itself, of which the lower triangle is made.
+        entries: kernel rows per sample: 1 if Jacobian rows are contracted, otherwise all rows.
+        add_block: takes blocks (row samples · entries, column samples · entries), in float32 or float64.
+    """
+    inputs, gradients = left
+    other_inputs, other_gradients = right or left
+    step, other_step = pairwise_steps(factors, entries)
+    product = _InputProduct(factors)
+    for start in range(0, len(inputs), step):
+        stop = min(start + step, len(inputs))
+        own = product.prepare(inputs[start:stop])
+        own_gradients = _matrix(gradients[start:stop], entries)
+        last = len(other_inputs) if right is not None else stop
+        for first in range(0, last, other_step):
+            end = min(first + other_step, last)
+            summed = product(own, product.prepare(other_inputs[first:end]), stop - start, end - first)
+            weights = _gram(own_gradients, _matrix(other_gradients[first:end], entries))
+            if weights.dtype == torch.bfloat16:
+                weights, summed = weights.float(), summed.float()
+            add_block(
+                sum_positions(summed, weights, stop - start, end - first, factors.positions, entries),
+                start * entries,
+                first * entries,
+            )
+
+
+def _matrix(gradients: Tensor, entries: int) -> Tensor:
+    """Gradients as (samples · positions, rows · outputs); (samples · positions · rows, outputs) for a full kernel."""
+    rows = gradients.shape[0] * gradients.shape[1] * (gradients.shape[2] if entries > 1 else 1)
+    return gradients.reshape(rows, -1)
+
+
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    """``left rightᵀ`` in short blocks of columns."""
+    total: Tensor | None = None
+    for start in range(0, left.shape[1], PRODUCT_DEPTH):
+        a, b = left[:, start : start + PRODUCT_DEPTH], right[:, start : start + PRODUCT_DEPTH].T
+        total = torch.mm(a, b) if total is None else total.addmm_(a, b)
+    assert total is not None  # no layer has zero outputs
+    return total
+
+
+def sum_positions(inputs: Tensor, gradients: Tensor, rows: int, columns: int, positions: int, entries: int) -> Tensor:
+    """``Σ_{s,t}`` of the product of both Gram matrices: (rows · entries, columns · entries)."""
+    if entries == 1:
+        product = gradients.mul_(inputs)
+        if positions == 1:
+            return product
+        return product.view(rows, positions, columns * positions).sum(1).view(rows, columns, positions).sum(2)
+    product = gradients.view(rows, positions, entries, columns, positions, entries)
+    product.mul_(inputs.view(rows, positions, 1, columns, positions, 1))
+    return product.sum((1, 4)).reshape(rows * entries, columns * entries)
+
+
+class _InputProduct:
+    """Inner products of the (unfolded) inputs of two ranges of samples, the bias's ones added."""
+
+    def __init__(self, factors: LayerFactors) -> None:
+        self._factors = factors
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """What is multiplied: (samples · positions, inputs), or (samples · pixels, channels)."""
+        factors, window = self._factors, self._factors.window
+        if window is None:
+            return inputs.reshape(len(inputs) * factors.positions, -1)
+        if factors.by_pixels:
+            return inputs.reshape(len(inputs) * window.pixels, -1)
+        pixels = inputs.view(len(inputs), *window.size, factors.channels)
+        return unfold_windows(pixels, window).view(len(inputs) * factors.positions, -1)
+
+    def __call__(self, left: Tensor, right: Tensor, rows: int, columns: int) -> Tensor:
+        found = _gram(left, right)
+        window = self._factors.window
+        if window is not None and self._factors.by_pixels:
+            found = _sum_shifts(found, window, rows, columns)
+        return found.add_(1) if self._factors.bias else found
+
+
+def _sum_shifts(products: Tensor, window: Window, rows: int, columns: int) -> Tensor:
+    """Inner products of windows from those of pixels: the same tap on both sides, one dimension after the other.
+
+    Args:
+        products: (rows · pixels, columns · pixels).
+        window: geometry; pixels outside the input are zeros.
+        rows: samples of the rows.
+        columns: samples of the columns.
+
+    Returns:
+        (rows · positions, columns · positions).
+    """
+    found = products.view(rows, *window.size, columns, *window.size)
+    dims = len(window.size)
+    for dim in range(dims):
+        shape = list(found.shape)
+        shape[1 + dim] = shape[2 + dims + dim] = window.output[dim]
+        total = found.new_zeros(shape)
+        for target, source in _taps(window, dim):
+            into, of = [slice(None)] * len(shape), [slice(None)] * len(shape)
+            into[1 + dim] = into[2 + dims + dim] = target
+            of[1 + dim] = of[2 + dims + dim] = source
+            total[tuple(into)] += found[tuple(of)]
+        found = total
+    positions = math.prod(window.output)
+    return found.view(rows * positions, columns * positions)
+
+
+def _taps(window: Window, dim: int) -> Iterator[tuple[slice, slice]]:
+    """Per tap of one dimension: the outputs whose tap lies within the input, and the pixels it takes."""
+    size, stride, output = window.size[dim], window.stride[dim], window.output[dim]
+    for tap in range(window.kernel[dim]):
+        offset = tap * window.dilation[dim] - window.before[dim]
+        first = max(0, -(offset // stride))
+        last = min(output, -(-(size - offset) // stride))
+        if first < last:
+            start = first * stride + offset
+            yield slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)

@@ -1,0 +1,42 @@
+"""Linear layers with any leading dimensions, and products with a weight that is stored the other way round."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+
+from ooc_ntk.planning.factors import LayerFactors
+
+from .base import Call, Functions, OuterRule, Signature
+
+
+class Linear(OuterRule):
+    """``x Wᵀ + b``: A = x, G = output gradient, one position per row of x."""
+
+    functions: ClassVar[Functions] = (F.linear,)
+    signature: ClassVar[Signature] = (("input", None), ("weight", None), ("bias", None))
+
+    def factors(self, call: Call, inputs: Tensor, output: Tensor) -> LayerFactors:
+        """See :class:`OuterRule`."""
+        positions = inputs[0].numel() // inputs.shape[-1]
+        return LayerFactors("linear", positions, inputs.shape[-1], output.shape[-1], call.bias is not None)
+
+    def hold(self, call: Call, inputs: Tensor, factors: LayerFactors) -> Tensor:
+        """See :class:`OuterRule`."""
+        del call, factors
+        return inputs.reshape(inputs.shape[0], -1)
+
+
+class AddMatrixProduct(Linear):
+    """``b + x W`` (``torch.addmm``, as the Conv1D of GPT-2): the weight's rows belong to the inputs."""
+
+    functions: ClassVar[Functions] = (torch.addmm,)
+    signature: ClassVar[Signature] = (("bias", None), ("input", None), ("weight", None), ("beta", 1), ("alpha", 1))
+    transposed = True
+
+    def covers(self, call: Call) -> str:
+        """See :class:`Rule`."""
+        return "" if call.arguments["beta"] == call.arguments["alpha"] == 1 else "it is scaled by alpha or beta"
