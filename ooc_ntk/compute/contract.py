@@ -20,6 +20,7 @@ from .expand import Piece, expand_piece, pieces
 from .machine import best_seconds
 from .matching import contract_matching
 from .pairwise import contract_pairwise, sum_positions
+from .products import PRODUCT_COLUMNS, multiply
 
 #: Factors of one layer for one tile: inputs (samples, input items), gradients (samples, positions, rows, outputs).
 Tile = tuple[Tensor, Tensor]
@@ -31,12 +32,18 @@ TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.fl
 HELD_TORCH_DTYPE = {**TORCH_DTYPE, "bf16": torch.bfloat16}
 
 
-#: Tiles with a narrower side than this go through torch's product on a CPU, Gram matrices too: ``ssyrk`` saves nothing
-#: there, and a second BLAS beside torch's own threads costs (measured at 128 rows: 87 against 150 GFLOP/s in a run).
-SYRK_EDGE: Final = 256
+#: Tiles with a narrower side than this go through torch's products on a CPU, Gram matrices in blocks of rows up to the
+#: diagonal: ``ssyrk`` is slower there, and a second BLAS beside torch's own threads costs (measured, triangle counted:
+#: 128 rows 167 against 110 GFLOP/s, 256 rows 208 against 151, 384 rows 233 against 183).
+SYRK_EDGE: Final = 512
 
-#: Columns per block of such tiles: torch's product sums longer ones with an error above 5e-7 (measured).
-SMALL_TILE_COLUMNS: Final = 2048
+#: Gram matrices of up to so many rows are made in two blocks, larger ones in three or more of :data:`GRAM_ROWS`
+#: (measured: fastest of 1 to 8 blocks).
+GRAM_HALVED: Final = 192
+GRAM_ROWS: Final = 128
+
+#: Columns of such tiles whose sum stays in float32.
+SUMMED_COLUMNS: Final = 32_768
 
 
 class KernelAccumulator:
@@ -80,17 +87,29 @@ class KernelAccumulator:
         left = self._there(left)
         right = None if right is None else self._there(right)
         by_numpy = self._on_cpu and min(self._product.shape) >= SYRK_EDGE and self._dtype != torch.bfloat16
-        step = CONTRACTION_COLUMNS if by_numpy or not self._on_cpu else SMALL_TILE_COLUMNS
+        step = CONTRACTION_COLUMNS if by_numpy or not self._on_cpu else SUMMED_COLUMNS
         for start in range(0, left.shape[1], step):
-            stop = start + step
-            a = left[:, start:stop]
-            b = a if right is None else right[:, start:stop]
+            a = left[:, start : start + step]
+            b = a if right is None else right[:, start : start + step]
             if by_numpy:
                 np.matmul(a.numpy(), b.numpy().T, out=self._product.numpy())
+                self._add_to(self._sum, self._product)
+            elif right is None and self._on_cpu:
+                self._add_gram(a)
             else:
                 with tf32(self._tf32):
-                    torch.mm(a, b.T, out=self._product)
-            self._add_to(self._sum, self._product)
+                    multiply(a, b, self._product, PRODUCT_COLUMNS if self._on_cpu else step)
+                self._add_to(self._sum, self._product)
+
+    def _add_gram(self, rows: Tensor) -> None:
+        """Add ``rows @ rows.T`` in blocks of rows, each up to the diagonal; what is above it is left as it is."""
+        count = len(rows)
+        step = max(1, -(-count // 2) if count <= GRAM_HALVED else min(GRAM_ROWS, -(-count // 3)))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            product = self._product[start:stop, :stop]
+            multiply(rows[start:stop], rows[:stop], product)
+            self._add_to(self._sum[start:stop, :stop], product)
 
     def add_factored(self, factors: LayerFactors, left: Tile, right: Tile | None, entries: int) -> None:
         """Expand a layer's factors piece by piece into reused buffers, and add the product of each.
@@ -144,7 +163,7 @@ class KernelAccumulator:
             sides[side] = torch.empty(needed, dtype=self._dtype, device=self._device)
             self._expanded = sides[0], sides[1]
         with tf32(self._tf32):
-            found = expand_piece(factors, *tile, piece, self._expanded[side])
+            found = expand_piece(factors, *tile, piece, self._expanded[side], by_rows=entries > 1)
         return found.view(len(tile[0]) * entries, -1)
 
     @staticmethod
@@ -273,7 +292,7 @@ def measure_block(
 
     def expanding() -> None:
         for piece in parts:
-            expand_piece(factors, *tile, piece, out)
+            expand_piece(factors, *tile, piece, out, by_rows=entries > 1)
 
     def drop(block: Tensor, row: int, column: int) -> None:
         del block, row, column

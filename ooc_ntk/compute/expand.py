@@ -12,11 +12,16 @@ from torch import Tensor
 
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import EXPANDED_ITEMS, UNFOLDED_BYTES
+from ooc_ntk.planning.tiles import even_size
 
 from .unfold import unfold_windows
 
-#: Input columns of a piece at least, where outputs can be split instead: narrower products run slower (guessed).
+#: Input columns of a convolution's piece at least, where outputs can be split instead: each split unfolds anew.
 PIECE_INPUTS: Final = 32
+
+#: Input columns of a linear layer's piece at most (measured at 65 positions: pieces of 192 inputs × 128 outputs 267
+#: GFLOP/s, of 32 × 512 outputs 159).
+LINEAR_INPUTS: Final = 256
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,10 @@ def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = E
     True
     """
     taps = factors.window.taps if factors.window is not None else 1
-    least = min(factors.channels, max(1, PIECE_INPUTS // taps))
+    least = min(factors.channels, max(1, PIECE_INPUTS // taps) if factors.window is not None else LINEAR_INPUTS)
     row_step = rows if whole_rows else max(1, min(rows, items // (factors.outputs * least * taps)))
-    output_step = max(1, min(factors.outputs, items // (row_step * least * taps)))
-    channel_step = max(least, min(factors.channels, items // (row_step * output_step * taps)))
+    output_step = even_size(factors.outputs, max(1, items // (row_step * least * taps)))
+    channel_step = even_size(factors.channels, max(least, items // (row_step * output_step * taps)))
     for c in range(0, factors.channels, channel_step):
         channels = slice(c, min(c + channel_step, factors.channels))
         for r in range(0, rows, row_step):
@@ -74,7 +79,9 @@ def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = E
                 )
 
 
-def expand_piece(factors: LayerFactors, inputs: Tensor, gradients: Tensor, piece: Piece, out: Tensor) -> Tensor:
+def expand_piece(
+    factors: LayerFactors, inputs: Tensor, gradients: Tensor, piece: Piece, out: Tensor, *, by_rows: bool = True
+) -> Tensor:
     """Expand one piece into a buffer.
 
     Args:
@@ -83,30 +90,38 @@ def expand_piece(factors: LayerFactors, inputs: Tensor, gradients: Tensor, piece
         gradients: (samples, positions, rows, outputs).
         piece: what to expand.
         out: flat buffer with room for it.
+        by_rows: whether the rows of a sample come first; any order will do for a trace kernel, and products with the
+            inputs first are a tenth faster.
 
     Returns:
-        (samples, rows · outputs · channels · taps) of the piece, a view of ``out``.
+        (samples, rows · outputs · channels · taps) of the piece, or (samples, channels · taps · rows · outputs); a view
+        of ``out``.
     """
     samples, positions = gradients.shape[:2]
-    rows, outputs = piece.rows.stop - piece.rows.start, piece.outputs.stop - piece.outputs.start
-    channels = piece.channels.stop - piece.channels.start
-    chosen = gradients[:, :, piece.rows, piece.outputs].reshape(samples, positions, rows * outputs).transpose(1, 2)
+    taps = factors.window.taps if factors.window is not None else 1
+    width = taps * (piece.channels.stop - piece.channels.start)
+    chosen = gradients[:, :, piece.rows, piece.outputs].flatten(2)
+    height = chosen.shape[2]
+    found = out[: samples * height * width]
+    found = found.view(samples, height, width) if by_rows else found.view(samples, width, height)
+
+    def multiply(part: slice, windows: Tensor) -> None:
+        if by_rows:
+            torch.bmm(chosen[part].transpose(1, 2), windows, out=found[part])
+        else:
+            torch.bmm(windows.transpose(1, 2), chosen[part], out=found[part])
+
     window = factors.window
     if window is None:
-        found = out[: samples * rows * outputs * channels].view(samples, rows * outputs, channels)
-        torch.bmm(chosen, inputs.view(samples, positions, -1)[:, :, piece.channels], out=found)
+        multiply(slice(0, samples), inputs.view(samples, positions, -1)[:, :, piece.channels])
         return found.view(samples, -1)
-    width = window.taps * channels
-    found = out[: samples * rows * outputs * width].view(samples, rows * outputs, width)
     pixels = inputs.view(samples, *window.size, factors.channels)[..., piece.channels]
     step = max(1, UNFOLDED_BYTES // (positions * width * inputs.element_size()))
-    unfolded = torch.empty(
-        min(step, samples), positions, window.taps, channels, dtype=inputs.dtype, device=inputs.device
-    )
+    unfolded = torch.empty(min(step, samples), positions, taps, width // taps, dtype=inputs.dtype, device=inputs.device)
     for start in range(0, samples, step):
         stop = min(start + step, samples)
         windows = unfold_windows(pixels[start:stop], window, unfolded[: stop - start])
-        torch.bmm(chosen[start:stop], windows.view(stop - start, positions, width), out=found[start:stop])
+        multiply(slice(start, stop), windows.view(stop - start, positions, width))
     return found.view(samples, -1)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,10 +15,8 @@ from torch import Tensor
 from ooc_ntk.planning.factors import LayerFactors, Window
 from ooc_ntk.planning.memory import pairwise_steps
 
+from .products import multiply
 from .unfold import unfold_windows
-
-#: Columns multiplied at a time: torch's products of longer ones lose digits (measured, see contract.py).
-PRODUCT_DEPTH: Final = 4096
 
 #: Takes a finished block: its values, its first row and its first column in the tile.
 AddBlock = Callable[[Tensor, int, int], None]
@@ -53,7 +50,7 @@ def contract_pairwise(
         for first in range(0, last, other_step):
             end = min(first + other_step, last)
             summed = product(own, product.prepare(other_inputs[first:end]), stop - start, end - first)
-            weights = _gram(own_gradients, _matrix(other_gradients[first:end], entries))
+            weights = multiply(own_gradients, _matrix(other_gradients[first:end], entries))
             if weights.dtype == torch.bfloat16:
                 weights, summed = weights.float(), summed.float()
             add_block(
@@ -64,31 +61,31 @@ def contract_pairwise(
 
 
 def _matrix(gradients: Tensor, entries: int) -> Tensor:
-    """Gradients as (samples · positions, rows · outputs); (samples · positions · rows, outputs) for a full kernel."""
+    """Gradients as (positions · samples, rows · outputs); (positions · samples · rows, outputs) for a full kernel."""
     rows = gradients.shape[0] * gradients.shape[1] * (gradients.shape[2] if entries > 1 else 1)
-    return gradients.reshape(rows, -1)
-
-
-def _gram(left: Tensor, right: Tensor) -> Tensor:
-    """``left rightᵀ`` in short blocks of columns."""
-    total: Tensor | None = None
-    for start in range(0, left.shape[1], PRODUCT_DEPTH):
-        a, b = left[:, start : start + PRODUCT_DEPTH], right[:, start : start + PRODUCT_DEPTH].T
-        total = torch.mm(a, b) if total is None else total.addmm_(a, b)
-    assert total is not None  # no layer has zero outputs
-    return total
+    return gradients.transpose(0, 1).reshape(rows, -1)
 
 
 def sum_positions(inputs: Tensor, gradients: Tensor, rows: int, columns: int, positions: int, entries: int) -> Tensor:
-    """``Σ_{s,t}`` of the product of both Gram matrices: (rows · entries, columns · entries)."""
+    """``Σ_{s,t}`` of the product of both Gram matrices.
+
+    Args:
+        inputs: (positions · rows, positions · columns): positions first, so that sums run along whole rows of samples.
+        gradients: (positions · rows · entries, positions · columns · entries); overwritten.
+        rows: samples of the rows.
+        columns: samples of the columns.
+        positions: positions per sample.
+        entries: kernel rows per sample.
+
+    Returns:
+        (rows · entries, columns · entries).
+    """
     if entries == 1:
         product = gradients.mul_(inputs)
-        if positions == 1:
-            return product
-        return product.view(rows, positions, columns * positions).sum(1).view(rows, columns, positions).sum(2)
-    product = gradients.view(rows, positions, entries, columns, positions, entries)
-    product.mul_(inputs.view(rows, positions, 1, columns, positions, 1))
-    return product.sum((1, 4)).reshape(rows * entries, columns * entries)
+        return product if positions == 1 else product.view(positions, rows, positions, columns).sum((0, 2))
+    product = gradients.view(positions, rows, entries, positions, columns, entries)
+    product.mul_(inputs.view(positions, rows, 1, positions, columns, 1))
+    return product.sum((0, 3)).reshape(rows * entries, columns * entries)
 
 
 class _InputProduct:
@@ -98,17 +95,17 @@ class _InputProduct:
         self._factors = factors
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """What is multiplied: (samples · positions, inputs), or (samples · pixels, channels)."""
+        """What is multiplied: (positions · samples, inputs), or (pixels · samples, channels)."""
         factors, window = self._factors, self._factors.window
-        if window is None:
-            return inputs.reshape(len(inputs) * factors.positions, -1)
-        if factors.by_pixels:
-            return inputs.reshape(len(inputs) * window.pixels, -1)
-        pixels = inputs.view(len(inputs), *window.size, factors.channels)
-        return unfold_windows(pixels, window).view(len(inputs) * factors.positions, -1)
+        if window is not None and not factors.by_pixels:
+            pixels = inputs.view(len(inputs), *window.size, factors.channels)
+            found = unfold_windows(pixels, window).flatten(2)
+        else:
+            found = inputs.view(len(inputs), factors.positions if window is None else window.pixels, -1)
+        return found.transpose(0, 1).reshape(-1, found.shape[2])
 
     def __call__(self, left: Tensor, right: Tensor, rows: int, columns: int) -> Tensor:
-        found = _gram(left, right)
+        found = multiply(left, right)
         window = self._factors.window
         if window is not None and self._factors.by_pixels:
             found = _sum_shifts(found, window, rows, columns)
@@ -119,28 +116,28 @@ def _sum_shifts(products: Tensor, window: Window, rows: int, columns: int) -> Te
     """Inner products of windows from those of pixels: the same tap on both sides, one dimension after the other.
 
     Args:
-        products: (rows · pixels, columns · pixels).
+        products: (pixels · rows, pixels · columns).
         window: geometry; pixels outside the input are zeros.
         rows: samples of the rows.
         columns: samples of the columns.
 
     Returns:
-        (rows · positions, columns · positions).
+        (positions · rows, positions · columns).
     """
-    found = products.view(rows, *window.size, columns, *window.size)
     dims = len(window.size)
+    found = products.view(*window.size, rows, *window.size, columns)
     for dim in range(dims):
         shape = list(found.shape)
-        shape[1 + dim] = shape[2 + dims + dim] = window.output[dim]
+        shape[dim] = shape[dims + 1 + dim] = window.output[dim]
         total = found.new_zeros(shape)
         for target, source in _taps(window, dim):
             into, of = [slice(None)] * len(shape), [slice(None)] * len(shape)
-            into[1 + dim] = into[2 + dims + dim] = target
-            of[1 + dim] = of[2 + dims + dim] = source
+            into[dim] = into[dims + 1 + dim] = target
+            of[dim] = of[dims + 1 + dim] = source
             total[tuple(into)] += found[tuple(of)]
         found = total
     positions = math.prod(window.output)
-    return found.view(rows * positions, columns * positions)
+    return found.view(positions * rows, positions * columns)
 
 
 def _taps(window: Window, dim: int) -> Iterator[tuple[slice, slice]]:

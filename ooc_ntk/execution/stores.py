@@ -139,8 +139,8 @@ class MemoryStore(TileStore):
     def _take(self, part: Part, samples: int) -> Matrix:
         """Memory for a tile: one given back by an earlier pass if it is large enough, otherwise fresh.
 
-        Fresh memory comes from torch: NumPy asks for huge pages, whose first touch was slower (measured on a virtual
-        machine: 0.5–2 GB/s against 1.7), and touched memory takes 5 GB/s.
+        Fresh memory comes from torch: NumPy asks for huge pages, whose first touch was slower (measured on two virtual
+        machines: 0.5–2 GB/s against 1.7, and 0.4–0.6 against 2–2.7), and touched memory takes 5 GB/s.
         """
         dtype = self.dtype(part)
         count = samples * part.items

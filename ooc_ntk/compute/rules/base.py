@@ -82,20 +82,24 @@ class OuterRule(Rule):
 
     @abstractmethod
     def hold(self, call: Call, inputs: Tensor, factors: LayerFactors) -> Tensor:
-        """What is held of the inputs: (samples, input items), or (samples, positions) token numbers."""
+        """What is held of the inputs: (samples, input items), the items in any shape, or (samples, positions) tokens.
+
+        A view where possible, as it is copied to where it is held.
+        """
 
     def gradient(self, call: Call, inputs: Tensor, gradient: Tensor) -> Tensor:
-        """Output gradients (samples, ...) as (samples, positions, outputs)."""
+        """Output gradients as (samples, positions, outputs), both in any shape; a view where possible."""
         del call, inputs
-        return gradient.reshape(gradient.shape[0], -1, gradient.shape[-1])
+        return gradient
 
     def bias_gradient(self, call: Call, inputs: Tensor, gradient: Tensor) -> Tensor:
         """Gradient of the bias, (samples, outputs), where it is derived apart from the weight."""
-        return self.gradient(call, inputs, gradient).sum(1)
+        found = self.gradient(call, inputs, gradient)
+        return found.sum(tuple(range(1, found.ndim - 1))) if found.ndim > 2 else found
 
     def unfolded(self, call: Call, inputs: Tensor, factors: LayerFactors) -> Tensor:
         """Inputs as (samples, positions, inputs), for a weight that is used several times."""
-        return self.hold(call, inputs, factors).view(inputs.shape[0], -1, factors.inputs)
+        return self.hold(call, inputs, factors).reshape(inputs.shape[0], -1, factors.inputs)
 
     def groups(self, call: Call) -> int:
         """Groups of inputs and outputs that do not see each other; more than one is only ever held dense."""

@@ -85,10 +85,10 @@ class Convolution(OuterRule):
         """See :class:`OuterRule`."""
         window = self.window(call, inputs)
         if factors.window is not None:
-            return inputs.movedim(1, -1).reshape(inputs.shape[0], -1)
+            return inputs.movedim(1, -1)
         if window.taps == 1 and self.groups(call) == 1 and inputs.ndim == 2 + len(window.size):
             steps = tuple(slice(None, None, step) for step in window.stride)
-            return inputs.movedim(1, -1)[(slice(None), *steps)].reshape(inputs.shape[0], -1)
+            return inputs.movedim(1, -1)[(slice(None), *steps)]
         return self.unfolded(call, inputs, factors).reshape(inputs.shape[0], -1)
 
     def unfolded(self, call: Call, inputs: Tensor, factors: LayerFactors) -> Tensor:
@@ -118,8 +118,7 @@ class Convolution(OuterRule):
         """See :class:`OuterRule`."""
         del inputs
         dims = call.arguments["weight"].ndim - 2
-        moved = gradient.movedim(-1 - dims, -1)
-        return moved.reshape(gradient.shape[0], -1, moved.shape[-1])
+        return gradient.movedim(-1 - dims, -1)
 
 
 class TransposedConvolution(OuterRule):
@@ -157,10 +156,10 @@ class TransposedConvolution(OuterRule):
     def hold(self, call: Call, inputs: Tensor, factors: LayerFactors) -> Tensor:
         """See :class:`OuterRule`."""
         del call, factors
-        return inputs.movedim(1, -1).reshape(inputs.shape[0], -1)
+        return inputs.movedim(1, -1)
 
     def gradient(self, call: Call, inputs: Tensor, gradient: Tensor) -> Tensor:
-        """Windows of the output gradient, (samples, input pixels, channels · taps) in the weight's order."""
+        """Windows of the output gradient, (samples, input pixels, channels, taps), the weight's order."""
         weight = call.arguments["weight"]
         kernel = tuple(weight.shape[2:])
         dims, size = len(kernel), tuple(inputs.shape[2:])
@@ -171,9 +170,7 @@ class TransposedConvolution(OuterRule):
         reach = ((n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(size, stride, dilation, kernel, strict=True))
         after = tuple(r - t - b for r, t, b in zip(reach, there, before, strict=True))
         window = Window(there, kernel, stride, dilation, before, after)
-        found = unfold_windows(gradient.movedim(1, -1).contiguous(), window)
-        samples, positions, taps, channels = found.shape
-        return found.transpose(2, 3).reshape(samples, positions, channels * taps)
+        return unfold_windows(gradient.movedim(1, -1).contiguous(), window).transpose(2, 3)
 
     def bias_gradient(self, call: Call, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See :class:`OuterRule`."""

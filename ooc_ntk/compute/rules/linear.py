@@ -27,7 +27,7 @@ class Linear(OuterRule):
     def hold(self, call: Call, inputs: Tensor, factors: LayerFactors) -> Tensor:
         """See :class:`OuterRule`."""
         del call, factors
-        return inputs.reshape(inputs.shape[0], -1)
+        return inputs
 
 
 class AddMatrixProduct(Linear):
