@@ -29,6 +29,7 @@ from .planning.budget import Budget
 from .planning.plan import Plan
 from .planning.planner import Preferences, make_plan
 from .planning.rates import MachineRates
+from .planning.representation import allowed_choices
 from .storage.directory import RunDirectory, free_disk_bytes
 
 __all__ = [
@@ -74,7 +75,7 @@ def plan(
     Args:
         job: what is wanted.
         budget: limits; None, or a limit that is None, takes 80% of what is free.
-        preferences: what to fix by hand: dataflow, tile size, passes.
+        preferences: what to fix by hand: dataflow, tile size, passes, representation, or no layer rules.
         out: where the run will be, for the free disk space; None is the current folder.
         rates: machine rates; None uses the calibrated ones.
 
@@ -194,6 +195,18 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
                 f"the plan that is there has {name} {value}, asked for is {wanted}; leave it out to go on with that "
                 "plan, or choose another --out"
             )
+    if preferences.representation is not None:
+        other = [b.name for b in chosen.blocks if b.choice not in allowed_choices(b, preferences.representation)]
+        if other:
+            raise RunConflictError(
+                f"the plan that is there does not hold every block {preferences.representation} (not {other[0]!r}); "
+                "leave --representation out to go on with that plan, or choose another --out"
+            )
+    if not preferences.layer_rules and any(block.source == "rule" for block in chosen.blocks):
+        raise RunConflictError(
+            "the plan that is there uses layer rules; leave --no-layer-rules out to go on with that plan, or choose "
+            "another --out"
+        )
 
 
 def _write_new_run(directory: RunDirectory, chosen: Plan, prepared: PreparedJob) -> None:

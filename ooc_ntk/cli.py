@@ -119,9 +119,9 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="float32, tf32 (CUDA) or float64. [default: float32]",
+        help="float32, bf16 (tiles held and multiplied in it), tf32 (CUDA) or float64. [default: float32]",
         rich_help_panel=_HOW,
-        autocompletion=_complete("float32", "float64", "tf32"),
+        autocompletion=_complete("float32", "bf16", "tf32", "float64"),
         show_default=False,
     ),
 ]
@@ -156,6 +156,31 @@ TileOption = Annotated[
     int | None,
     typer.Option("--tile-samples", help="Samples per tile. [default: planned]", rich_help_panel=_HOW, min=1),
 ]
+RepresentationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--representation",
+        help="dense, factored or pairwise, wherever a block allows it. [default: the fastest of each block]",
+        rich_help_panel=_HOW,
+        autocompletion=_complete("dense", "factored", "pairwise"),
+        show_default=False,
+    ),
+]
+LayerRulesOption = Annotated[
+    bool,
+    typer.Option(
+        "--layer-rules/--no-layer-rules", help="Leave out layer rules: torch.func derives all.", rich_help_panel=_HOW
+    ),
+]
+BatchDependenceOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-batch-dependence",
+        help="Allow a model whose samples change with their batch mates: each is computed alone.",
+        rich_help_panel=_HOW,
+    ),
+]
+ProfileOption = Annotated[bool, typer.Option("--profile", help="Show where the time went, phase by phase.")]
 HostOption = Annotated[
     str | None,
     typer.Option(
@@ -226,10 +251,14 @@ def _job(job_file: Path | None, run: Path | None, **flags: Any) -> tuple[Job, Bu
     )
 
 
-def _preferences(dataflow: str | None, tile_samples: int | None) -> Preferences:
+def _preferences(
+    dataflow: str | None, tile_samples: int | None, representation: str | None, layer_rules: bool
+) -> Preferences:
     from . import api
 
-    return api.Preferences(dataflow=dataflow, tile_samples=tile_samples)
+    return api.Preferences(
+        dataflow=dataflow, tile_samples=tile_samples, representation=representation, layer_rules=layer_rules
+    )
 
 
 @app.command()
@@ -250,6 +279,9 @@ def plan(
     seed: SeedOption = None,
     dataflow: DataflowOption = None,
     tile_samples: TileOption = None,
+    representation: RepresentationOption = None,
+    layer_rules: LayerRulesOption = True,
+    allow_batch_dependence: BatchDependenceOption = False,
     host_memory: HostOption = None,
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
@@ -276,6 +308,7 @@ def plan(
             device=device,
             batch_size=batch_size,
             seed=seed,
+            allow_batch_dependence=allow_batch_dependence or None,
             host=host_memory,
             device_memory=device_memory,
             disk=disk,
@@ -284,7 +317,8 @@ def plan(
         from .report.tables import plan_table
 
         with _status("measuring the model"):
-            made = api.plan(wanted, budget, preferences=_preferences(dataflow, tile_samples), out=out)
+            preferences = _preferences(dataflow, tile_samples, representation, layer_rules)
+            made = api.plan(wanted, budget, preferences=preferences, out=out)
         if save is not None:
             made.save(save)
         if as_json:
@@ -314,6 +348,9 @@ def run(
     seed: SeedOption = None,
     dataflow: DataflowOption = None,
     tile_samples: TileOption = None,
+    representation: RepresentationOption = None,
+    layer_rules: LayerRulesOption = True,
+    allow_batch_dependence: BatchDependenceOption = False,
     host_memory: HostOption = None,
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
@@ -324,12 +361,13 @@ def run(
             "--scheduler", help="threads or serial. [default: threads]", autocompletion=_complete("threads", "serial")
         ),
     ] = None,
+    profile: ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
     """Compute the kernel into a run directory; typed again after a stop, it goes on where it was."""
     with _reporting_errors():
         from . import api
-        from .report.tables import info_table, plan_table
+        from .report.tables import info_table, phases_table, plan_table
 
         wanted, budget = _job(
             job,
@@ -347,20 +385,32 @@ def run(
             device=device,
             batch_size=batch_size,
             seed=seed,
+            allow_batch_dependence=allow_batch_dependence or None,
             host=host_memory,
             device_memory=device_memory,
             disk=disk,
         )
-        preferences = _preferences(dataflow, tile_samples)
+        preferences = _preferences(dataflow, tile_samples, representation, layer_rules)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
         if not (out / "plan.json").exists() and chosen is None:
             with _status("measuring the model", quiet):
                 chosen = api.plan(wanted, budget, preferences=preferences, out=out)
         if chosen is not None and not quiet:
             _print(plan_table(chosen))
-        api.run(wanted, out, plan=chosen, budget=budget, scheduler=scheduler, progress=not quiet)
+        api.run(
+            wanted,
+            out,
+            plan=chosen,
+            budget=budget,
+            preferences=preferences,
+            scheduler=scheduler,
+            progress=not quiet,
+        )
         if not quiet:
-            _print(info_table(api.info(out)))
+            found = api.info(out)
+            _print(info_table(found))
+            if profile:
+                _print(phases_table(found))
             typer.echo(f"\nkernel: {out}/kernel.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
 
@@ -368,17 +418,20 @@ def run(
 def info(
     run: RunArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    profile: ProfileOption = False,
 ) -> None:
     """Show a run: progress, promises beside measurements, where it came from."""
     with _reporting_errors():
         from . import api
-        from .report.tables import info_table
+        from .report.tables import info_table, phases_table
 
         found = api.info(run)
         if as_json:
             typer.echo(found.to_json())
         else:
             _print(info_table(found))
+            if profile:
+                _print(phases_table(found))
 
 
 @app.command()

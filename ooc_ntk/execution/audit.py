@@ -157,7 +157,7 @@ def _structure(root: Path, plan: Plan) -> list[Check]:
         Check(
             "diagonal",
             negative == 0 and diagonal_error <= max(plan.tolerance, 1e-6 if plan.precision != "float64" else 0.0),
-            f"{diagonals.size:,} entries, none negative, {diagonal_error:.1e} from the squared norms"
+            f"{diagonals.size:,} entries, none negative, {diagonal_error:.1e} from the stored one"
             if negative == 0
             else f"{negative} entries are negative or not finite",
         ),

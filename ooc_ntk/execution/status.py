@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class RunInfo:
         bytes_written: measured bytes written by tasks.
         job_digests: digests of model, data and kernel settings.
         versions: versions of what computed it.
+        phases: measured seconds by what was done in them, longest first; what tasks spend between phases is left out.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class RunInfo:
     bytes_written: int
     job_digests: dict[str, str]
     versions: dict[str, str]
+    phases: dict[str, float]
 
     @property
     def finished(self) -> bool:
@@ -74,6 +77,7 @@ class RunInfo:
                     "kernel_seconds": self.kernel_seconds,
                     "bytes_read": self.bytes_read,
                     "bytes_written": self.bytes_written,
+                    "phases": self.phases,
                 },
                 "plan": self.plan.digest,
                 "job": self.job_digests,
@@ -110,6 +114,9 @@ def run_info(path: str | Path) -> RunInfo:
         kind: sum(receipt.seconds for key, receipt in receipts.items() if key.startswith(kind))
         for kind in ("rows", "kernel")
     }
+    phases: Counter[str] = Counter()
+    for receipt in receipts.values():
+        phases.update(receipt.phases)
     return RunInfo(
         path=directory.root,
         plan=plan,
@@ -124,4 +131,5 @@ def run_info(path: str | Path) -> RunInfo:
         bytes_written=sum(receipt.bytes_written for receipt in receipts.values()),
         job_digests=json.loads(job or "{}"),
         versions=json.loads(versions or "{}"),
+        phases=dict(phases.most_common()),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from .cost import expand_seconds, pair_seconds
 from .layout import Dataflow
@@ -10,6 +10,9 @@ from .rates import MachineRates
 from .spans import DENSE, FACTORED, PAIRWISE, TOKENS, Choice
 from .tiles import SampleGrid
 from .workload import ParameterBlock, Workload
+
+if TYPE_CHECKING:
+    from .plan import PlannedBlock
 
 #: What a user may ask for wherever a block allows it.
 REPRESENTATIONS: Final = ("dense", "factored", "pairwise")
@@ -22,7 +25,7 @@ POLICIES: Final[tuple[Policy, ...]] = ("fastest", "smallest")
 CLEARLY_FASTER: Final = 0.9
 
 
-def allowed_choices(block: ParameterBlock, wanted: str | None = None) -> tuple[Choice, ...]:
+def allowed_choices(block: ParameterBlock | PlannedBlock, wanted: str | None = None) -> tuple[Choice, ...]:
     """The ways in which a block can be held and contracted.
 
     Args:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.units import format_bytes, format_count, format_seconds
 
@@ -49,34 +49,65 @@ def plan_table(plan: Plan, *, every_block: bool = False) -> RenderableType:
 
 
 def _blocks(plan: Plan, every_block: bool) -> Table:
+    """The blocks, each with what it holds and spends and the share saved of what dense gradients would."""
     table = Table(title="parameter blocks", title_justify="left", box=None, pad_edge=False)
-    for name in ("block", "parameters", "held as", "contracted by", "bytes", "FLOP"):
-        table.add_column(name, justify="right" if name in ("parameters", "bytes", "FLOP") else "left")
+    right = ("parameters", "bytes", "FLOP", "saved")
+    for name in ("block", "parameters", "by", "held as", "contracted by", "bytes", "saved", "FLOP", "saved"):
+        table.add_column(name, justify="right" if name in right else "left")
     shown = set(range(len(plan.blocks)))
     if not every_block and len(plan.blocks) > SHOWN_BLOCKS:
-        shown = set(sorted(shown, key=lambda index: plan.blocks[index].flops)[-SHOWN_BLOCKS:])
+        shown = set(sorted(shown, key=lambda index: plan.blocks[index].dense_flops)[-SHOWN_BLOCKS:])
     for index, block in enumerate(plan.blocks):
         if index in shown:
-            table.add_row(
-                block.name or "(model)",
-                format_count(block.stop - block.start),
-                block.representation,
-                block.contraction,
-                format_bytes(block.held_bytes),
-                format_count(block.flops),
-            )
+            table.add_row(block.name or "(model)", *_sums([block]))
     rest = [block for index, block in enumerate(plan.blocks) if index not in shown]
     if rest:
-        table.add_row(
-            f"{len(rest)} smaller ones",
-            format_count(sum(block.stop - block.start for block in rest)),
-            ", ".join(sorted({block.representation for block in rest})),
-            ", ".join(sorted({block.contraction for block in rest})),
-            format_bytes(sum(block.held_bytes for block in rest)),
-            format_count(sum(block.flops for block in rest)),
-            style="dim",
-        )
+        table.add_row(f"{len(rest)} smaller ones", *_sums(rest), style="dim")
+    if len(plan.blocks) > 1:
+        table.add_row(f"all {len(plan.blocks)}", *_sums(plan.blocks), style="bold")
     return table
+
+
+def _sums(blocks: Sequence[PlannedBlock]) -> list[str]:
+    """Cells of some blocks together."""
+    held, dense = sum(block.held_bytes for block in blocks), sum(block.dense_bytes for block in blocks)
+    flops, dense_flops = sum(block.flops for block in blocks), sum(block.dense_flops for block in blocks)
+    return [
+        format_count(sum(block.columns for block in blocks)),
+        ", ".join(sorted({block.source for block in blocks})),
+        ", ".join(sorted({block.representation for block in blocks})),
+        ", ".join(sorted({block.contraction for block in blocks})),
+        format_bytes(held),
+        _saved(held, dense),
+        format_count(flops),
+        _saved(flops, dense_flops),
+    ]
+
+
+def _saved(spent: float, dense: float) -> str:
+    """The share saved; what is more than dense gradients take is negative.
+
+    >>> _saved(1, 1000), _saved(12, 10), _saved(10, 10)
+    ('99.9%', '-20%', '-')
+    """
+    if spent == dense or not dense:
+        return "-"
+    share = 1 - spent / dense
+    return f"{share:.1%}" if share >= 0.95 else f"{share:.0%}"
+
+
+def phases_table(info: RunInfo) -> RenderableType:
+    """Where the time of a run went, phase by phase, longest first, with the rest that no phase covers."""
+    table = Table(title="where the time went", title_justify="left", box=None, pad_edge=False)
+    table.add_column("phase")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    rest = max(0.0, info.seconds - sum(info.phases.values()))
+    for name, seconds in [*info.phases.items(), ("between phases", rest)]:
+        share = seconds / info.seconds if info.seconds else 0.0
+        table.add_row(name, format_seconds(seconds), f"{share:.0%}", Text("█" * round(30 * share), style="cyan"))
+    return Group(Text(), table)
 
 
 def info_table(info: RunInfo) -> RenderableType:
@@ -141,6 +172,11 @@ def rates_table(rates: MachineRates) -> RenderableType:
         for precision, by_edge in table.items():
             figures = ", ".join(f"{format_count(rate)}FLOP/s at {edge}" for edge, rate in sorted(by_edge.items()))
             lines.append((f"{precision} {kind}", figures))
+    if rates.expand:
+        figures = ", ".join(f"{format_count(rate)}FLOP/s in {name}" for name, rate in rates.expand.items())
+        lines.append(("expanding factors", figures))
+    if rates.elements:
+        lines.append(("pairs of positions", f"{format_count(rates.elements)}/s"))
     lines += [
         ("rows into fresh memory", f"{format_bytes(rates.fill)}/s"),
         ("rows into used memory", f"{format_bytes(rates.copy)}/s"),
