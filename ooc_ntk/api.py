@@ -129,7 +129,8 @@ def run(
         out: run directory; made if it is not there.
         plan: a plan made by :func:`plan`; None makes one.
         budget: limits for a new plan; an explicit one that a stored plan cannot keep is refused.
-        preferences: what to fix by hand in a new plan.
+        preferences: what to fix by hand in a new plan: dataflow, tile size, passes, representation, or no layer rules;
+            refused where a plan that is there does otherwise.
         scheduler: ``threads`` (default, Dask's threaded scheduler) or ``serial``.
         progress: whether to show progress on the terminal, or an observer.
 
@@ -162,6 +163,7 @@ def run(
                     "or choose another --out"
                 )
             _check_preferences(stored, preferences)
+            _check_batches(stored, job)
             chosen = stored
         else:
             chosen = plan or _plan(prepared, before, budget, preferences, directory.root, None)
@@ -172,6 +174,7 @@ def run(
                 )
             check_budget(chosen, budget)
             _check_preferences(chosen, preferences if plan is not None else None)
+            _check_batches(chosen, job)
             _write_new_run(directory, chosen, prepared)
         if chosen.device != prepared.device:
             raise RunConflictError(
@@ -187,10 +190,17 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
     """Refuse preferences that a plan that is there already does not follow."""
     if preferences is None:
         return
-    follows = {"dataflow": chosen.dataflow, "tile_samples": chosen.tile_samples, "span_columns": chosen.span_columns}
-    for name, value in {**follows, "passes": len(chosen.passes)}.items():
+    dense = sum(block.columns for block in chosen.blocks if block.representation == "dense")
+    follows = {
+        "dataflow": (chosen.dataflow, None),
+        "tile_samples": (chosen.tile_samples, chosen.samples),
+        "span_columns": (chosen.span_columns, max(1, dense)),
+        "passes": (len(chosen.passes), None),
+    }
+    for name, (value, largest) in follows.items():
         wanted = getattr(preferences, name)
-        if wanted is not None and wanted != value:
+        # The planner cuts what is asked for at what there is.
+        if wanted is not None and value != (wanted if largest is None else min(wanted, largest)):
             raise RunConflictError(
                 f"the plan that is there has {name} {value}, asked for is {wanted}; leave it out to go on with that "
                 "plan, or choose another --out"
@@ -206,6 +216,15 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
         raise RunConflictError(
             "the plan that is there uses layer rules; leave --no-layer-rules out to go on with that plan, or choose "
             "another --out"
+        )
+
+
+def _check_batches(chosen: Plan, job: Job) -> None:
+    """Refuse a plan that derives samples together where the job asks for each alone."""
+    if job.allow_batch_dependence and chosen.batch_size > 1:
+        raise RunConflictError(
+            f"the plan that is there derives batches of {chosen.batch_size} samples, and --allow-batch-dependence asks "
+            "for every sample alone; leave it out to go on with that plan, or choose another --out"
         )
 
 

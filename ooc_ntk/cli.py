@@ -74,7 +74,7 @@ KernelOption = Annotated[
     str | None,
     typer.Option(
         "--kernel",
-        help="trace, pseudo, output:C or full. [default: trace]",
+        help="trace, pseudo, output:C or full. (default: trace)",
         rich_help_panel=_WHAT,
         autocompletion=_complete("trace", "pseudo", "output:0", "full"),
         show_default=False,
@@ -84,7 +84,7 @@ OutputsOption = Annotated[
     str | None,
     typer.Option(
         "--outputs",
-        help="logits, loss, margin or file.py:function. [default: logits]",
+        help="logits, loss, margin or file.py:function. (default: logits)",
         rich_help_panel=_WHAT,
         autocompletion=_complete("logits", "loss", "margin"),
         show_default=False,
@@ -94,7 +94,7 @@ ParametersOption = Annotated[
     list[str] | None,
     typer.Option(
         "--parameters",
-        help="Name pattern of parameters, '!pattern' leaves out; may be given several times. [default: all]",
+        help="Name pattern of parameters, '!pattern' leaves out; may be given several times. (default: all)",
         rich_help_panel=_WHAT,
         show_default=False,
     ),
@@ -109,7 +109,7 @@ ScaleOption = Annotated[
     str | None,
     typer.Option(
         "--scale",
-        help="sum over outputs, or mean. [default: sum]",
+        help="sum over outputs, or mean. (default: sum)",
         rich_help_panel=_WHAT,
         autocompletion=_complete("sum", "mean"),
         show_default=False,
@@ -119,7 +119,7 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="float32, bf16 (tiles held and multiplied in it), tf32 (CUDA) or float64. [default: float32]",
+        help="float32, bf16 (for held tiles and products), tf32 (CUDA) or float64. (default: float32)",
         rich_help_panel=_HOW,
         autocompletion=_complete("float32", "bf16", "tf32", "float64"),
         show_default=False,
@@ -129,7 +129,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="cpu or cuda:0. [default: CUDA if there is one]",
+        help="cpu or cuda:0. (default: CUDA if there is one)",
         rich_help_panel=_HOW,
         autocompletion=_complete("cpu", "cuda", "cuda:0"),
         show_default=False,
@@ -137,16 +137,16 @@ DeviceOption = Annotated[
 ]
 BatchOption = Annotated[
     int | None,
-    typer.Option("--batch-size", help="Samples derived together. [default: measured]", rich_help_panel=_HOW, min=1),
+    typer.Option("--batch-size", help="Samples derived together. (default: measured)", rich_help_panel=_HOW, min=1),
 ]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", rich_help_panel=_HOW)
+    int | None, typer.Option("--seed", help="Seed of everything random. (default: 0)", rich_help_panel=_HOW)
 ]
 DataflowOption = Annotated[
     str | None,
     typer.Option(
         "--dataflow",
-        help="resident, recompute or spill. [default: the fastest that fits]",
+        help="resident, recompute or spill. (default: the fastest that fits)",
         rich_help_panel=_HOW,
         autocompletion=_complete("resident", "recompute", "spill"),
         show_default=False,
@@ -154,29 +154,26 @@ DataflowOption = Annotated[
 ]
 TileOption = Annotated[
     int | None,
-    typer.Option("--tile-samples", help="Samples per tile. [default: planned]", rich_help_panel=_HOW, min=1),
+    typer.Option("--tile-samples", help="Samples per tile. (default: planned)", rich_help_panel=_HOW, min=1),
 ]
 RepresentationOption = Annotated[
     str | None,
     typer.Option(
         "--representation",
-        help="dense, factored or pairwise, wherever a block allows it. [default: the fastest of each block]",
+        help="dense, factored or pairwise, wherever a block allows it. (default: planned for each block)",
         rich_help_panel=_HOW,
         autocompletion=_complete("dense", "factored", "pairwise"),
         show_default=False,
     ),
 ]
-LayerRulesOption = Annotated[
-    bool,
-    typer.Option(
-        "--layer-rules/--no-layer-rules", help="Leave out layer rules: torch.func derives all.", rich_help_panel=_HOW
-    ),
+NoLayerRulesOption = Annotated[
+    bool, typer.Option("--no-layer-rules", help="Derive everything by torch.func.", rich_help_panel=_HOW)
 ]
 BatchDependenceOption = Annotated[
     bool,
     typer.Option(
         "--allow-batch-dependence",
-        help="Allow a model whose samples change with their batch mates: each is computed alone.",
+        help="Accept outputs that change with a sample's batch mates: each sample is computed alone.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -185,7 +182,7 @@ HostOption = Annotated[
     str | None,
     typer.Option(
         "--host-memory",
-        help="Peak memory of the whole process, as 16GiB. [default: 80% of what is free]",
+        help="Peak memory of the whole process, as 16GiB. (default: 80% of what is free)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),
@@ -194,7 +191,7 @@ DeviceMemoryOption = Annotated[
     str | None,
     typer.Option(
         "--device-memory",
-        help="Memory on the device. [default: 80% of what is free]",
+        help="Memory on the device. (default: 80% of what is free)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),
@@ -203,7 +200,7 @@ DiskOption = Annotated[
     str | None,
     typer.Option(
         "--disk",
-        help="Size the run directory may grow to. [default: 80% of what is free]",
+        help="Size the run directory may grow to. (default: 80% of what is free)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),
@@ -252,12 +249,12 @@ def _job(job_file: Path | None, run: Path | None, **flags: Any) -> tuple[Job, Bu
 
 
 def _preferences(
-    dataflow: str | None, tile_samples: int | None, representation: str | None, layer_rules: bool
+    dataflow: str | None, tile_samples: int | None, representation: str | None, no_layer_rules: bool
 ) -> Preferences:
     from . import api
 
     return api.Preferences(
-        dataflow=dataflow, tile_samples=tile_samples, representation=representation, layer_rules=layer_rules
+        dataflow=dataflow, tile_samples=tile_samples, representation=representation, layer_rules=not no_layer_rules
     )
 
 
@@ -280,7 +277,7 @@ def plan(
     dataflow: DataflowOption = None,
     tile_samples: TileOption = None,
     representation: RepresentationOption = None,
-    layer_rules: LayerRulesOption = True,
+    no_layer_rules: NoLayerRulesOption = False,
     allow_batch_dependence: BatchDependenceOption = False,
     host_memory: HostOption = None,
     device_memory: DeviceMemoryOption = None,
@@ -317,7 +314,7 @@ def plan(
         from .report.tables import plan_table
 
         with _status("measuring the model"):
-            preferences = _preferences(dataflow, tile_samples, representation, layer_rules)
+            preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules)
             made = api.plan(wanted, budget, preferences=preferences, out=out)
         if save is not None:
             made.save(save)
@@ -349,7 +346,7 @@ def run(
     dataflow: DataflowOption = None,
     tile_samples: TileOption = None,
     representation: RepresentationOption = None,
-    layer_rules: LayerRulesOption = True,
+    no_layer_rules: NoLayerRulesOption = False,
     allow_batch_dependence: BatchDependenceOption = False,
     host_memory: HostOption = None,
     device_memory: DeviceMemoryOption = None,
@@ -358,7 +355,7 @@ def run(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            "--scheduler", help="threads or serial. [default: threads]", autocompletion=_complete("threads", "serial")
+            "--scheduler", help="threads or serial. (default: threads)", autocompletion=_complete("threads", "serial")
         ),
     ] = None,
     profile: ProfileOption = False,
@@ -390,7 +387,7 @@ def run(
             device_memory=device_memory,
             disk=disk,
         )
-        preferences = _preferences(dataflow, tile_samples, representation, layer_rules)
+        preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
         if not (out / "plan.json").exists() and chosen is None:
             with _status("measuring the model", quiet):

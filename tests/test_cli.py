@@ -1,6 +1,7 @@
 """The command line as a user types it: tables, exit codes, errors that say what to do."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,19 @@ import torch
 def small():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+
+
+class Centred(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x):
+        return self.net(x - x.mean(0))
+
+
+def centred():
+    return Centred()
 """
 
 
@@ -94,6 +108,110 @@ def test_a_run_of_live_objects_is_verified_with_the_model_given(cli):
     assert cli("verify", "live", "--model", "nets.py:small").exit_code == 0
 
 
+@pytest.mark.parametrize("representation", ["dense", "factored", "pairwise"])
+def test_a_representation_may_be_asked_for(cli, representation):
+    plan = json.loads(cli("plan", *JOB, "--representation", representation, "--json").stdout)
+    expected = {"dense": ("dense", "gemm"), "factored": ("factored", "gemm"), "pairwise": ("factored", "pairwise")}
+    assert {(b["representation"], b["contraction"]) for b in plan["blocks"]} == {expected[representation]}
+
+
+def test_layer_rules_may_be_left_out(cli):
+    plan = json.loads(cli("plan", *JOB, "--no-layer-rules", "--json").stdout)
+    assert {block["source"] for block in plan["blocks"]} == {"torch.func"}
+    assert {block["representation"] for block in plan["blocks"]} == {"dense"}
+
+
+def test_a_plan_in_bf16_holds_half_the_bytes(cli):
+    held = {
+        name: sum(block["held_bytes"] for block in json.loads(cli("plan", *JOB, *flags, "--json").stdout)["blocks"])
+        for name, flags in {"float32": (), "bf16": ("--precision", "bf16")}.items()
+    }
+    assert held["bf16"] == held["float32"] / 2
+
+
+def test_outputs_that_change_with_their_batch_are_refused_unless_allowed(cli):
+    job = ("--model", "nets.py:centred", "--train", "digits[0:12]", "--device", "cpu")
+    refused = cli("plan", *job)
+    assert refused.exit_code == 2
+    assert "allow_batch_dependence" in refused.output
+    allowed = cli("plan", *job, "--allow-batch-dependence", "--json")
+    assert json.loads(allowed.stdout)["batch_size"] == 1
+    assert cli("run", *job, "--allow-batch-dependence", "--out", "r", "--quiet").exit_code == 0
+    again = cli("run", "--out", "r")
+    assert (again.exit_code, "nothing to do" in again.output) == (0, True), again.output
+    assert cli("verify", "r").exit_code == 0
+
+
+def test_phases_of_a_run_are_shown(cli):
+    shown = cli("run", *JOB, "--out", "r", "--profile")
+    assert shown.exit_code == 0, shown.output
+    for phase in ("where the time went", "capture", "commit", "between phases"):
+        assert phase in shown.output
+    assert "where the time went" in cli("info", "r", "--profile").output
+    info = ooc_ntk.info("r")
+    assert {"capture", "pairwise", "commit"} <= set(info.phases)
+    assert list(info.phases.values()) == sorted(info.phases.values(), reverse=True)
+    assert 0 < sum(info.phases.values()) <= info.seconds
+    assert json.loads(cli("info", "r", "--json").stdout)["measured"]["phases"] == info.phases
+
+
+FOLLOWED = ("--representation", "factored", "--tile-samples", "1000", "--dataflow", "resident")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ((), ("--representation", "factored"), ["factored", "--representation"]),
+        (FOLLOWED, ("--representation", "dense"), ["dense", "--representation"]),
+        ((), ("--no-layer-rules",), ["--no-layer-rules"]),
+        ((), ("--allow-batch-dependence",), ["--allow-batch-dependence", "batches of"]),
+        (FOLLOWED, ("--dataflow", "spill"), ["dataflow resident", "spill"]),
+        (FOLLOWED, ("--tile-samples", "20"), ["tile_samples 80", "20"]),
+    ],
+)
+def test_flags_that_the_plan_that_is_there_does_not_follow_are_refused(cli, first, second, words):
+    assert cli("run", *JOB, *first, "--out", "r", "--quiet").exit_code == 0
+    again = cli("run", *JOB, *first, "--out", "r")  # the same command goes on
+    assert (again.exit_code, "nothing to do" in again.output) == (0, True), again.output
+    result = cli("run", *JOB, *second, "--out", "r")
+    assert result.exit_code == 2, result.output
+    for word in words:
+        assert word in result.output
+    cli("plan", *JOB, *first, "--save", "plan.json")
+    assert cli("run", *JOB, *second, "--plan", "plan.json", "--out", "other").exit_code == 2
+    assert not Path("other/kernel.zarr").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_help_names_every_choice_and_its_default(cli, command):
+    shown = " ".join(cli(command, "--help").output.replace("│", " ").split())
+    for phrase in (
+        "float32, bf16 (for held tiles and products), tf32 (CUDA) or float64. (default: float32)",
+        "dense, factored or pairwise, wherever a block allows it. (default: planned for each block)",
+        "--no-layer-rules",
+        "--allow-batch-dependence",
+        "(default: 80% of what is free)",
+    ):
+        assert phrase in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--precision", {"float32", "bf16", "tf32", "float64"}),
+        ("--representation", {"dense", "factored", "pairwise"}),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_tab_completion_offers_every_choice(command, option, names):
+    words = f"ooc-ntk {command} {option} "
+    environment = {**os.environ, "_OOC_NTK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "3"}
+    result = subprocess.run(
+        [Path(sys.executable).with_name("ooc-ntk")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert set(result.stdout.split()) == names
+
+
 def test_flags_override_the_job_file(cli):
     Path("job.toml").write_text(
         'model = "nets.py:small"\ntrain = "digits[0:20]"\nkernel = "pseudo"\n[budget]\nhost = "3GiB"\n'
@@ -114,6 +232,9 @@ def test_flags_override_the_job_file(cli):
         (("plan", *JOB, "--host-memory", "lots"), ["lots", "16GiB"]),
         (("plan", *JOB, "--parameters", "layer4.*"), ["layer4.*", "weight"]),
         (("plan", *JOB, "--dataflow", "spil"), ["spil", "spill"]),
+        (("plan", *JOB, "--representation", "factord"), ["factord", "factored"]),
+        (("plan", *JOB, "--precision", "bf61"), ["bf61", "bf16"]),
+        (("plan", *JOB, "--allow-batch-dependence", "--batch-size", "4"), ["batch_size=4", "alone"]),
         (("plan", "missing.toml"), ["missing.toml"]),
         (("run", *JOB, "--out", "r", "--scheduler", "tcp://host:1"), ["cluster", "threads"]),
         (("info", "nowhere"), ["nowhere", "no run"]),

@@ -86,7 +86,8 @@ class Captured:
 
     Attributes:
         samples: samples of the batch.
-        factors: by the name of the weight, the factors of all its uses together, or of each one apart.
+        factors: by the name of the weight, the factors of all its uses together, or of each one apart; those without a
+            destination only until the next batch.
         rows: gradients of parameters that are only ever dense, (samples, rows, numel) by name.
         calls: the arguments of the calls, by number.
     """
@@ -134,6 +135,7 @@ class Capture:
         self.modules = {layer.module: layer for layer in self.layers if layer.kind == "module"}
         self.shared = [layer.parameters[0] for layer in self.layers if layer.kind == "shared"]
         self.identities = identities(function)
+        self._rooms: dict[str, Factors] = {}
 
     def run(self, batch: ModelBatch, destination: Destination = lambda name: None) -> Captured:  # noqa: ARG005
         """Derive one batch.
@@ -149,6 +151,22 @@ class Capture:
             InputError: if the model takes another way than it did when its structure was found.
         """
         return _Run(self, batch, destination).go()
+
+    def room(self, name: str, factors: LayerFactors, samples: int) -> Factors:
+        """Memory for factors that are wanted only until the next batch, which uses it again."""
+        known = self._rooms.get(name)
+        if known is None or len(known.inputs) < samples:
+            parameter = self.function.parameters[name]
+            kind = torch.int32 if factors.kind == "tokens" else parameter.dtype
+            inputs = parameter.new_empty(samples, factors.input_items, dtype=kind)
+            if factors.kind == "convolution":
+                # In the order of its output, channels before pixels, so that nothing is transposed.
+                gradients = parameter.new_empty(samples, self.rows, factors.outputs, factors.positions)
+                gradients = gradients.permute(0, 3, 1, 2)
+            else:
+                gradients = parameter.new_empty(samples, factors.positions, self.rows, factors.outputs)
+            known = self._rooms[name] = Factors(inputs, gradients)
+        return Factors(known.inputs[:samples], known.gradients[:samples])
 
     def dense(self, captured: Captured, name: str, samples: slice, rows: slice = slice(None)) -> Tensor:
         """Gradients of one parameter for some samples and rows of a batch: (samples, rows, numel), in its own order."""
@@ -324,16 +342,11 @@ class _Run:
         """Room for the factors of all uses of a weight."""
         if name not in self._found.factors:
             given = self._destination(name)
-            rows = self._capture.rows
-            shape = (self._samples, factors.positions, rows, factors.outputs)
             if given is None:
-                device = self._function.parameters[name].device
-                kind = torch.int32 if factors.kind == "tokens" else self._dtype
-                inputs = torch.empty(self._samples, factors.input_items, dtype=kind, device=device)
-                gradients = torch.empty(shape, dtype=self._dtype, device=device)
+                self._found.factors[name] = [self._capture.room(name, factors, self._samples)]
             else:
-                inputs, gradients = given[0], given[1].view(shape)
-            self._found.factors[name] = [Factors(inputs, gradients)]
+                shape = (self._samples, factors.positions, self._capture.rows, factors.outputs)
+                self._found.factors[name] = [Factors(given[0], given[1].view(shape))]
         return self._found.factors[name][0]
 
     def _rows(self, name: str) -> Tensor:

@@ -49,34 +49,48 @@ def plan_table(plan: Plan, *, every_block: bool = False) -> RenderableType:
 
 
 def _blocks(plan: Plan, every_block: bool) -> Table:
-    """The blocks, each with what it holds and spends and the share saved of what dense gradients would."""
+    """The blocks, each with what it holds and spends and the share saved of what dense gradients would.
+
+    Of many blocks the largest are listed, and the others summed up by how they are derived and held.
+    """
     table = Table(title="parameter blocks", title_justify="left", box=None, pad_edge=False)
-    right = ("parameters", "bytes", "FLOP", "saved")
-    for name in ("block", "parameters", "by", "held as", "contracted by", "bytes", "saved", "FLOP", "saved"):
-        table.add_column(name, justify="right" if name in right else "left")
+    table.add_column("block", overflow="fold")
+    for name in ("size", "by", "held as", "bytes", "saved", "FLOP", "saved"):
+        table.add_column(name, justify="left" if name in ("by", "held as") else "right", no_wrap=True)
     shown = set(range(len(plan.blocks)))
-    if not every_block and len(plan.blocks) > SHOWN_BLOCKS:
+    if not every_block and len(plan.blocks) > SHOWN_BLOCKS + 1:
         shown = set(sorted(shown, key=lambda index: plan.blocks[index].dense_flops)[-SHOWN_BLOCKS:])
+    folded: dict[tuple[str, str], list[PlannedBlock]] = {}
     for index, block in enumerate(plan.blocks):
+        kind = (block.source, _held_as(block))
         if index in shown:
-            table.add_row(block.name or "(model)", *_sums([block]))
-    rest = [block for index, block in enumerate(plan.blocks) if index not in shown]
-    if rest:
-        table.add_row(f"{len(rest)} smaller ones", *_sums(rest), style="dim")
+            table.add_row(block.name or "(model)", *_sums([block], *kind))
+        else:
+            folded.setdefault(kind, []).append(block)
+    for kind, rest in sorted(folded.items(), key=lambda item: -len(item[1])):
+        name = rest[0].name if len(rest) == 1 else f"{len(rest)} smaller"
+        table.add_row(name or "(model)", *_sums(rest, *kind), style="dim")
     if len(plan.blocks) > 1:
-        table.add_row(f"all {len(plan.blocks)}", *_sums(plan.blocks), style="bold")
+        table.add_row(f"all {len(plan.blocks)}", *_sums(plan.blocks, "", ""), style="bold")
     return table
 
 
-def _sums(blocks: Sequence[PlannedBlock]) -> list[str]:
+def _held_as(block: PlannedBlock) -> str:
+    """How a block is held and contracted, in the words of ``--representation``.
+
+    ``factored`` is expanded and multiplied, ``pairwise`` is held as factors, too, and never expanded.
+    """
+    return "pairwise" if block.contraction == "pairwise" else block.representation
+
+
+def _sums(blocks: Sequence[PlannedBlock], source: str, held_as: str) -> list[str]:
     """Cells of some blocks together."""
     held, dense = sum(block.held_bytes for block in blocks), sum(block.dense_bytes for block in blocks)
     flops, dense_flops = sum(block.flops for block in blocks), sum(block.dense_flops for block in blocks)
     return [
         format_count(sum(block.columns for block in blocks)),
-        ", ".join(sorted({block.source for block in blocks})),
-        ", ".join(sorted({block.representation for block in blocks})),
-        ", ".join(sorted({block.contraction for block in blocks})),
+        source,
+        held_as,
         format_bytes(held),
         _saved(held, dense),
         format_count(flops),
