@@ -51,7 +51,7 @@ JOB = ("--model", "nets.py:small", "--train", "digits[0:60]", "--test", "digits[
 def test_plan_says_what_how_and_how_much(cli):
     result = cli("plan", *JOB, "--host-memory", "4GiB", "--save", "plan.json")
     assert result.exit_code == 0, result.output
-    for phrase in ("80 × 60 float32", "host memory", "of 4.0 GiB", "chosen", "factored", "dataflow", "put in eval mode"):
+    for phrase in ("80 × 60 float32", "host memory", "of 4.0 GiB", "chosen", "pairwise", "all 2", "in eval mode"):
         assert phrase in result.output
     assert ooc_ntk.Plan.load("plan.json").kernel_shape == (80, 60)
     assert not Path("runs").exists()

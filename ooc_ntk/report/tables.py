@@ -99,14 +99,16 @@ def _sums(blocks: Sequence[PlannedBlock], source: str, held_as: str) -> list[str
 
 
 def _saved(spent: float, dense: float) -> str:
-    """The share saved; what is more than dense gradients take is negative.
+    """The share saved of what dense gradients take; negative if it is more, and their multiple if far more.
 
-    >>> _saved(1, 1000), _saved(12, 10), _saved(10, 10)
-    ('99.9%', '-20%', '-')
+    >>> _saved(1, 1000), _saved(12, 10), _saved(10, 10), _saved(223, 10)
+    ('99.9%', '-20%', '-', '22× dense')
     """
     if spent == dense or not dense:
         return "-"
     share = 1 - spent / dense
+    if share <= -1:
+        return f"{spent / dense:,.0f}× dense"
     return f"{share:.1%}" if share >= 0.95 else f"{share:.0%}"
 
 
