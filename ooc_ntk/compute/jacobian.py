@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -232,7 +233,9 @@ class VmapJacobian(JacobianMethod):
             return tuple(gradients[name].flatten(1) for name in names)
 
         axes = (0, 0, None if batch.targets is None else 0)
-        with plain_layers(), sdpa_kernel(SDPBackend.MATH):
+        with plain_layers(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # That an operation is looped over instead of batched: the probe has timed it.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             stacked = vmap(one_sample, in_dims=axes)(batch.args, dict(batch.kwargs), batch.targets)
         function.rows.check_labels(batch.targets, widths[0])
         yield [gradient.flatten(0, 1)[:, part] for gradient, part in zip(stacked, wanted, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
 
 from .context import Outcome, RunContext
-from .prefetch import prefetched
+from .prefetch import Loaded, prefetched
 from .rows import diagonal_path, divisor, stage_diagonal
 from .stores import Matrix, Tile, as_tensor, row_matrix
 
@@ -62,7 +64,8 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
     sides = 1 if symmetric else 2
     share = 1.0 / len(spans) / len(plan.passes)
     read = 0
-    for span, left, right in prefetched(range(spans.start, spans.stop), load, store.buffer, sides):
+    keys = range(spans.start, spans.stop)
+    for span, left, right in _waited(context, prefetched(keys, load, store.buffer, sides)):
         context.check_stop()
         _add_span(context, accumulator, store.spans[span], left, right)
         read += sides * store.load_bytes(span)
@@ -79,6 +82,16 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
         read += array.chunk_bytes
         replaces = (path,)
     return Outcome(_stage_tile(context, task, tile), bytes_read=read, replaces=replaces)
+
+
+def _waited(context: RunContext, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
+    """Count the time that the reading thread is waited for."""
+    while True:
+        with context.phase("wait for tiles"):
+            found = next(loaded, None)
+        if found is None:
+            return
+        yield found
 
 
 def _add_span(context: RunContext, accumulator: KernelAccumulator, span: Span, left: Tile, right: Tile | None) -> None:

@@ -29,7 +29,7 @@ from ooc_ntk.units import format_bytes
 
 from .context import PeakMeter, RunContext, reproducible
 from .executors import Executor
-from .prepare import PreparedJob, discover, known_structure
+from .prepare import PreparedJob, known_structure, structure_of
 from .resume import Remaining, remaining_tasks
 from .stores import FACTORS, JACOBIAN, DiskStore, MemoryStore
 from .work import perform
@@ -237,8 +237,7 @@ def planned_structure(plan: Plan, prepared: PreparedJob) -> Structure:
         prepared: the job, loaded.
 
     Returns:
-        The structure that planning found, or, where a stored plan is run, one found now: planning has compared it with
-        autograd then, and model and data are the same.
+        The structure that planning found, or, where a stored plan is run, one found and compared with autograd now.
 
     Raises:
         RunConflictError: if the model's layers are not those of the plan.
@@ -246,7 +245,7 @@ def planned_structure(plan: Plan, prepared: PreparedJob) -> Structure:
     ruled = [block for block in plan.blocks if block.source == "rule"]
     if not ruled:
         return Structure()
-    structure = prepared.function.structure or known_structure(prepared) or discover(prepared)
+    structure = prepared.function.structure or known_structure(prepared) or _structure_now(plan, prepared)
     for block in ruled:
         layers = [structure.layers.get(name) for name in block.parameters]
         same = all(layer is not None for layer in layers)
@@ -259,6 +258,11 @@ def planned_structure(plan: Plan, prepared: PreparedJob) -> Structure:
                 "make a new plan in another --out"
             )
     return structure
+
+
+def _structure_now(plan: Plan, prepared: PreparedJob) -> Structure:
+    with reproducible(plan):
+        return structure_of(prepared, plan.rows_per_sample)
 
 
 def _known_digests(receipts: Any) -> dict[int, str]:

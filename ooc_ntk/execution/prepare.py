@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -187,10 +188,7 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
     train = len(reader.train)
     function = prepared.function
 
-    def fetch(count: int, start: int = 0) -> ModelBatch:
-        _, samples = next(reader.pieces(Range(start, min(start + count, len(reader))), count))
-        return ModelBatch(samples.args, samples.kwargs, samples.targets).to(prepared.device, job.precision)
-
+    fetch = partial(first_samples, prepared)
     on_cpu = prepared.device == "cpu"
     taken = resident_bytes() + LIBRARY_GROWTH_BYTES
     free = limits.host - taken if on_cpu else limits.device - device_memory(prepared.device)[1]
@@ -199,8 +197,7 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         look = look_at(function, fetch(1))
         function.structure = Structure()
         if layer_rules:
-            structure = discover(prepared)
-            function.structure = checked_structure(function, structure, fetch(2), look.rows_per_sample)
+            function.structure = structure_of(prepared, look.rows_per_sample)
             _FOUND[prepared.module] = (_found_for(prepared), function.structure)
         blocks = parameter_blocks(prepared.module, function.names, function.structure)
         others = next((block.parameters for block in blocks if block.source != "rule"), ())
@@ -262,8 +259,29 @@ def known_structure(prepared: PreparedJob) -> Structure | None:
     return structure if found_for == _found_for(prepared) else None
 
 
+def first_samples(prepared: PreparedJob, count: int, start: int = 0) -> ModelBatch:
+    """Some of a job's samples, train before test, on its device."""
+    reader = prepared.reader
+    _, samples = next(reader.pieces(Range(start, min(start + count, len(reader))), count))
+    batch = ModelBatch(samples.args, samples.kwargs, samples.targets)
+    return batch.to(prepared.device, prepared.job.precision)
+
+
+def structure_of(prepared: PreparedJob, rows: int) -> Structure:
+    """Find what layer rules cover of a job's model, and compare it with autograd.
+
+    Args:
+        prepared: the job.
+        rows: Jacobian rows per sample.
+
+    Raises:
+        InputError: if a sample's outputs change with its batch mates, or a user's rule is wrong.
+    """
+    return checked_structure(prepared.function, discover(prepared), first_samples(prepared, 2), rows)
+
+
 def discover(prepared: PreparedJob) -> Structure:
-    """Find what layer rules may cover of a job's model; :func:`measure` then compares it with autograd.
+    """Find what layer rules may cover of a job's model, not yet compared with autograd.
 
     Raises:
         InputError: if a sample's outputs change with its batch mates.

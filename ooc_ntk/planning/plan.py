@@ -277,9 +277,12 @@ class Plan:
         """The plan in label and value pairs, for every table that shows it."""
         rows, columns = self.kernel_shape
         promised, limits = self.promised, self.limits
-        what = f"{self.kernel} kernel, {rows:,} × {columns:,} {self.precision}" + (
+        stored = "float32" if self.precision == "bf16" else self.precision
+        what = f"{self.kernel} kernel, {rows:,} × {columns:,} {stored}" + (
             f", {self.normalize}-normalised" if self.normalize else ""
         )
+        if stored != self.precision:
+            what += f", tiles held and multiplied in {self.precision}"
         passes = f", {len(self.passes)} passes" if len(self.passes) > 1 else ""
         lines = [
             ("kernel", f"{what} ({format_bytes(self.kernel_bytes)})"),

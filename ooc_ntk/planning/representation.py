@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal
 
-from .cost import expand_seconds, pair_seconds
+from .cost import EXPANDED_SHARE, expand_seconds, pair_seconds
 from .layout import Dataflow
 from .rates import MachineRates
 from .spans import DENSE, FACTORED, PAIRWISE, TOKENS, Choice
@@ -111,5 +111,5 @@ def _seconds(
         product = rates.gemm_seconds(1, 1, depth, workload.precision, edge=edge)
         return seconds + workload.samples * expanding + workload.pairs * product
     if choice.contraction == "gemm":
-        seconds += (panels + workload.test_samples) * expanding
+        seconds += (panels + workload.test_samples) * expanding / EXPANDED_SHARE
     return seconds + workload.pairs * pair_seconds(workload, block, choice, rates, tile)

@@ -201,8 +201,8 @@ def test_layouts_that_are_refused_or_understood(name):
     structure = found(module)
     assert "layer.weight" not in structure.layers
     assert reason in structure.reasons["layer.weight"]
-    # A bias may still be given a sample axis of its own; whether that is right the check says.
-    assert "layer.bias" not in checked(module).layers
+    # A bias may still be given a sample axis of its own, where that is right.
+    agrees(module, names=list(checked(module).layers))
 
 
 def _sorted_by_size(m, x):
@@ -225,6 +225,7 @@ def test_a_layer_that_sees_samples_in_an_order_of_their_own(order):
     structure = found(module, x)
     assert "layer.weight" not in structure.layers
     assert "in their order" in structure.reasons["layer.weight"]
+    assert "layer.bias" not in checked(module, x).layers, "nor does its bias have a sample axis in their order"
 
 
 def test_a_layer_that_sees_later_samples_in_an_order_of_their_own():
@@ -232,7 +233,7 @@ def test_a_layer_that_sees_later_samples_in_an_order_of_their_own():
     module = Net(_sorted_by_size).double()
     x = _largest_first(module, inputs(9))
     spread = batch_of(x[torch.tensor([0, 5, 3, 8, 1, 2])])
-    assert "layer.weight" not in checked(module, x[:3], spread=spread).layers
+    assert {"layer.weight", "layer.bias"}.isdisjoint(checked(module, x[:3], spread=spread).layers)
 
 
 # --- uses of a parameter ---------------------------------------------------------------------------------------------
