@@ -135,6 +135,7 @@ class Capture:
         self.modules = {layer.module: layer for layer in self.layers if layer.kind == "module"}
         self.shared = [layer.parameters[0] for layer in self.layers if layer.kind == "shared"]
         self.identities = identities(function)
+        self.calls = structure.calls
         self._rooms: dict[str, Factors] = {}
 
     def run(self, batch: ModelBatch, destination: Destination = lambda name: None) -> Captured:  # noqa: ARG005
@@ -228,6 +229,8 @@ class _Run:
             logits = function.logits(replaced, batch)
         if self._calls != len(capture.by_call):
             raise other_way(f"{self._calls} of {len(capture.by_call)} layers were called")
+        if mode.calls != capture.calls:
+            raise other_way(f"layers are called {mode.calls} times instead of {capture.calls}")
         function.rows.check_labels(batch.targets, logits.shape[1])
         cotangents = function.rows.batch_cotangents(logits.detach(), batch.targets)
         if cotangents.shape[1] != capture.every_row:
@@ -247,6 +250,10 @@ class _Run:
         entries = self._capture.by_call.get(number)
         if entries is None:
             return output
+        used = {self._capture.identities.get(id(value)) for value in (call.weight, call.bias)}
+        for layer, _ in entries:
+            if not used.issuperset(layer.parameters):
+                raise other_way(f"another layer is called where {layer.parameters[0]} was")
         self._calls += 1
         self._found.calls[number] = call
         receivers = [self._receiver(layer, use, rule, call) for layer, use in entries]

@@ -98,6 +98,11 @@ class Interceptor(TorchFunctionMode):
         output = function(*args, **kwargs)
         if not (known_weight or known_bias):
             return output
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            for value in (weight, bias):
+                if self.name(value) is not None:
+                    self.elsewhere.setdefault(str(self.name(value)), f"{function.__name__} under torch.func")
+            return output
         # Detached: a call that held on to the graph, which holds on to what is told of it, would outlive its batch.
         arguments = {
             name: value.detach() if isinstance(value, Tensor) and name not in ("weight", "bias") else value

@@ -83,7 +83,8 @@ class ModelFunction:
             return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
 
         self.parameters = {name: move(value) for name, value in module.named_parameters()}
-        self.buffers = {name: move(value) for name, value in module.named_buffers()}
+        # Copies: some layers change theirs in the forward pass (instance norm with running statistics).
+        self.buffers = {name: move(value).clone() for name, value in module.named_buffers()}
         self.sizes = {name: self.parameters[name].numel() for name in self.names}
 
     @property

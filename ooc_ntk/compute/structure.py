@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 #: float32 networks: below 1e-5).
 SAME_OUTPUT: Final = 1e-3
 
+#: Samples, spread over the data, of which every layer must see its own at its place (a choice: that a model which sorts
+#: its samples leaves so many where they are has a chance of 1 in 720).
+COMPARED_SAMPLES: Final = 6
+
 #: Bare parameters that are tried one by one whether they can be given a sample axis (each costs a small forward pass).
 TRIED_PARAMETERS: Final = 64
 
@@ -90,11 +94,13 @@ class Structure:
         layers: layers, by each of their parameters.
         reasons: why a parameter is not covered, by name.
         branches: values that the model asked its tensors for on one sample; it may take other ways on other data.
+        calls: intercepted calls of one forward pass.
     """
 
     layers: Mapping[str, Layer] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     branches: tuple[object, ...] = ()
+    calls: int = 0
 
     def without(self, reasons: Mapping[str, str]) -> Structure:
         """The structure with some parameters (and those derived together with them) left to ``torch.func``."""
@@ -103,7 +109,7 @@ class Structure:
         for name in dropped - set(known):
             known[name] = next(reasons[other] for other in self.layers[name].parameters if other in reasons)
         layers = {name: layer for name, layer in self.layers.items() if name not in dropped}
-        return Structure(layers, {**self.reasons, **known}, self.branches)
+        return Structure(layers, {**self.reasons, **known}, self.branches, self.calls)
 
 
 @dataclass
@@ -216,6 +222,12 @@ def find_structure(
     if not alone.signature == pairs.signature == triples.signature:
         return Structure(reasons=dict.fromkeys(function.names, "its layers are not called alike for every batch"))
     uses, reasons = _uses(alone.seen, pairs.seen, triples.seen)
+    others = three if spread is None else repeated(spread, min(len(spread), COMPARED_SAMPLES))
+    if not single:
+        for number, reason in _out_of_order(function, others, triples, uses).items():
+            call = triples.seen[number]
+            reasons.update({name: reason for name in (call.weight, call.bias) if name is not None})
+            del uses[number]
     layers = _layers(function, triples.seen, uses, reasons)
     for name, part in function.module.named_modules():
         if module_rule(part) is not None:
@@ -224,7 +236,7 @@ def find_structure(
             if own:
                 names = tuple(f"{prefix}{n}" for n in own)
                 layers.update(dict.fromkeys(names, Layer(names, (), None, "module", name)))
-    for name in _shareable(function, repeated(batch, 2), [n for n in function.names if n not in layers]):
+    for name in _shareable(function, others, [n for n in function.names if n not in layers]):
         layers[name] = Layer((name,), (), None, "shared")
     for name in function.names:
         if name not in layers:
@@ -235,6 +247,7 @@ def find_structure(
         {name: layers[name] for name in function.names if name in layers},
         {name: reason for name, reason in reasons.items() if name not in layers},
         branches,
+        len(alone.seen),
     )
 
 
@@ -324,6 +337,48 @@ def _uses(
     return uses, reasons
 
 
+def _out_of_order(
+    function: ModelFunction, batch: ModelBatch, known: _Forward, uses: Mapping[int, Use]
+) -> dict[int, str]:
+    """Calls that do not see the samples of a batch in their order, by number, with the reason.
+
+    Args:
+        function: model and chosen parameters.
+        batch: samples from all over the data.
+        known: a forward pass of other samples, whose calls these must repeat.
+        uses: where every call has its samples.
+    """
+    count = len(batch)
+    together = _run(function, batch)
+    singles = [_run(function, batch.sample(index)) for index in range(count)]
+    if any(found.signature != known.signature for found in (together, *singles)):
+        return dict.fromkeys(uses, "its layers are not called alike for all samples")
+    reasons: dict[int, str] = {}
+    for number, use in uses.items():
+        for kind, axis in (("inputs", use.input_axis), ("output", use.output_axis)):
+            if axis is None:
+                continue
+            try:
+                whole = to_samples(getattr(together.seen[number], kind), axis, count)
+                apart = [to_samples(getattr(single.seen[number], kind), axis, 1)[0] for single in singles]
+                same = all(_alike(mine, own) for mine, own in zip(whole, apart, strict=True))
+            except RuntimeError:  # no whole number of positions per sample
+                same = False
+            if not same:
+                reasons[number] = "it does not see the samples of a batch in their order"
+    return reasons
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """Whether rounding explains the difference of two tensors."""
+    if found.shape != wanted.shape:
+        return False
+    if not found.is_floating_point():
+        return bool(torch.equal(found, wanted))
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    return bool(torch.allclose(found, wanted, rtol=SAME_OUTPUT, atol=SAME_OUTPUT * scale + 1e-12, equal_nan=True))
+
+
 def _sample_axis(one: Tensor, two: Tensor, three: Tensor) -> SampleAxis | str | None:
     """The axis that grows with the samples and holds them in order, None if none grows, or what is wrong."""
     grown = [axis for axis, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
@@ -397,16 +452,26 @@ def _shareable(function: ModelFunction, batch: ModelBatch, names: Sequence[str])
     names = [name for name in names if "parametrizations." not in name][:TRIED_PARAMETERS]
     if not names:
         return
+    # Every sample has a value of its own, so that one in another's place is seen.
+    steps = torch.arange(len(batch), dtype=torch.get_default_dtype())
     with torch.no_grad(), plain_layers():
-        wanted = function.logits({}, batch)
         for name in names:
             parameter = function.parameters[name]
+            values = to_samples(parameter, None, len(batch)).clone()
+            shift = steps.to(values).view(-1, *(1,) * (values.ndim - 1))
+            values = values * (1 + 0.1 * shift) + 0.01 * shift
             try:
-                found = function.logits({name: to_samples(parameter, None, len(batch)).clone()}, batch)
+                found = function.logits({name: values}, batch)
+                wanted = torch.cat(
+                    [
+                        function.logits({name: values[index].view(parameter.shape)}, batch.sample(index))
+                        for index in range(len(batch))
+                    ]
+                )
             except Exception as error:  # noqa: BLE001 - any failure means that it cannot be done
                 logger.debug("%s takes no sample axis: %s", name, error)
                 continue
-            if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+            if _alike(found, wanted):
                 yield name
 
 

@@ -202,7 +202,8 @@ def test_layouts_that_are_refused_or_understood(name):
     assert "layer.weight" not in structure.layers
     assert reason in structure.reasons["layer.weight"]
     # A bias may still be given a sample axis of its own, where that is right.
-    agrees(module, names=list(checked(module).layers))
+    rest = list(checked(module).layers)
+    assert rest == [] or agrees(module, names=rest)
 
 
 def _sorted_by_size(m, x):
@@ -488,6 +489,15 @@ def test_a_model_that_takes_single_samples_only():
     assert set(structure.reasons.values()) == {"the model does not take batches (RuntimeError)"}
 
 
+def test_a_model_that_maps_over_its_samples_itself():
+    """What runs inside vmap has no values to look at."""
+    module = Net(lambda m, x: torch.func.vmap(m.layer)(x))
+    structure = checked(module)
+    assert {name for name, _ in module.named_parameters()} <= set(structure.layers) | set(structure.reasons)
+    rest = list(structure.layers)
+    assert rest == [] or agrees(module, names=rest)
+
+
 @pytest.mark.parametrize("other", [(), (0,), (0, 1, 1), (0, 0), (1, 0), (1, 1, 0, 0)], ids=str)
 def test_a_batch_that_goes_another_way_is_refused_by_the_capture(other):
     """What a few samples did not show: never silently wrong."""
@@ -635,6 +645,30 @@ def test_a_rule_that_is_wrong_for_a_call_is_found_out(monkeypatch):
     assert norms[0] == pytest.approx(1.002 * norms[1], rel=0.01)
 
 
+class Attention(nn.Module):
+    """As BERT has it, query, key and value apart: softmax does not see the key's bias, whose gradient is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.head = (nn.Linear(8, size) for size in (8, 8, 8, OUTPUTS))
+
+    def forward(self, x):
+        found = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        return self.head(found.mean(1))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gradient_of_nothing_but_rounding_is_no_disagreement(seed, precision):
+    torch.manual_seed(seed)
+    dtype = getattr(torch, precision)
+    module, x = Attention().to(dtype), torch.randn(2, 5, 8, dtype=dtype)
+    function, batch = function_of(module, precision), batch_of(x)
+    structure = checked_structure(function, find_structure(function, batch), batch, OUTPUTS)
+    assert structure.reasons == {}
+    assert "key.weight" in structure.layers
+
+
 def test_a_row_that_no_output_depends_on_has_no_gradient():
     """Rows of a buffer that no backward pass reached are zero, not what the memory held before."""
     module = Net(lambda m, x: m.layer(x))
@@ -647,6 +681,24 @@ def test_a_row_that_no_output_depends_on_has_no_gradient():
     module.head = Head(6, OUTPUTS)
     structure = agrees(module)
     assert set(structure.layers) == {name for name, _ in module.named_parameters()}
+
+
+def test_a_layer_whose_output_goes_nowhere_has_no_gradient():
+    def between(m, x):
+        m.layer(x)
+        return x
+
+    module = Net(between).double()
+    function, batch = function_of(module), batch_of(inputs())
+    structure = find_structure(function, batch)
+    factors = structure.layers["layer.weight"].factors
+    held = torch.empty(SAMPLES, factors.input_items, dtype=torch.float64)
+    gradients = torch.full((SAMPLES, OUTPUTS * factors.gradient_items), torch.nan, dtype=torch.float64)
+    capture = Capture(function, structure, function.names, OUTPUTS)
+    captured = capture.run(batch, {"layer.weight": (held, gradients)}.get)
+    assert (gradients == 0).all()
+    assert (capture.dense(captured, "layer.weight", slice(None)) == 0).all()
+    assert capture.dense(captured, "enter.weight", slice(None)).abs().sum() > 0
 
 
 def test_parameters_without_a_use():

@@ -96,8 +96,9 @@ class InstanceNorm(_ChannelRule):
         flat, given = inputs.reshape(-1, *call.inputs.shape[1:]), call.arguments
         found = F.instance_norm(
             flat,
-            given["running_mean"],
-            given["running_var"],
+            # Statistics of the input are taken as they are; the running ones would be changed by the call.
+            None if given["use_input_stats"] else given["running_mean"],
+            None if given["use_input_stats"] else given["running_var"],
             use_input_stats=given["use_input_stats"],
             eps=given["eps"],
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -18,6 +19,12 @@ class Linear(OuterRule):
 
     functions: ClassVar[Functions] = (F.linear,)
     signature: ClassVar[Signature] = (("input", None), ("weight", None), ("bias", None))
+
+    def covers(self, call: Call) -> str:
+        """See :class:`Rule`."""
+        bias, weight = call.arguments["bias"], call.arguments["weight"]
+        broadcast = bias is not None and bias.numel() != weight.shape[1 if self.transposed else 0]
+        return "its bias is broadcast over outputs" if broadcast else ""
 
     def factors(self, call: Call, inputs: Tensor, output: Tensor) -> LayerFactors:
         """See :class:`OuterRule`."""
@@ -39,4 +46,11 @@ class AddMatrixProduct(Linear):
 
     def covers(self, call: Call) -> str:
         """See :class:`Rule`."""
-        return "" if call.arguments["beta"] == call.arguments["alpha"] == 1 else "it is scaled by alpha or beta"
+        if not call.arguments["beta"] == call.arguments["alpha"] == 1:
+            return "it is scaled by alpha or beta"
+        return super().covers(call)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`Rule`; torch calls the bias ``input``, and what is multiplied ``mat1`` and ``mat2``."""
+        names = {"input": "bias", "mat1": "input", "mat2": "weight"}
+        return super().bind(args, {names.get(name, name): value for name, value in kwargs.items()})
