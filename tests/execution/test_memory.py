@@ -65,7 +65,7 @@ def check_promises(found: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dataflow", "samples", "budget", "passes"), [("spill", 155, "570MiB", 1), ("recompute", 160, "600MiB", 3)]
+    ("dataflow", "samples", "budget", "passes"), [("spill", 165, "620MiB", 1), ("recompute", 160, "600MiB", 3)]
 )
 def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(
     tmp_path, cache, dataflow, samples, budget, passes
