@@ -765,7 +765,7 @@ _TRAPS: dict[str, _Recipe] = {
     "sample by sample": _Recipe(SampleLoop, either=("layer", "mix", "head")),
     "stopped gradient": _Recipe(StopGradient, either=("mix",)),
     "unused": _Recipe(Unused, either=("never", "nowhere")),
-    "penalised": _Recipe(Penalised, functional=("mix",)),
+    "penalised": _Recipe(Penalised, either=("mix",)),
     "sliced": _Recipe(Sliced, either=("mix",)),
     "doubled": _Recipe(Doubled, either=("mix",)),
     "added in place": _Recipe(AddedInPlace),

@@ -18,7 +18,7 @@ from .intercept import Interceptor, module_hooks
 from .jacobian import ModelBatch, ModelFunction, plain_layers
 from .rules.base import Call, ElementRule, OuterRule, Rule
 from .rules.table import module_rule
-from .structure import Layer, SampleAxis, Structure, Use, identities, to_samples
+from .structure import Layer, SampleAxis, Structure, Use, alike, identities, to_samples
 
 #: Takes the gradient of a tapped tensor.
 Receive = Callable[[Tensor], None]
@@ -136,6 +136,7 @@ class Capture:
         self.shared = [layer.parameters[0] for layer in self.layers if layer.kind == "shared"]
         self.identities = identities(function)
         self.calls = structure.calls
+        self.branches = bool(structure.branches)
         self._rooms: dict[str, Factors] = {}
 
     def run(self, batch: ModelBatch, destination: Destination = lambda name: None) -> Captured:  # noqa: ARG005
@@ -231,6 +232,8 @@ class _Run:
             raise other_way(f"{self._calls} of {len(capture.by_call)} layers were called")
         if mode.calls != capture.calls:
             raise other_way(f"layers are called {mode.calls} times instead of {capture.calls}")
+        if capture.branches and self._samples > 1:
+            self._compare_alone(logits.detach())
         function.rows.check_labels(batch.targets, logits.shape[1])
         cotangents = function.rows.batch_cotangents(logits.detach(), batch.targets)
         if cotangents.shape[1] != capture.every_row:
@@ -245,6 +248,13 @@ class _Run:
             for row in set(range(capture.rows)) - filled:
                 buffer[:, :, row] = 0
         return self._found
+
+    def _compare_alone(self, together: Tensor) -> None:
+        """Refuse a batch of a model that branches on data if its samples go another way together than alone."""
+        with torch.no_grad(), plain_layers():
+            alone = torch.cat([self._function.logits({}, self._batch.sample(index)) for index in range(self._samples)])
+        if not alike(together, alone):
+            raise other_way("it branches on its data, and these samples have other outputs together than alone")
 
     def _tap(self, number: int, rule: Rule, call: Call, output: Tensor) -> Tensor:
         entries = self._capture.by_call.get(number)

@@ -60,7 +60,7 @@ def checked_structure(function: ModelFunction, structure: Structure, batch: Mode
             # One row at a time: a gradient of a large layer may take much of the memory.
             one = capture.dense(captured, name, slice(sample, sample + 1), slice(row, row + 1))
             found = one.reshape(gradient.shape)
-            differs[name] += _square(found - gradient)
+            differs[name] += _difference(found, gradient)
             wanted[name] += _square(gradient)
             got[name] += _square(found)
     reasons: dict[str, str] = {}
@@ -91,6 +91,13 @@ def checked_structure(function: ModelFunction, structure: Structure, batch: Mode
 def _square(value: Tensor) -> float:
     found = float(value.double().square().sum())
     return found if math.isfinite(found) else 0.0
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """Squared difference; what is not finite where autograd's is differs without bound."""
+    if not bool(torch.isfinite(found).all()) and bool(torch.isfinite(wanted).all()):
+        return math.inf
+    return _square(found - wanted)
 
 
 def _captured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -39,6 +39,22 @@ _BRANCHING: Final = frozenset(
         torch.unique,
     }
 )
+
+
+#: Functions of a tensor through which no gradient flows back to it.
+_HARMLESS: Final = frozenset(
+    {"size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_contiguous", "is_floating_point"}
+    | {"is_complex", "element_size", "get_device", "data_ptr", "type", "detach", "untyped_storage", "requires_grad_"}
+)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Any]:
+    """Arguments, those inside lists and tuples one by one."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
 
 
 class Interceptor(TorchFunctionMode):
@@ -85,10 +101,12 @@ class Interceptor(TorchFunctionMode):
         result = function(*args, **kwargs)
         if function in _BRANCHING:
             self.branches.append(result if isinstance(result, bool | int | float) else str(type(result)))
-        for value in args:
-            name = self.name(value)
-            if name is not None and not getattr(function, "__name__", "").startswith("__"):
-                self.elsewhere.setdefault(name, getattr(function, "__name__", str(function)))
+        called = getattr(function, "__name__", str(function))
+        if called not in _HARMLESS and not called.startswith("__"):
+            for value in _tensors((*args, *kwargs.values())):
+                name = self.name(value)
+                if name is not None:
+                    self.elsewhere.setdefault(name, called)
         return result
 
     def _ruled(self, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +32,10 @@ def squared_norms(rows: np.ndarray) -> np.ndarray:
     return total
 
 
+#: Samples whose norms are taken together, so that their expanded pieces stay within a few MiB.
+NORM_SAMPLES: Final = 32
+
+
 def factor_norms(factors: LayerFactors, inputs: Tensor, gradients: Tensor) -> Tensor:
     """Squared norms of the gradients that factors stand for, by expanding them or by pairs of positions.
 
@@ -42,6 +48,9 @@ def factor_norms(factors: LayerFactors, inputs: Tensor, gradients: Tensor) -> Te
         (samples, rows) float64.
     """
     samples, positions, rows, outputs = gradients.shape
+    if samples > NORM_SAMPLES:
+        groups = [slice(start, start + NORM_SAMPLES) for start in range(0, samples, NORM_SAMPLES)]
+        return torch.cat([factor_norms(factors, inputs[group], gradients[group]) for group in groups])
     total = torch.zeros(samples, rows, dtype=torch.float64, device=gradients.device)
     by_pairs = positions**2 * (factors.inputs + rows * outputs) < positions * factors.inputs * outputs * rows
     if factors.kind != "tokens" and not by_pairs:

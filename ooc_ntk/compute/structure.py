@@ -186,6 +186,21 @@ def repeated(batch: ModelBatch, samples: int) -> ModelBatch:
     )
 
 
+def evenly(batch: ModelBatch, samples: int) -> ModelBatch:
+    """At most so many samples of a batch, from its first to its last."""
+    last, count = len(batch) - 1, min(samples, len(batch))
+    index = torch.tensor(sorted({round(part * last / max(1, count - 1)) for part in range(count)}))
+
+    def take(value: Tensor) -> Tensor:
+        return value[index.to(value.device)]
+
+    return ModelBatch(
+        tuple(take(value) for value in batch.args),
+        {name: take(value) for name, value in batch.kwargs.items()},
+        None if batch.targets is None else take(batch.targets),
+    )
+
+
 def find_structure(
     function: ModelFunction, batch: ModelBatch, spread: ModelBatch | None = None, *, single: bool = False
 ) -> Structure:
@@ -194,7 +209,7 @@ def find_structure(
     Args:
         function: model and chosen parameters.
         batch: a few samples, on the device.
-        spread: more samples, all over the data, that are compared alone and together if the model branches on data.
+        spread: more samples, all over the data, compared alone and together: a few always, all if it branches on data.
         single: whether batches will only ever hold one sample, so that it does not matter what batch mates change.
 
     Returns:
@@ -222,9 +237,17 @@ def find_structure(
     if not alone.signature == pairs.signature == triples.signature:
         return Structure(reasons=dict.fromkeys(function.names, "its layers are not called alike for every batch"))
     uses, reasons = _uses(alone.seen, pairs.seen, triples.seen)
-    others = three if spread is None else repeated(spread, min(len(spread), COMPARED_SAMPLES))
+    # A weight that another function uses as well has a gradient that its layer does not show.
+    for name, used in {**alone.elsewhere, **triples.elsewhere}.items():
+        reasons.setdefault(name, f"no layer rule covers {used}()")
+    others = three if spread is None else evenly(spread, COMPARED_SAMPLES)
     if not single:
-        for number, reason in _out_of_order(function, others, triples, uses).items():
+        together = _run(function, others)
+        apart = [_run(function, others.sample(index)) for index in range(len(others))]
+        dependent = _batch_dependence(function, others, together, apart)
+        if dependent is not None:
+            return Structure(reasons=dict.fromkeys(function.names, dependent), branches=branches)
+        for number, reason in _out_of_order(together, apart, triples, uses).items():
             call = triples.seen[number]
             reasons.update({name: reason for name in (call.weight, call.bias) if name is not None})
             del uses[number]
@@ -240,9 +263,7 @@ def find_structure(
         layers[name] = Layer((name,), (), None, "shared")
     for name in function.names:
         if name not in layers:
-            used = alone.elsewhere.get(name)
-            known = f"no layer rule covers {used}()" if used else "no layer rule knows the function that uses it"
-            reasons.setdefault(name, known)
+            reasons.setdefault(name, "no layer rule knows the function that uses it")
     return Structure(
         {name: layers[name] for name in function.names if name in layers},
         {name: reason for name, reason in reasons.items() if name not in layers},
@@ -338,19 +359,17 @@ def _uses(
 
 
 def _out_of_order(
-    function: ModelFunction, batch: ModelBatch, known: _Forward, uses: Mapping[int, Use]
+    together: _Forward, singles: Sequence[_Forward], known: _Forward, uses: Mapping[int, Use]
 ) -> dict[int, str]:
     """Calls that do not see the samples of a batch in their order, by number, with the reason.
 
     Args:
-        function: model and chosen parameters.
-        batch: samples from all over the data.
-        known: a forward pass of other samples, whose calls these must repeat.
+        together: a forward pass of samples from all over the data.
+        singles: of each of them alone.
+        known: of other samples, whose calls these must repeat.
         uses: where every call has its samples.
     """
-    count = len(batch)
-    together = _run(function, batch)
-    singles = [_run(function, batch.sample(index)) for index in range(count)]
+    count = len(singles)
     if any(found.signature != known.signature for found in (together, *singles)):
         return dict.fromkeys(uses, "its layers are not called alike for all samples")
     reasons: dict[int, str] = {}
@@ -361,7 +380,7 @@ def _out_of_order(
             try:
                 whole = to_samples(getattr(together.seen[number], kind), axis, count)
                 apart = [to_samples(getattr(single.seen[number], kind), axis, 1)[0] for single in singles]
-                same = all(_alike(mine, own) for mine, own in zip(whole, apart, strict=True))
+                same = all(alike(mine, own) for mine, own in zip(whole, apart, strict=True))
             except RuntimeError:  # no whole number of positions per sample
                 same = False
             if not same:
@@ -369,7 +388,7 @@ def _out_of_order(
     return reasons
 
 
-def _alike(found: Tensor, wanted: Tensor) -> bool:
+def alike(found: Tensor, wanted: Tensor) -> bool:
     """Whether rounding explains the difference of two tensors."""
     if found.shape != wanted.shape:
         return False
@@ -420,6 +439,7 @@ def _layers(
             and bias not in reasons
             and as_bias[bias] == numbers
             and order[bias] == order[name] + 1
+            and bias.rpartition(".")[0] == name.rpartition(".")[0]
             and all(isinstance(use.rule, OuterRule) and use.rule.shares_bias for use in own)
         )
         names = (name, bias) if together and bias is not None else (name,)
@@ -471,7 +491,7 @@ def _shareable(function: ModelFunction, batch: ModelBatch, names: Sequence[str])
             except Exception as error:  # noqa: BLE001 - any failure means that it cannot be done
                 logger.debug("%s takes no sample axis: %s", name, error)
                 continue
-            if _alike(found, wanted):
+            if alike(found, wanted):
                 yield name
 
 

@@ -277,7 +277,11 @@ def structure_of(prepared: PreparedJob, rows: int) -> Structure:
     Raises:
         InputError: if a sample's outputs change with its batch mates, or a user's rule is wrong.
     """
-    return checked_structure(prepared.function, discover(prepared), first_samples(prepared, 2), rows)
+    # The first sample and the last one, a test sample if there are any: they are the likeliest to differ in kind.
+    ends = [first_samples(prepared, 1, start) for start in sorted({0, len(prepared.reader) - 1})]
+    structure = discover(prepared)
+    same = all(_sizes(ends[0]) == _sizes(end) for end in ends)
+    return checked_structure(prepared.function, structure, _together(ends) if same else ends[0], rows)
 
 
 def discover(prepared: PreparedJob) -> Structure:
@@ -297,6 +301,8 @@ def discover(prepared: PreparedJob) -> Structure:
     train, last = len(reader.train), len(reader) - 1
     spread = sorted({round(part * (train - 1) / (SPREAD_SAMPLES - 1)) for part in range(SPREAD_SAMPLES)})
     found = read(spread)
+    if any(_shapes(each) != _shapes(found[0]) for each in found):
+        return Structure(reasons=dict.fromkeys(prepared.function.names, "samples have different shapes"))
     if reader.test is not None:
         ends = read([train, last])
         if any(_shapes(each) != _shapes(found[0]) for each in ends):
@@ -314,6 +320,22 @@ def discover(prepared: PreparedJob) -> Structure:
 def _shapes(samples: Samples) -> list[torch.Size]:
     """Shapes of a sample's inputs."""
     return [value.shape[1:] for value in (*samples.args, *(samples.kwargs[name] for name in sorted(samples.kwargs)))]
+
+
+def _sizes(batch: ModelBatch) -> list[torch.Size]:
+    """Shapes of a batch's inputs."""
+    return [value.shape for value in (*batch.args, *batch.kwargs.values())]
+
+
+def _together(batches: Sequence[ModelBatch]) -> ModelBatch:
+    """Batches as one."""
+    first = batches[0]
+    targets = [batch.targets for batch in batches if batch.targets is not None]
+    return ModelBatch(
+        tuple(torch.cat([batch.args[index] for batch in batches]) for index in range(len(first.args))),
+        {name: torch.cat([batch.kwargs[name] for batch in batches]) for name in first.kwargs},
+        torch.cat(targets) if targets else None,
+    )
 
 
 def _joined(pieces: Sequence[Samples]) -> ModelBatch:

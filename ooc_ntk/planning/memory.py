@@ -149,15 +149,16 @@ def pairwise_steps(factors: LayerFactors, entries: int) -> tuple[int, int]:
     return max(1, ROW_POSITIONS // size), max(1, COLUMN_POSITIONS // size)
 
 
-def pairwise_bytes(factors: LayerFactors, tile_samples: int, entries: int, item_bytes: int) -> int:
-    """Bytes of the Gram blocks of a pairwise contraction, and of inputs unfolded for them."""
+def pairwise_bytes(factors: LayerFactors, tile_samples: int, rows: int, entries: int, item_bytes: int) -> int:
+    """Bytes of the Gram blocks of a pairwise contraction, and of what is copied or unfolded for them."""
     sides = [min(step, tile_samples) for step in pairwise_steps(factors, entries)]
     size = max(factors.positions * entries, factors.window.pixels if factors.window else 0)
     blocks = PAIRWISE_BLOCKS * sides[0] * sides[1] * size**2
     unfolded = 0
     if factors.window is not None and not factors.by_pixels:
         unfolded = 2 * sum(sides) * factors.positions * factors.inputs
-    return (blocks + unfolded) * item_bytes
+    copied = sum(sides) * (factors.input_items + rows * factors.gradient_items) if factors.positions > 1 else 0
+    return (blocks + unfolded + copied) * item_bytes
 
 
 def workspace_bytes(workload: Workload, layout: Layout) -> int:
@@ -176,7 +177,9 @@ def workspace_bytes(workload: Workload, layout: Layout) -> int:
         if choice == FACTORED:
             total = max(total, 2 * tile * EXPANDED_ITEMS * item + 2 * UNFOLDED_BYTES)
         elif choice.contraction == "pairwise":
-            total = max(total, pairwise_bytes(block.factors, tile, workload.entries_per_sample, item))
+            total = max(
+                total, pairwise_bytes(block.factors, tile, workload.rows_per_sample, workload.entries_per_sample, item)
+            )
         elif choice.representation == "tokens":
             # The rows of a side, merged by token, and the sorted copy of them.
             total = max(total, 4 * tile * workload.rows_per_sample * block.factors.gradient_items * item)

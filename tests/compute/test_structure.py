@@ -600,17 +600,17 @@ BYPASSES = {
     "and a penalty": (
         lambda m, x: m.layer(x) * m.layer.weight.square().mean(),
         "torch.func",
-        "something else uses it as well",
+        "no layer rule covers",
     ),
     "and a copy": (
         lambda m, x: m.layer(x) + F.linear(x, 0.5 * m.layer.weight),
         "torch.func",
-        "something else uses it as well",
+        "no layer rule covers",
     ),
     "behind a detached output": (
         lambda m, x: m.layer(x).detach() + F.linear(x, m.layer.weight * 1, m.layer.bias * 1),
         "torch.func",
-        "its layer is bypassed",
+        "no layer rule covers mul()",
     ),
 }
 

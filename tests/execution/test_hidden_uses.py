@@ -1,0 +1,102 @@
+"""What a few samples do not show: other uses of a weight, and branches that only some samples take."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import nn
+
+from ooc_ntk.api import InputError, Job
+from tests import oracle
+from tests.cases import FLOAT64
+
+
+class DeadUse(nn.Module):
+    """The weight is used again where the first samples' gradient of that is zero."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.head, self.how = nn.Linear(4, 4), nn.Linear(4, 2), how
+
+    def forward(self, x):
+        again = {
+            "@": lambda: x @ self.fc.weight,
+            "matmul": lambda: torch.matmul(x, self.fc.weight),
+            "by name": lambda: torch.mul(input=x, other=self.fc.weight.sum()),
+            "in a list": lambda: x @ torch.cat([self.fc.weight, self.fc.weight], 1)[:, :4],
+        }[self.how]()
+        return self.head(torch.tanh(self.fc(x) + torch.relu(again - 1)))
+
+
+def data():
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    x[:2] *= 1e-3
+    return x
+
+
+@pytest.mark.parametrize("how", ["@", "matmul", "by name", "in a list"])
+def test_a_weight_that_another_function_uses_as_well_is_left_to_torch_func(how, compute):
+    job = Job(DeadUse(how).eval(), data(), precision="float64", device="cpu")
+    found = compute(job)
+    assert next(block for block in found.plan.blocks if "fc.weight" in block.parameters).source == "torch.func"
+    assert oracle.error(found, oracle.kernel(oracle.jacobian(job.model, data()), 12)) <= FLOAT64
+
+
+class SomeBranch(nn.Module):
+    """Squares what is large on average: a few samples, which no probe need see."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.fc(x))
+        if x.mean() > 2:
+            hidden = hidden * hidden
+        return self.head(hidden)
+
+
+def test_samples_that_branch_differently_in_a_batch_are_refused(compute):
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(1))
+    x[[37, 58]] += 5
+    with pytest.raises(InputError, match="branches on its data.*--no-layer-rules"):
+        compute(Job(SomeBranch().eval(), x, device="cpu"), tile_samples=100)
+
+
+class Split(nn.Module):
+    """A layer whose weight and bias belong to two modules."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 3, bias=False), nn.Module()
+        self.b.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return F.linear(x, self.a.weight, self.b.bias)
+
+
+def test_weight_and_bias_of_two_modules(compute):
+    job = Job(Split().eval(), data(), precision="float64", device="cpu")
+    assert oracle.error(compute(job), oracle.kernel(oracle.jacobian(job.model, data()), 12)) <= FLOAT64
+
+
+class LateMixing(nn.Module):
+    """Only samples that are marked, the last ones, see their batch mates."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        out = self.fc(x)
+        return out + torch.where(x[:, :1] > 5, 1.0, 0.0) * out.mean(0)
+
+
+def test_batch_mates_that_change_only_the_last_samples_are_seen(compute):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+    x[50:, 0] = 9
+    with pytest.raises(InputError, match="batch mates"):
+        compute(Job(LateMixing().eval(), x, device="cpu"))
