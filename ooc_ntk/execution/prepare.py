@@ -280,7 +280,7 @@ def structure_of(prepared: PreparedJob, rows: int) -> Structure:
     # The first sample and the last one, a test sample if there are any: they are the likeliest to differ in kind.
     ends = [first_samples(prepared, 1, start) for start in sorted({0, len(prepared.reader) - 1})]
     structure = discover(prepared)
-    same = all(_sizes(ends[0]) == _sizes(end) for end in ends)
+    same = all(_shapes(ends[0]) == _shapes(end) for end in ends)
     return checked_structure(prepared.function, structure, _together(ends) if same else ends[0], rows)
 
 
@@ -317,14 +317,10 @@ def discover(prepared: PreparedJob) -> Structure:
     )
 
 
-def _shapes(samples: Samples) -> list[torch.Size]:
-    """Shapes of a sample's inputs."""
-    return [value.shape[1:] for value in (*samples.args, *(samples.kwargs[name] for name in sorted(samples.kwargs)))]
-
-
-def _sizes(batch: ModelBatch) -> list[torch.Size]:
-    """Shapes of a batch's inputs."""
-    return [value.shape for value in (*batch.args, *batch.kwargs.values())]
+def _shapes(samples: Samples | ModelBatch) -> list[object]:
+    """Shapes of a sample's inputs, and whether it has a target."""
+    values = (*samples.args, *(samples.kwargs[name] for name in sorted(samples.kwargs)))
+    return [samples.targets is None, *(value.shape[1:] for value in values)]
 
 
 def _together(batches: Sequence[ModelBatch]) -> ModelBatch:
