@@ -234,6 +234,21 @@ def test_a_rule_that_returns_something_else_is_refused(rule, registered, make_pl
     assert "Squared" in str(error.value)
 
 
+class Bypassed(Net):
+    """Uses the parameters of the user's layer without calling it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(torch.tanh(self.first(x)) @ self.own.root.square().T + self.own.offset))
+
+
+def test_a_module_with_a_rule_that_is_bypassed_falls_back(registered, compute):
+    registered(Squared, squared_rule)
+    found = compute(job(Bypassed(), precision="float64"))
+    assert sources(found.plan)["own"] == "torch.func"
+    assert any("own" in note and "bypassed" in note for note in found.plan.notes), found.plan.notes
+    assert oracle.error(found, oracle.kernel(oracle.jacobian(Bypassed(), inputs()), 12)) <= FLOAT64
+
+
 def test_a_wrong_rule_leaves_no_run(registered, tmp_path):
     registered(Squared, _without_factor)
     with pytest.raises(InputError, match="rule"):

@@ -90,12 +90,14 @@ class Captured:
             destination only until the next batch.
         rows: gradients of parameters that are only ever dense, (samples, rows, numel) by name.
         calls: the arguments of the calls, by number.
+        modules: modules with a user's rule that were called.
     """
 
     samples: int
     factors: dict[str, list[Factors]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[int, Call] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
 
 
 #: Where merged factors of a layer go, by the name of its weight: (samples, input items) and
@@ -174,6 +176,10 @@ class Capture:
         """Gradients of one parameter for some samples and rows of a batch: (samples, rows, numel), in its own order."""
         if name in captured.rows:
             return captured.rows[name][samples, rows]
+        if any(name in layer.parameters for layer in self.modules.values()):  # never called: no gradient by its rule
+            return self.function.parameters[name].new_zeros(captured.samples, self.rows, self.function.sizes[name])[
+                samples, rows
+            ]
         layer = next(layer for layer in self.layers if name in layer.parameters)
         factors = captured.factors[layer.parameters[0]]
         if name != layer.parameters[0]:
@@ -386,6 +392,7 @@ class _Run:
         layer = self._capture.modules.get(name)
         if layer is None:
             return output
+        self._found.modules.add(name)
         rows = {parameter: self._rows(parameter) for parameter in layer.parameters}
         given = tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in inputs)
 

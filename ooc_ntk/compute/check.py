@@ -73,7 +73,7 @@ def checked_structure(function: ModelFunction, structure: Structure, batch: Mode
             continue
         relative = math.sqrt(differs[name] / wanted[name]) if wanted[name] else math.sqrt(differs[name])
         mine, autograds = math.sqrt(got[name]), math.sqrt(wanted[name])
-        if layer.kind == "module":
+        if layer.kind == "module" and layer.module in captured.modules:
             kind = type(function.module.get_submodule(layer.module)).__name__
             raise InputError(
                 f"the layer rule of {layer.module or 'the model'!r} ({kind}) disagrees with autograd: its gradients of "
