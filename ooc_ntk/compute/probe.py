@@ -345,11 +345,13 @@ def _try_vmap(
         except Exception as error:  # noqa: BLE001
             # vmap refuses by many kinds of exception (RuntimeError, NotImplementedError, ValueError of a user's code).
             return None, _refusal(error)
+        # The share first: a quotient of at most one, so that rounding leaves the chain at most the whole.
+        share = loop.chain_seconds_per_sample / loop.seconds_per_sample
         tried = Derivation(
             method="vmap",
             batch_size=size,
             seconds_per_sample=seconds / size,
-            chain_seconds_per_sample=seconds / size * loop.chain_seconds_per_sample / loop.seconds_per_sample,
+            chain_seconds_per_sample=seconds / size * share,
             working_bytes=max(peak, size * per_sample),
             activation_bytes=size * loop.activation_bytes,
         )
