@@ -14,6 +14,7 @@ from ooc_ntk.errors import InputError
 from ooc_ntk.planning.factors import LayerFactors
 
 from .expand import expand
+from .held import Tile, as_tile, some_samples, split_digits
 from .intercept import Interceptor, module_hooks
 from .jacobian import ModelBatch, ModelFunction, plain_layers
 from .rules.base import Call, ElementRule, OuterRule, Rule
@@ -68,19 +69,6 @@ def _tapped(kind: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 @dataclass
-class Factors:
-    """Factors of one layer for a batch.
-
-    Attributes:
-        inputs: (samples, input items), in the layer's held form; row numbers for tokens.
-        gradients: (samples, positions, rows, outputs).
-    """
-
-    inputs: Tensor
-    gradients: Tensor
-
-
-@dataclass
 class Captured:
     """What one batch gave.
 
@@ -94,14 +82,14 @@ class Captured:
     """
 
     samples: int
-    factors: dict[str, list[Factors]] = field(default_factory=dict)
+    factors: dict[str, list[Tile]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[int, Call] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
 
 
 #: Where merged factors of a layer go, by the name of its weight: (samples, input items) and
-#: (samples, positions · rows · outputs) of any dtype, or None to have them allocated.
+#: (samples, rows · gradient items) of any dtype, or None to have them allocated.
 Destination = Callable[[str], tuple[Tensor, Tensor] | None]
 
 
@@ -139,7 +127,7 @@ class Capture:
         self.identities = identities(function)
         self.calls = structure.calls
         self.branches = bool(structure.branches)
-        self._rooms: dict[str, Factors] = {}
+        self._rooms: dict[str, Tile] = {}
 
     def run(self, batch: ModelBatch, destination: Destination = lambda name: None) -> Captured:  # noqa: ARG005
         """Derive one batch.
@@ -156,21 +144,22 @@ class Capture:
         """
         return _Run(self, batch, destination).go()
 
-    def room(self, name: str, factors: LayerFactors, samples: int) -> Factors:
+    def room(self, name: str, factors: LayerFactors, samples: int) -> Tile:
         """Memory for factors that are wanted only until the next batch, which uses it again."""
         known = self._rooms.get(name)
-        if known is None or len(known.inputs) < samples:
+        if known is None or len(known[0]) < samples:
             parameter = self.function.parameters[name]
             kind = torch.int32 if factors.kind == "tokens" else parameter.dtype
             inputs = parameter.new_empty(samples, factors.input_items, dtype=kind)
             if factors.kind == "convolution":
                 # In the order of its output, channels before pixels, so that nothing is transposed.
                 gradients = parameter.new_empty(samples, self.rows, factors.outputs, factors.positions)
-                gradients = gradients.permute(0, 3, 1, 2)
+                known = inputs, gradients.permute(0, 3, 1, 2)
             else:
-                gradients = parameter.new_empty(samples, factors.positions, self.rows, factors.outputs)
-            known = self._rooms[name] = Factors(inputs, gradients)
-        return Factors(known.inputs[:samples], known.gradients[:samples])
+                gradients = parameter.new_empty(samples, self.rows * factors.gradient_items)
+                known = as_tile(factors, inputs, gradients, self.rows)
+            self._rooms[name] = known
+        return some_samples(known, slice(samples))
 
     def dense(self, captured: Captured, name: str, samples: slice, rows: slice = slice(None)) -> Tensor:
         """Gradients of one parameter for some samples and rows of a batch: (samples, rows, numel), in its own order."""
@@ -183,18 +172,19 @@ class Capture:
         layer = next(layer for layer in self.layers if name in layer.parameters)
         factors = captured.factors[layer.parameters[0]]
         if name != layer.parameters[0]:
-            return sum_of([each.gradients[samples, :, rows].sum(1) for each in factors])
+            return sum_of([tile[1][samples, :, rows].sum(1) for tile in factors])
         found = []
         for use, each in zip(layer.uses, factors, strict=False):
             shapes = layer.factors or use.factors
             assert shapes is not None
             assert isinstance(use.rule, OuterRule)
             call = captured.calls[use.number]
-            inputs, gradients = each.inputs[samples], each.gradients[samples, :, rows]
+            tile = some_samples(each, samples, rows)
             if use.rule.groups(call) > 1:
+                inputs, gradients = tile
                 found.append(use.rule.grouped(call, inputs.view(len(inputs), shapes.positions, -1), gradients))
             else:
-                found.append(use.rule.weight_order(call, expand(shapes, inputs, gradients)))
+                found.append(use.rule.weight_order(call, expand(shapes, tile)))
         return sum_of(found)
 
 
@@ -220,7 +210,8 @@ class _Run:
         self._calls = 0
         #: Gradient buffers (samples, positions, rows, outputs) and the rows of them that were filled.
         self._buffers: list[tuple[Tensor, set[int]]] = []
-        self._next_position: dict[str, int] = {}
+        #: The next free position of every weight, and the next row that it is looked up for beside its positions.
+        self._next_position: dict[tuple[str, bool], int] = {}
         self._found = Captured(self._samples)
 
     def go(self) -> Captured:
@@ -326,26 +317,33 @@ class _Run:
         name, rule, shapes = layer.parameters[0], use.rule, use.factors
         assert isinstance(rule, OuterRule)
         assert shapes is not None
-        first = self._next_position.get(name, 0)
-        last = self._next_position[name] = first + shapes.positions
+        looked_up = layer.factors is not None and layer.factors.lookups > 0 and shapes.kind == "tokens"
+        first = self._next_position.get((name, looked_up), 0)
+        last = self._next_position[name, looked_up] = first + shapes.positions
+        nowhere: Tensor | None = None
         if layer.factors is None:
             held = rule.hold(call, inputs, shapes).clone(memory_format=torch.contiguous_format).flatten(1)
             buffer = inputs.new_empty(
                 self._samples, shapes.positions, self._capture.rows, shapes.outputs, dtype=self._dtype
             )
-            self._found.factors.setdefault(name, []).append(Factors(held, buffer))
+            self._found.factors.setdefault(name, []).append((held, buffer))
         else:
             merged = self._merged(name, layer.factors)
-            if merged.gradients.shape[1] < last or layer.factors.outputs != shapes.outputs:
+            held_inputs, gradients = merged[2:] if looked_up else merged[:2]
+            if gradients.shape[1] < last or gradients.shape[3] != shapes.outputs:
                 raise other_way(f"{name} has more positions than before")
-            buffer = merged.gradients[:, first:last]
-            if len(layer.uses) == 1:
+            buffer = gradients[:, first:last]
+            if looked_up:
+                tokens = rule.hold(call, inputs, shapes)
+                held_inputs[:, first:last] = split_digits(tokens.clamp(min=0))
+                nowhere = (tokens < 0).unsqueeze(-1)
+            elif len(layer.uses) == 1:
                 held = rule.hold(call, inputs, shapes)
-                merged.inputs.view(held.shape).copy_(held)
+                held_inputs.view(held.shape).copy_(held)
             elif layer.factors.kind == "tokens":
-                merged.inputs[:, first:last] = rule.hold(call, inputs, shapes)
+                held_inputs[:, first:last] = rule.hold(call, inputs, shapes)
             else:
-                every = merged.inputs.view(self._samples, layer.factors.positions, layer.factors.inputs)
+                every = held_inputs.view(self._samples, layer.factors.positions, layer.factors.inputs)
                 every[:, first:last] = rule.unfolded(call, inputs, shapes)
         filled: set[int] = set()
         self._buffers.append((buffer, filled))
@@ -353,6 +351,8 @@ class _Run:
         def receive(gradient: Tensor) -> None:
             filled.add(self._row)
             found = rule.gradient(call, inputs, to_samples(gradient, axis, self._samples))
+            if nowhere is not None:  # a padding row has no gradient
+                found = found.reshape(buffer[:, :, 0].shape).masked_fill(nowhere, 0)
             buffer[:, :, self._row].view(found.shape).copy_(found)
 
         return receive
@@ -361,15 +361,14 @@ class _Run:
     def _dtype(self) -> torch.dtype:
         return next(iter(self._function.parameters.values())).dtype
 
-    def _merged(self, name: str, factors: LayerFactors) -> Factors:
+    def _merged(self, name: str, factors: LayerFactors) -> Tile:
         """Room for the factors of all uses of a weight."""
         if name not in self._found.factors:
             given = self._destination(name)
             if given is None:
                 self._found.factors[name] = [self._capture.room(name, factors, self._samples)]
             else:
-                shape = (self._samples, factors.positions, self._capture.rows, factors.outputs)
-                self._found.factors[name] = [Factors(given[0], given[1].view(shape))]
+                self._found.factors[name] = [as_tile(factors, *given, self._capture.rows)]
         return self._found.factors[name][0]
 
     def _rows(self, name: str) -> Tensor:

@@ -15,6 +15,7 @@ from ooc_ntk.errors import InputError
 from ooc_ntk.planning.workload import ParameterBlock
 
 from .capture import Capture, Captured
+from .held import join_digits
 from .jacobian import LoopJacobian, ModelBatch, ModelFunction
 from .structure import Structure, count_matches, repeated
 
@@ -175,9 +176,10 @@ def with_matches(
     found = []
     for block in blocks:
         factors = block.factors
-        if factors is not None and factors.kind == "tokens":
+        if factors is not None and (factors.kind == "tokens" or factors.lookups):
             captured = Capture(function, structure, block.parameters, rows, [0]).run(batch)
-            (held,) = captured.factors[block.parameters[0]]
-            factors = replace(factors, matches=count_matches(held.inputs))
+            (tile,) = captured.factors[block.parameters[0]]
+            tokens = join_digits(tile[2]) if factors.lookups else tile[0]
+            factors = replace(factors, matches=count_matches(tokens))
         found.append(replace(block, factors=factors))
     return tuple(found)

@@ -17,13 +17,11 @@ from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
 from ooc_ntk.planning.rates import CALIBRATED_DEPTH, CALIBRATED_EDGES
 
 from .expand import Piece, expand_piece, pieces
+from .held import Tile, as_tile, split_digits
 from .machine import best_seconds
 from .matching import contract_matching
-from .pairwise import contract_pairwise, sum_positions
+from .pairwise import contract_crossed, contract_pairwise, looked_up, sum_positions
 from .products import PRODUCT_COLUMNS, multiply
-
-#: Factors of one layer for one tile: inputs (samples, input items), gradients (samples, positions, rows, outputs).
-Tile = tuple[Tensor, Tensor]
 
 #: What models and their gradients are computed in.
 TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
@@ -127,7 +125,7 @@ class KernelAccumulator:
 
         Args:
             factors: shapes of the factors.
-            left: inputs (samples, input items) and gradients (samples, positions, rows, outputs).
+            left: the factors of the row tile.
             right: the same of the column tile; None for the Gram matrix of ``left``.
             entries: kernel rows per sample.
         """
@@ -149,9 +147,12 @@ class KernelAccumulator:
             self._add_to(self._sum[row : row + block.shape[0], column : column + block.shape[1]], block)
 
         with tf32(self._tf32):
-            contract_pairwise(
-                factors, self._move(left), None if right is None else self._move(right), entries, add_block
-            )
+            left, right = self._move(left), None if right is None else self._move(right)
+            contract_pairwise(factors, left, right, entries, add_block)
+        if factors.lookups:
+            with tf32(self._tf32):
+                contract_crossed(factors, left, right, entries, add_block)
+            self.add_matching(looked_up(left), None if right is None else looked_up(right), entries)
 
     def add_matching(self, left: Tile, right: Tile | None, entries: int) -> None:
         """Add an embedding's contraction from tokens and gradients; see :meth:`add_factored`."""
@@ -175,7 +176,7 @@ class KernelAccumulator:
             sides[side] = torch.empty(needed, dtype=self._dtype, device=self._device)
             self._expanded = sides[0], sides[1]
         with tf32(self._tf32):
-            found = expand_piece(factors, *tile, piece, self._expanded[side], by_rows=entries > 1)
+            found = expand_piece(factors, tile, piece, self._expanded[side], by_rows=entries > 1)
         return found.view(len(tile[0]) * entries, -1)
 
     @staticmethod
@@ -187,7 +188,7 @@ class KernelAccumulator:
         return value if self._on_cpu else value.to(self._device, non_blocking=True)
 
     def _move(self, tile: Tile) -> Tile:
-        return self._there(tile[0]), self._there(tile[1])
+        return tuple(self._there(part) for part in tile)
 
     def _add_to(self, total: Tensor, block: Tensor) -> None:
         """Add a block to a part of the sum."""
@@ -273,7 +274,7 @@ def measure_factored(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
         tile = _random_tile(factors, 8, 1, precision, device)
         piece = next(pieces(factors, 1, whole_rows=False, items=factors.inputs * factors.outputs))
         out = torch.empty(8 * piece.items(factors), dtype=HELD_TORCH_DTYPE[precision], device=device)
-        seconds = best_seconds(partial(_wait, partial(expand_piece, factors, *tile, piece, out), device))
+        seconds = best_seconds(partial(_wait, partial(expand_piece, factors, tile, piece, out), device))
         expand[precision] = 8 * factors.expand_flops(1) / seconds
     inputs = torch.ones(512, 1024, device=device)
     gradients = inputs.clone()
@@ -304,14 +305,19 @@ def measure_block(
 
     def expanding() -> None:
         for piece in parts:
-            expand_piece(factors, *tile, piece, out, by_rows=entries > 1)
+            expand_piece(factors, tile, piece, out, by_rows=entries > 1)
 
     def drop(block: Tensor, row: int, column: int) -> None:
         del block, row, column
 
     expand_seconds = best_seconds(partial(_wait, expanding, device), budget_seconds=0.02, repeats=3)
-    pairwise = partial(contract_pairwise, factors, tile, tile, entries, drop)
-    pair_seconds = best_seconds(partial(_wait, pairwise, device), budget_seconds=0.02, repeats=3)
+
+    def by_pairs() -> None:
+        contract_pairwise(factors, tile, tile, entries, drop)
+        if factors.lookups:
+            contract_crossed(factors, tile, tile, entries, drop)
+
+    pair_seconds = best_seconds(partial(_wait, by_pairs, device), budget_seconds=0.02, repeats=3)
     return expand_seconds / samples, pair_seconds / samples**2
 
 
@@ -319,8 +325,12 @@ def _random_tile(factors: LayerFactors, samples: int, rows: int, precision: str,
     generator = torch.Generator().manual_seed(0)
     dtype = HELD_TORCH_DTYPE[precision]
     inputs = torch.randn(samples, factors.input_items, generator=generator)
-    gradients = torch.randn(samples, factors.positions, rows, factors.outputs, generator=generator)
-    return inputs.to(device, dtype), gradients.to(device, dtype)
+    gradients = torch.randn(samples, rows * factors.gradient_items, generator=generator)
+    tile = as_tile(factors, inputs.to(device, dtype), gradients.to(device, dtype), rows)
+    if factors.lookups:
+        numbers = torch.randint(factors.outputs, (samples, factors.lookups), generator=generator)
+        tile[2].copy_(split_digits(numbers))
+    return tile
 
 
 def _wait(work: Callable[[], object], device: str) -> None:

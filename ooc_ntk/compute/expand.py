@@ -14,6 +14,7 @@ from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import EXPANDED_ITEMS, UNFOLDED_BYTES
 from ooc_ntk.planning.tiles import even_size
 
+from .held import Tile, join_digits
 from .unfold import unfold_windows
 
 #: Input columns of a convolution's piece at least, where outputs can be split instead: each split unfolds anew.
@@ -79,15 +80,12 @@ def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = E
                 )
 
 
-def expand_piece(
-    factors: LayerFactors, inputs: Tensor, gradients: Tensor, piece: Piece, out: Tensor, *, by_rows: bool = True
-) -> Tensor:
+def expand_piece(factors: LayerFactors, tile: Tile, piece: Piece, out: Tensor, *, by_rows: bool = True) -> Tensor:
     """Expand one piece into a buffer.
 
     Args:
         factors: shapes of the factors.
-        inputs: (samples, input items).
-        gradients: (samples, positions, rows, outputs).
+        tile: the factors.
         piece: what to expand.
         out: flat buffer with room for it.
         by_rows: whether the rows of a sample come first; any order will do for a trace kernel, and products with the
@@ -97,6 +95,7 @@ def expand_piece(
         (samples, rows · outputs · channels · taps) of the piece, or (samples, channels · taps · rows · outputs); a view
         of ``out``.
     """
+    inputs, gradients = tile[:2]
     samples, positions = gradients.shape[:2]
     taps = factors.window.taps if factors.window is not None else 1
     width = taps * (piece.channels.stop - piece.channels.start)
@@ -114,6 +113,8 @@ def expand_piece(
     window = factors.window
     if window is None:
         multiply(slice(0, samples), inputs.view(samples, positions, -1)[:, :, piece.channels])
+        if factors.lookups:
+            _add_lookups(tile, piece, found, by_rows=by_rows)
         return found.view(samples, -1)
     pixels = inputs.view(samples, *window.size, factors.channels)[..., piece.channels]
     step = max(1, UNFOLDED_BYTES // (positions * width * inputs.element_size()))
@@ -125,17 +126,38 @@ def expand_piece(
     return found.view(samples, -1)
 
 
-def expand(factors: LayerFactors, inputs: Tensor, gradients: Tensor) -> Tensor:
+def _add_lookups(tile: Tile, piece: Piece, found: Tensor, *, by_rows: bool) -> None:
+    """Add the gradients of the rows that samples look up in the weight of a linear layer."""
+    digits, gradients = tile[2:]
+    numbers = join_digits(digits)
+    here = ((numbers >= piece.outputs.start) & (numbers < piece.outputs.stop)).nonzero()
+    if not len(here):
+        return
+    sample, place = here.unbind(1)
+    output = numbers[sample, place] - piece.outputs.start
+    values = gradients[:, :, piece.rows, piece.channels][sample, place]
+    rows, outputs = values.shape[1], piece.outputs.stop - piece.outputs.start
+    if by_rows:
+        every = found.view(len(found), rows, outputs, -1)
+        row = torch.arange(rows, device=found.device)
+        every.index_put_((sample[:, None], row, output[:, None]), values, accumulate=True)
+    else:
+        # Samples and outputs are chosen one by one and come first, whatever lies between them.
+        every = found.view(len(found), -1, rows, outputs).permute(0, 3, 2, 1)
+        every.index_put_((sample, output), values, accumulate=True)
+
+
+def expand(factors: LayerFactors, tile: Tile) -> Tensor:
     """Expand all of a layer.
 
     Args:
         factors: shapes of the factors.
-        inputs: (samples, input items); row numbers for tokens, negative where there is no row.
-        gradients: (samples, positions, rows, outputs).
+        tile: the factors; the inputs of tokens are row numbers, negative where there is no row.
 
     Returns:
         (samples, rows, outputs, inputs), windows with channels last; for tokens (samples, rows, table rows, outputs).
     """
+    inputs, gradients = tile[:2]
     samples, positions, rows, outputs = gradients.shape
     if factors.kind == "tokens":
         found = gradients.new_zeros(samples, factors.inputs, rows, outputs)
@@ -147,4 +169,4 @@ def expand(factors: LayerFactors, inputs: Tensor, gradients: Tensor) -> Tensor:
         return found.transpose(1, 2)
     whole = Piece(slice(0, factors.channels), slice(0, rows), slice(0, outputs))
     out = gradients.new_empty(samples * rows * outputs * factors.inputs)
-    return expand_piece(factors, inputs, gradients, whole, out).view(samples, rows, outputs, factors.inputs)
+    return expand_piece(factors, tile, whole, out).view(samples, rows, outputs, factors.inputs)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .held import Tile
+
 #: Adds ``left @ right.T`` to the whole tile: (rows, depth) and (columns, depth).
 AddProduct = Callable[[Tensor, Tensor], None]
 
@@ -35,8 +37,9 @@ class _Merged:
     count: int
 
 
-def _merge(tokens: Tensor, gradients: Tensor) -> _Merged:
+def _merge(tile: Tile) -> _Merged:
     """Sort and merge a tile; positions without a token are left out."""
+    tokens, gradients = tile
     samples, positions = tokens.shape
     numbers = tokens.cpu().numpy().astype(np.int64)
     keys = np.where(numbers >= 0, numbers * samples + np.arange(samples)[:, None], -1).reshape(-1)
@@ -52,8 +55,8 @@ def _merge(tokens: Tensor, gradients: Tensor) -> _Merged:
 
 
 def contract_matching(
-    left: tuple[Tensor, Tensor],
-    right: tuple[Tensor, Tensor] | None,
+    left: Tile,
+    right: Tile | None,
     entries: int,
     add_product: AddProduct,
     add_at: AddAt,
@@ -70,8 +73,8 @@ def contract_matching(
         add_product: adds a product over the whole tile.
         add_at: adds a product at some rows and columns, counted in samples · entries.
     """
-    one = _merge(*left)
-    other = one if right is None else _merge(*right)
+    one = _merge(left)
+    other = one if right is None else _merge(right)
     _, ours, theirs = np.intersect1d(one.tokens, other.tokens, assume_unique=True, return_indices=True)
     everywhere: list[tuple[int, int]] = []
     for mine, its in zip(ours, theirs, strict=True):

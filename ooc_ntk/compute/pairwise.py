@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ooc_ntk.planning.factors import LayerFactors, Window
-from ooc_ntk.planning.memory import pairwise_steps
+from ooc_ntk.planning.memory import crossed_steps, pairwise_steps
 
+from .held import Tile, join_digits
 from .products import multiply
 from .unfold import unfold_windows
 
@@ -24,22 +25,22 @@ AddBlock = Callable[[Tensor, int, int], None]
 
 def contract_pairwise(
     factors: LayerFactors,
-    left: tuple[Tensor, Tensor],
-    right: tuple[Tensor, Tensor] | None,
+    left: Tile,
+    right: Tile | None,
     entries: int,
     add_block: AddBlock,
 ) -> None:
-    """Contract one layer of two tiles.
+    """Contract one layer of two tiles, without the rows that are looked up in its weight.
 
     Args:
         factors: shapes of the factors (linear or convolution).
-        left: inputs (samples, input items) and gradients (samples, positions, rows, outputs).
+        left: the factors of the row tile.
         right: the same of the column tile; None for the tile with itself, of which the lower triangle is made.
         entries: kernel rows per sample: 1 if Jacobian rows are contracted, otherwise all rows.
         add_block: takes blocks (row samples · entries, column samples · entries), in float32 or float64.
     """
-    inputs, gradients = left
-    other_inputs, other_gradients = right or left
+    inputs, gradients = left[:2]
+    other_inputs, other_gradients = (right or left)[:2]
     step, other_step = pairwise_steps(factors, entries)
     product = _InputProduct(factors)
     for start in range(0, len(inputs), step):
@@ -58,6 +59,54 @@ def contract_pairwise(
                 start * entries,
                 first * entries,
             )
+
+
+def looked_up(tile: Tile) -> Tile:
+    """The rows that are looked up in a linear layer's weight, as the factors of an embedding."""
+    return join_digits(tile[2]).to(torch.int32), tile[3]
+
+
+def contract_crossed(factors: LayerFactors, left: Tile, right: Tile | None, entries: int, add_block: AddBlock) -> None:
+    """Contract a linear layer with the embedding of the same weight, both ways.
+
+    ``Σ_{s,t} (A_is·H_jt) G_is[v_jt]`` for the rows v that sample j looks up and their gradients H, and the same of i
+    and j exchanged.
+
+    Args:
+        factors: shapes of the factors.
+        left: the factors of the row tile.
+        right: the same of the column tile; None for the tile with itself, of which the lower triangle is made.
+        entries: kernel rows per sample: 1 if Jacobian rows are contracted, otherwise all rows.
+        add_block: takes blocks (row samples · entries, column samples · entries), in float32 or float64.
+    """
+    rows = left[1].shape[2]
+    step, other_step = crossed_steps(factors, rows)
+    samples = len(left[0])
+    for start in range(0, samples, step):
+        stop = min(start + step, samples)
+        own = tuple(part[start:stop] for part in left)
+        last = stop if right is None else len(right[0])
+        for first in range(0, last, other_step):
+            other = tuple(part[first : min(first + other_step, last)] for part in right or left)
+            block = _crossed(own, other, entries) + _crossed(other, own, entries).T
+            add_block(block, start * entries, first * entries)
+
+
+def _crossed(linear: Tile, table: Tile, entries: int) -> Tensor:
+    """The linear layer of some samples with the embedding of others: (samples · entries, others · entries)."""
+    inputs, gradients = linear[:2]
+    numbers, rows_of_table = join_digits(table[2]).reshape(-1), table[3]
+    samples, positions, rows, _ = gradients.shape
+    others, lookups = rows_of_table.shape[:2]
+    length = rows_of_table.shape[3]
+    products = multiply(inputs.reshape(samples * positions, length), rows_of_table.reshape(-1, length))
+    products = products.view(samples, positions, others, lookups, rows)
+    chosen = gradients.index_select(3, numbers).view(samples, positions, rows, others, lookups)
+    if products.dtype == torch.bfloat16:
+        products, chosen = products.float(), chosen.float()
+    if entries == 1:
+        return torch.einsum("nsrmt,nsmtr->nm", chosen, products)
+    return torch.einsum("nscmt,nsmtd->ncmd", chosen, products).reshape(samples * entries, others * entries)
 
 
 def _matrix(gradients: Tensor, entries: int) -> Tensor:

@@ -12,6 +12,7 @@ from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
 
 from .expand import expand_piece, pieces
+from .held import Tile, some_samples
 from .unfold import unfold_windows
 
 
@@ -36,28 +37,28 @@ def squared_norms(rows: np.ndarray) -> np.ndarray:
 NORM_SAMPLES: Final = 32
 
 
-def factor_norms(factors: LayerFactors, inputs: Tensor, gradients: Tensor) -> Tensor:
+def factor_norms(factors: LayerFactors, tile: Tile) -> Tensor:
     """Squared norms of the gradients that factors stand for, by expanding them or by pairs of positions.
 
     Args:
         factors: shapes of the factors.
-        inputs: (samples, input items); row numbers for tokens.
-        gradients: (samples, positions, rows, outputs).
+        tile: the factors.
 
     Returns:
         (samples, rows) float64.
     """
+    inputs, gradients = tile[:2]
     samples, positions, rows, outputs = gradients.shape
     if samples > NORM_SAMPLES:
         groups = [slice(start, start + NORM_SAMPLES) for start in range(0, samples, NORM_SAMPLES)]
-        return torch.cat([factor_norms(factors, inputs[group], gradients[group]) for group in groups])
+        return torch.cat([factor_norms(factors, some_samples(tile, group)) for group in groups])
     total = torch.zeros(samples, rows, dtype=torch.float64, device=gradients.device)
     by_pairs = positions**2 * (factors.inputs + rows * outputs) < positions * factors.inputs * outputs * rows
-    if factors.kind != "tokens" and not by_pairs:
+    if factors.kind != "tokens" and (factors.lookups or not by_pairs):
         parts = list(pieces(factors, rows, whole_rows=True))
         buffer = gradients.new_empty(samples * max(piece.items(factors) for piece in parts))
         for piece in parts:
-            found = expand_piece(factors, inputs, gradients, piece, buffer).view(samples, rows, -1)
+            found = expand_piece(factors, tile, piece, buffer).view(samples, rows, -1)
             total += found.square().sum(2, dtype=torch.float64)
         if factors.bias:
             total += gradients.sum(1).square().sum(2, dtype=torch.float64)

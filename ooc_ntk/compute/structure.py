@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ooc_ntk.errors import InputError
-from ooc_ntk.planning.factors import Kind, LayerFactors
+from ooc_ntk.planning.factors import LayerFactors
 
+from .held import MOST_ROWS
 from .intercept import Interceptor
 from .jacobian import ModelBatch, ModelFunction, plain_layers
 from .rules.base import Call, OuterRule, Rule
+from .rules.embedding import Embedding
+from .rules.linear import Linear
 from .rules.table import module_rule
 
 logger = logging.getLogger(__name__)
@@ -452,19 +455,27 @@ def _layers(
 
 
 def _merged(seen: Sequence[_Seen], uses: Sequence[Use], *, biased: bool) -> LayerFactors | None:
-    """Factors of all uses of a weight together: positions one after the other; None where that is not possible."""
+    """Factors of all uses of a weight together: positions one after the other, rows that are looked up beside them.
+
+    None where that is not possible: groups, or uses of which one takes the weight the other way round.
+    """
     if any(use.rule.groups(seen[use.number].call) > 1 for use in uses if isinstance(use.rule, OuterRule)):
         return None
     first = uses[0].factors
     assert first is not None
     if len(uses) == 1:
         return replace(first, bias=biased)
-    rules = {type(use.rule) for use in uses}
-    if len(rules) > 1:
+    every = [use.factors for use in uses if use.factors is not None]
+    tables = [factors for factors in every if factors.kind == "tokens"]
+    others = [factors for factors in every if factors.kind != "tokens"]
+    positions, lookups = (sum(factors.positions for factors in kind) for kind in (others, tables))
+    if not others:
+        return LayerFactors("tokens", lookups, first.inputs, first.outputs, biased)
+    rules = {type(use.rule) for use in uses if not isinstance(use.rule, Embedding)}
+    head = others[0]
+    if len(rules) > 1 or (tables and (rules != {Linear} or head.outputs > MOST_ROWS)):
         return None
-    positions = sum(use.factors.positions for use in uses if use.factors is not None)
-    kind: Kind = "tokens" if first.kind == "tokens" else "linear"
-    return LayerFactors(kind, positions, first.inputs, first.outputs, biased)
+    return LayerFactors("linear", positions, head.inputs, head.outputs, biased, lookups=lookups)
 
 
 def _shareable(function: ModelFunction, batch: ModelBatch, names: Sequence[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ooc_ntk.compute.contract import KernelAccumulator
+from ooc_ntk.compute.held import as_tile
 from ooc_ntk.errors import NonFiniteError
 from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.plan import Plan
@@ -108,9 +109,8 @@ def _add_span(context: RunContext, accumulator: KernelAccumulator, span: Span, l
     factors = block.factors
     assert factors is not None  # the plan holds no other block as factors
 
-    def shaped(tile: Tile) -> tuple[Tensor, Tensor]:
-        shape = (len(tile[1]), factors.positions, plan.rows_per_sample, factors.outputs)
-        return as_tensor(tile[0]), as_tensor(tile[1]).view(shape)
+    def shaped(tile: Tile) -> tuple[Tensor, ...]:
+        return as_tile(factors, as_tensor(tile[0]), as_tensor(tile[1]), plan.rows_per_sample)
 
     one, other = shaped(left), None if right is None else shaped(right)
     with context.phase(block.contraction if block.contraction != "gemm" else "expand and product"):

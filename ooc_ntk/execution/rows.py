@@ -143,15 +143,15 @@ class _PassRows:
         """Check factors, add up the norms of their rows where those are wanted, and hand them to the store."""
         context, plan = self._context, self._context.plan
         for span, block in self._factored.items():
-            (found,) = captured.factors[block.parameters[0]]
+            (tile,) = captured.factors[block.parameters[0]]
             with context.phase("store"):
-                for part in (found.inputs, found.gradients):
+                for part in tile:
                     _check_finite_factor(plan, part, block.name, samples)
                 self._writer.factors_done(span, len(samples))
             if self.norms is not None:
                 assert block.factors is not None
                 with context.phase("norms"):
-                    norms = factor_norms(block.factors, found.inputs, found.gradients)
+                    norms = factor_norms(block.factors, tile)
                 self.norms[self._position : self._position + norms.numel()] += norms.reshape(-1).cpu().numpy()
 
     def _groups(self, batch: ModelBatch, captured: Captured | None, samples: str) -> Iterator[list[Tensor]]:

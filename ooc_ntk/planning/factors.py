@@ -13,6 +13,9 @@ from typing import Final, Literal
 #: Bytes of a stored token number.
 TOKEN_BYTES: Final = 4
 
+#: Items in which a row number is held beside inputs: its digits to base 256, exact in every dtype.
+DIGITS: Final = 3
+
 Kind = Literal["linear", "convolution", "tokens"]
 
 
@@ -71,6 +74,9 @@ class LayerFactors:
         bias: whether the block has a bias, whose input is 1.
         window: geometry of a convolution.
         matches: pairs of equal tokens per pair of samples, as counted in the probe (tokens only).
+        lookups: rows that every sample looks up in the same weight, as an embedding that is tied to a linear layer does
+            (linear only). They are held after the positions: numbers of rows with the inputs, gradients of the
+            rows, ``inputs`` long, with the gradients.
     """
 
     kind: Kind
@@ -80,6 +86,7 @@ class LayerFactors:
     bias: bool = False
     window: Window | None = None
     matches: float = 0.0
+    lookups: int = 0
 
     @property
     def channels(self) -> int:
@@ -98,12 +105,13 @@ class LayerFactors:
         """
         if self.kind == "tokens":
             return self.positions
-        return (self.window.pixels if self.window is not None else self.positions) * self.channels
+        pixels = self.window.pixels if self.window is not None else self.positions
+        return pixels * self.channels + DIGITS * self.lookups
 
     @property
     def gradient_items(self) -> int:
         """Elements held of one Jacobian row's output gradients."""
-        return self.positions * self.outputs
+        return self.positions * self.outputs + self.lookups * self.inputs
 
     @property
     def columns(self) -> int:
@@ -128,12 +136,14 @@ class LayerFactors:
     def expand_flops(self, rows: int) -> int:
         """FLOPs to expand one sample's factors into ``rows`` dense gradients: ``2·S·a·b`` a row (none for tokens).
 
+        Rows that are looked up are added to them, one addition an element.
+
         >>> LayerFactors("linear", 10, 3, 5).expand_flops(rows=2)
         600
         """
         if self.kind == "tokens":
             return rows * self.gradient_items
-        return 2 * rows * self.positions * self.inputs * self.outputs
+        return rows * (2 * self.positions * self.inputs * self.outputs + self.lookups * self.inputs)
 
     def dense_pair_flops(self, rows: int, entries: int) -> int:
         """FLOPs to contract one pair of samples from dense gradients, ``2·C·a·b`` for a trace kernel."""
@@ -142,7 +152,8 @@ class LayerFactors:
     def pairwise_pair_flops(self, rows: int, entries: int) -> int:
         """FLOPs to contract one pair of samples from factors: ``2·S²(a + C·b)`` for a trace kernel (DESIGN).
 
-        Tokens: only matching positions count. Convolutions: the cheaper of unfolded inputs and pixels.
+        Tokens: only matching positions count. Convolutions: the cheaper of unfolded inputs and pixels. An embedding
+        tied to a linear layer meets it both ways: ``2·2·S·T·C·a`` for T rows looked up, one output of each.
 
         >>> LayerFactors("linear", 1, 784, 1024).pairwise_pair_flops(rows=10, entries=1)
         22048
@@ -156,9 +167,11 @@ class LayerFactors:
             inputs = 2 * self.window.pixels**2 * self.channels
         else:
             inputs = 2 * squared * self.inputs
-        return inputs + squared * gradients
+        own = int(self.matches * 2 * rows * entries * self.inputs) if self.lookups else 0
+        crossed = 4 * self.positions * self.lookups * rows * (self.inputs + entries)
+        return inputs + squared * gradients + own + crossed
 
     def pairwise_elements(self, entries: int) -> int:
         """Elements per pair of samples that a pairwise contraction multiplies and sums, beside its products."""
         shifts = sum(self.window.kernel) if self.window is not None and self.by_pixels else 0
-        return self.positions**2 * (entries**2 + shifts)
+        return self.positions**2 * (entries**2 + shifts) + 2 * self.positions * self.lookups * entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -149,6 +150,15 @@ def pairwise_steps(factors: LayerFactors, entries: int) -> tuple[int, int]:
     return max(1, ROW_POSITIONS // size), max(1, COLUMN_POSITIONS // size)
 
 
+def crossed_steps(factors: LayerFactors, rows: int) -> tuple[int, int]:
+    """Samples of both sides of a block in which a linear layer meets the embedding of its weight (at least one each).
+
+    >>> crossed_steps(LayerFactors("linear", 64, 3, 5, lookups=32), rows=2)
+    (8, 16)
+    """
+    return max(1, ROW_POSITIONS // factors.positions), max(1, COLUMN_POSITIONS // (factors.lookups * rows))
+
+
 def pairwise_bytes(factors: LayerFactors, tile_samples: int, rows: int, entries: int, item_bytes: int) -> int:
     """Bytes of the Gram blocks of a pairwise contraction, and of what is copied or unfolded for them."""
     sides = [min(step, tile_samples) for step in pairwise_steps(factors, entries)]
@@ -158,6 +168,12 @@ def pairwise_bytes(factors: LayerFactors, tile_samples: int, rows: int, entries:
     if factors.window is not None and not factors.by_pixels:
         unfolded = 2 * sum(sides) * factors.positions * factors.inputs
     copied = sum(sides) * (factors.input_items + rows * factors.gradient_items) if factors.positions > 1 else 0
+    if factors.lookups:
+        crossed = math.prod(min(step, tile_samples) for step in crossed_steps(factors, rows))
+        # Inner products, the outputs that are looked up, copies of both in another order, and their product.
+        blocks = max(blocks, PAIRWISE_BLOCKS * crossed * factors.positions * factors.lookups * rows)
+        # The rows looked up, merged by token, and the sorted copy of them.
+        copied = max(copied, 4 * tile_samples * rows * factors.lookups * factors.inputs)
     return (blocks + unfolded + copied) * item_bytes
 
 

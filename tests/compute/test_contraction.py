@@ -17,6 +17,7 @@ from ooc_ntk.compute import expand as expand_module
 from ooc_ntk.compute import pairwise as pairwise_module
 from ooc_ntk.compute.contract import KernelAccumulator
 from ooc_ntk.compute.expand import expand, expand_piece, pieces
+from ooc_ntk.compute.held import MOST_ROWS, as_tile, join_digits, split_digits
 from ooc_ntk.compute.matching import contract_matching
 from ooc_ntk.compute.pairwise import contract_pairwise, sum_positions
 from ooc_ntk.compute.products import multiply
@@ -180,7 +181,7 @@ def test_expanding_all_of_a_layer(name):
     factors = FACTORS[name]
     inputs, gradients = tile(factors, 4)
     wanted = dense(dataclasses.replace(factors, bias=False), inputs, gradients)
-    found = expand(factors, inputs, gradients)
+    found = expand(factors, (inputs, gradients))
     assert found.shape == (4, ROWS, factors.outputs, factors.inputs)
     assert error(found.flatten(2), wanted) <= BOUND
 
@@ -189,13 +190,13 @@ def test_expanding_tokens():
     factors = LayerFactors("tokens", 6, 5, 4)
     inputs, gradients = token_tile(factors, 4)
     inputs[1] = -1
-    found = expand(factors, inputs, gradients)
+    found = expand(factors, (inputs, gradients))
     assert found.shape == (4, ROWS, 5, 4)
     assert error(found.flatten(2), dense(factors, inputs, gradients)) <= BOUND
     assert not found[1].any(), "a sample of nothing but padding"
     single = inputs.clone()
     single[1] = 4
-    assert not torch.equal(expand(factors, single, gradients), found), "padding is not the last row"
+    assert not torch.equal(expand(factors, (single, gradients)), found), "padding is not the last row"
 
 
 @settings(max_examples=100, deadline=None)
@@ -244,7 +245,7 @@ def test_expanding_piece_by_piece_into_a_used_buffer(name, by_rows, items, monke
     buffer = torch.full((5 * max(piece.items(factors) for piece in parts) + 7,), torch.nan, dtype=torch.float64)
     found = torch.full((5, ROWS, factors.outputs, taps, factors.channels), torch.nan, dtype=torch.float64)
     for piece in parts:
-        one = expand_piece(factors, inputs, gradients, piece, buffer, by_rows=by_rows)
+        one = expand_piece(factors, (inputs, gradients), piece, buffer, by_rows=by_rows)
         assert one.data_ptr() == buffer.data_ptr()
         assert one.shape == (5, piece.items(factors))
         lengths = [part.stop - part.start for part in (piece.rows, piece.outputs, piece.channels)]
@@ -454,8 +455,92 @@ def test_tokens_that_every_sample_has_go_through_one_product(entries):
 def test_a_tile_of_nothing_but_padding():
     left = torch.full((3, 4), -1, dtype=torch.int32), torch.randn(3, 4, ROWS, 2, dtype=torch.float64)
     assert not contracted("add_matching", TOKENS, left, None, 1).any()
-    assert not expand(LayerFactors("tokens", 4, 9, 2), *left).any()
-    assert not factor_norms(LayerFactors("tokens", 4, 9, 2), *left).any()
+    assert not expand(LayerFactors("tokens", 4, 9, 2), left).any()
+    assert not factor_norms(LayerFactors("tokens", 4, 9, 2), left).any()
+
+
+# --- an embedding that is tied to a linear layer -----------------------------------------------------------------------
+
+TIED = {
+    "a word at a time": LayerFactors("linear", 1, 4, 9, lookups=5),
+    "words": LayerFactors("linear", 6, 4, 9, lookups=5),
+    "one looked up": LayerFactors("linear", 3, 5, 300, bias=True, lookups=1),
+}
+
+every_tied = pytest.mark.parametrize("name", TIED)
+
+
+def tied_tile(factors, samples, rows=ROWS):
+    """Row 0 is looked up by every sample, others by some, once or several times; the highest one is there as well."""
+    inputs = torch.randn(samples, factors.input_items, dtype=torch.float64)
+    gradients = torch.randn(samples, rows * factors.gradient_items, dtype=torch.float64)
+    found = as_tile(factors, inputs, gradients, rows)
+    numbers = torch.randint(factors.outputs, (samples, factors.lookups))
+    numbers[:, 0] = 0
+    numbers[-1] = factors.outputs - 1
+    found[2].copy_(split_digits(numbers))
+    return found
+
+
+def tied_dense(factors, found):
+    """Gradients by definition: those of the linear layer and those of the embedding, of one weight."""
+    plain = dataclasses.replace(factors, lookups=0)
+    gradients = dense(plain, *found[:2])
+    hot = F.one_hot(join_digits(found[2]), factors.outputs).double()
+    weight = factors.outputs * factors.inputs
+    gradients[:, :, :weight] += torch.einsum("ntv,ntri->nrvi", hot, found[3]).flatten(2)
+    return gradients
+
+
+@pytest.mark.parametrize("method", ["add_factored", "add_pairwise"])
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("positions", [(1, 1), (7, 11), (512, 1024)])
+@kinds
+@every_tied
+def test_tied_tiles_meet_in_all_pairs(name, entries, positions, diagonal, method, monkeypatch):
+    monkeypatch.setattr("ooc_ntk.planning.memory.ROW_POSITIONS", positions[0])
+    monkeypatch.setattr("ooc_ntk.planning.memory.COLUMN_POSITIONS", positions[1])
+    factors = TIED[name]
+    left, right = tied_tile(factors, 6), None if diagonal else tied_tile(factors, 4)
+    wanted = block(tied_dense(factors, left), tied_dense(factors, right or left), entries)
+    found = contracted(method, factors, left, right, entries)
+    assert error(found.tril() if diagonal else found, wanted.tril() if diagonal else wanted) <= BOUND
+
+
+@pytest.mark.parametrize("items", [1, 40, 10**6])
+@pytest.mark.parametrize("by_rows", [True, False])
+@every_tied
+def test_tied_layers_piece_by_piece(name, by_rows, items, monkeypatch):
+    monkeypatch.setattr(expand_module, "LINEAR_INPUTS", 2)
+    factors = TIED[name]
+    left = tied_tile(factors, 5)
+    found = torch.full((5, ROWS, factors.outputs, factors.inputs), torch.nan, dtype=torch.float64)
+    buffer = torch.full((found.numel(),), torch.nan, dtype=torch.float64)
+    for piece in pieces(factors, ROWS, whole_rows=False, items=items):
+        one = expand_piece(factors, left, piece, buffer, by_rows=by_rows)
+        rows, outputs, channels = (part.stop - part.start for part in (piece.rows, piece.outputs, piece.channels))
+        shaped = (
+            one.view(5, rows, outputs, channels)
+            if by_rows
+            else one.view(5, channels, rows, outputs).permute(0, 2, 3, 1)
+        )
+        found[:, piece.rows, piece.outputs, piece.channels] = shaped
+    wanted = tied_dense(dataclasses.replace(factors, bias=False), left)
+    assert error(found.flatten(2), wanted) <= BOUND
+    assert error(expand(factors, left).flatten(2), wanted) <= BOUND
+
+
+@every_tied
+def test_norms_of_tied_layers(name):
+    factors = TIED[name]
+    left = tied_tile(factors, 40)
+    assert error(factor_norms(factors, left), tied_dense(factors, left).square().sum(2)) <= BOUND
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_row_numbers_survive_every_dtype(dtype):
+    numbers = torch.tensor([[0, 1, 255, 256], [257, 65_535, 65_536, MOST_ROWS - 1]])
+    assert torch.equal(join_digits(split_digits(numbers).to(dtype)), numbers)
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -465,7 +550,7 @@ def test_a_tile_of_nothing_but_padding():
 def test_norms_are_the_diagonal(name):
     factors = FACTORS[name]
     left = tile(factors, 5)
-    found = factor_norms(factors, *left)
+    found = factor_norms(factors, left)
     assert found.shape == (5, ROWS)
     assert found.dtype == torch.float64
     assert error(found, dense(factors, *left).square().sum(2)) <= BOUND
@@ -486,7 +571,7 @@ def test_norms_are_taken_both_ways(monkeypatch):
     monkeypatch.setattr("ooc_ntk.compute.rownorms.expand_piece", counted)
     for name, factors in FACTORS.items():
         before, left = len(expanded), tile(factors, 2)
-        found = factor_norms(factors, *left)
+        found = factor_norms(factors, left)
         assert error(found, dense(factors, *left).square().sum(2)) <= BOUND, name
         if factors.positions == 1:
             assert len(expanded) == before, "one position is never expanded"
@@ -500,7 +585,7 @@ def test_norms_of_tokens():
     left = token_tile(TOKENS, 6)
     left[0][1] = -1
     left[0][2] = 3
-    found = factor_norms(TOKENS, *left)
+    found = factor_norms(TOKENS, left)
     assert error(found, dense(TOKENS, *left).square().sum(2)) <= BOUND
     assert not found[1].any()
 
@@ -508,7 +593,7 @@ def test_norms_of_tokens():
 def test_norms_of_float32_are_summed_in_float64():
     factors = LayerFactors("linear", 300, 4, 3)
     inputs, gradients = tile(factors, 2)
-    found = factor_norms(factors, inputs.float(), gradients.float())
+    found = factor_norms(factors, (inputs.float(), gradients.float()))
     assert found.dtype == torch.float64
     wanted = dense(factors, inputs.float().double(), gradients.float().double()).square().sum(2)
     assert error(found, wanted) <= 1e-6

@@ -313,7 +313,56 @@ def test_an_embedding_that_is_also_the_output_layer():
     structure = agrees(Tied(), torch.randint(0, OUTPUTS, (SAMPLES, 5)))
     layer = structure.layers["words.weight"]
     assert [type(use.rule).__name__ for use in layer.uses] == ["Embedding", "Linear"]
-    assert layer.factors is None, "one use has tokens and the other vectors"
+    factors = layer.factors
+    assert (factors.kind, factors.positions, factors.lookups) == ("linear", 1, 5)
+    assert (factors.inputs, factors.outputs) == (4, OUTPUTS)
+
+
+def test_an_embedding_with_padding_that_is_called_twice_and_is_the_output_layer_of_every_position():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(OUTPUTS, 4, padding_idx=1)
+            self.head = nn.Linear(4, OUTPUTS)
+            self.head.weight = self.words.weight
+
+        def forward(self, tokens):
+            hidden = torch.tanh(self.words(tokens)) * self.words(tokens[:, :1])
+            return self.head(hidden).exp().mean(1) + self.head(hidden[:, 0])
+
+    structure = agrees(Tied(), torch.randint(0, OUTPUTS, (SAMPLES, 5)))
+    factors = structure.layers["words.weight"].factors
+    assert (factors.kind, factors.positions, factors.lookups) == ("linear", 6, 6)
+    assert structure.layers["head.bias"].kind == "bias"
+
+
+def test_an_embedding_and_a_bag_of_the_same_rows():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.bag = nn.Embedding(7, 4), nn.EmbeddingBag(7, 4)
+            self.bag.weight = self.words.weight
+            self.head = nn.Linear(4, OUTPUTS)
+
+        def forward(self, tokens):
+            return self.head(torch.tanh(self.bag(tokens)) * self.words(tokens[:, 0]))
+
+    factors = agrees(Both(), torch.randint(0, 7, (SAMPLES, 5))).layers["words.weight"].factors
+    assert (factors.kind, factors.positions) == ("tokens", 6)
+
+
+def test_an_embedding_that_is_also_a_layer_the_other_way_round_is_dense():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(6, 4), nn.Linear(4, OUTPUTS)
+
+        def forward(self, tokens):
+            scores = torch.tanh(self.words(tokens).mean(1).repeat(1, 2)[:, :6])
+            return self.head(torch.addmm(self.head.weight.new_zeros(4), scores, self.words.weight))
+
+    structure = agrees(Turned(), torch.randint(0, 6, (SAMPLES, 5)))
+    assert structure.layers["words.weight"].factors is None
 
 
 def test_an_embedding_that_is_called_twice():
