@@ -88,9 +88,9 @@ class Captured:
     modules: set[str] = field(default_factory=set)
 
 
-#: Where merged factors of a layer go, by the name of its weight: (samples, input items) and
-#: (samples, rows · gradient items) of any dtype, or None to have them allocated.
-Destination = Callable[[str], tuple[Tensor, Tensor] | None]
+#: Where merged factors of a layer go, by the name of its weight: views of where they are held, of any dtype, or None to
+#: have them allocated.
+Destination = Callable[[str], Tile | None]
 
 
 class Capture:
@@ -151,14 +151,8 @@ class Capture:
             parameter = self.function.parameters[name]
             kind = torch.int32 if factors.kind == "tokens" else parameter.dtype
             inputs = parameter.new_empty(samples, factors.input_items, dtype=kind)
-            if factors.kind == "convolution":
-                # In the order of its output, channels before pixels, so that nothing is transposed.
-                gradients = parameter.new_empty(samples, self.rows, factors.outputs, factors.positions)
-                known = inputs, gradients.permute(0, 3, 1, 2)
-            else:
-                gradients = parameter.new_empty(samples, self.rows * factors.gradient_items)
-                known = as_tile(factors, inputs, gradients, self.rows)
-            self._rooms[name] = known
+            gradients = parameter.new_empty(samples, self.rows * factors.gradient_items)
+            known = self._rooms[name] = as_tile(factors, inputs, gradients, self.rows, "gemm")
         return some_samples(known, slice(samples))
 
     def dense(self, captured: Captured, name: str, samples: slice, rows: slice = slice(None)) -> Tensor:
@@ -368,7 +362,7 @@ class _Run:
             if given is None:
                 self._found.factors[name] = [self._capture.room(name, factors, self._samples)]
             else:
-                self._found.factors[name] = [as_tile(factors, *given, self._capture.rows)]
+                self._found.factors[name] = [given]
         return self._found.factors[name][0]
 
     def _rows(self, name: str) -> Tensor:

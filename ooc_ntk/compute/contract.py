@@ -15,8 +15,9 @@ from ooc_ntk.errors import InputError
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
 from ooc_ntk.planning.rates import CALIBRATED_DEPTH, CALIBRATED_EDGES
+from ooc_ntk.planning.spans import Contraction
 
-from .expand import Piece, expand_piece, pieces
+from .expand import Piece, expand_piece, pieces, rows_first
 from .held import Tile, as_tile, split_digits
 from .machine import best_seconds
 from .matching import contract_matching
@@ -176,7 +177,7 @@ class KernelAccumulator:
             sides[side] = torch.empty(needed, dtype=self._dtype, device=self._device)
             self._expanded = sides[0], sides[1]
         with tf32(self._tf32):
-            found = expand_piece(factors, tile, piece, self._expanded[side], by_rows=entries > 1)
+            found = expand_piece(factors, tile, piece, self._expanded[side], by_rows=entries > 1 or rows_first(tile))
         return found.view(len(tile[0]) * entries, -1)
 
     @staticmethod
@@ -271,7 +272,7 @@ def measure_factored(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
     expand: dict[str, float] = {}
     factors = LayerFactors("linear", 64, 512, 256)
     for precision in precisions:
-        tile = _random_tile(factors, 8, 1, precision, device)
+        tile = _random_tile(factors, 8, 1, precision, device, "gemm")
         piece = next(pieces(factors, 1, whole_rows=False, items=factors.inputs * factors.outputs))
         out = torch.empty(8 * piece.items(factors), dtype=HELD_TORCH_DTYPE[precision], device=device)
         seconds = best_seconds(partial(_wait, partial(expand_piece, factors, tile, piece, out), device))
@@ -298,14 +299,15 @@ def measure_block(
     Returns:
         Seconds to expand one sample, and seconds to contract one pair of samples pairwise.
     """
-    tile = _random_tile(factors, samples, rows, precision, device)
+    tile = _random_tile(factors, samples, rows, precision, device, "gemm")
+    pairs = _random_tile(factors, samples, rows, precision, device, "pairwise")
     parts = list(pieces(factors, rows, whole_rows=entries > 1))
     items = max(piece.items(factors) for piece in parts)
     out = torch.empty(samples * items, dtype=HELD_TORCH_DTYPE[precision], device=device)
 
     def expanding() -> None:
         for piece in parts:
-            expand_piece(factors, tile, piece, out, by_rows=entries > 1)
+            expand_piece(factors, tile, piece, out, by_rows=entries > 1 or rows_first(tile))
 
     def drop(block: Tensor, row: int, column: int) -> None:
         del block, row, column
@@ -313,20 +315,22 @@ def measure_block(
     expand_seconds = best_seconds(partial(_wait, expanding, device), budget_seconds=0.02, repeats=3)
 
     def by_pairs() -> None:
-        contract_pairwise(factors, tile, tile, entries, drop)
+        contract_pairwise(factors, pairs, pairs, entries, drop)
         if factors.lookups:
-            contract_crossed(factors, tile, tile, entries, drop)
+            contract_crossed(factors, pairs, pairs, entries, drop)
 
     pair_seconds = best_seconds(partial(_wait, by_pairs, device), budget_seconds=0.02, repeats=3)
     return expand_seconds / samples, pair_seconds / samples**2
 
 
-def _random_tile(factors: LayerFactors, samples: int, rows: int, precision: str, device: str) -> Tile:
+def _random_tile(
+    factors: LayerFactors, samples: int, rows: int, precision: str, device: str, contraction: Contraction
+) -> Tile:
     generator = torch.Generator().manual_seed(0)
     dtype = HELD_TORCH_DTYPE[precision]
     inputs = torch.randn(samples, factors.input_items, generator=generator)
     gradients = torch.randn(samples, rows * factors.gradient_items, generator=generator)
-    tile = as_tile(factors, inputs.to(device, dtype), gradients.to(device, dtype), rows)
+    tile = as_tile(factors, inputs.to(device, dtype), gradients.to(device, dtype), rows, contraction)
     if factors.lookups:
         numbers = torch.randint(factors.outputs, (samples, factors.lookups), generator=generator)
         tile[2].copy_(split_digits(numbers))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ooc_ntk.planning.factors import DIGITS, LayerFactors
+from ooc_ntk.planning.spans import Contraction
 
 #: Factors of one layer for one tile: inputs (samples, input items) and gradients (samples, positions, rows, outputs);
 #: then, for a weight that is looked up as well, the row numbers' digits (samples, lookups, :data:`DIGITS`) and the
@@ -17,14 +18,20 @@ Tile: TypeAlias = tuple[Tensor, ...]
 _BASE = 256
 
 
-def as_tile(factors: LayerFactors, inputs: Tensor, gradients: Tensor, rows: int) -> Tile:
+def as_tile(
+    factors: LayerFactors, inputs: Tensor, gradients: Tensor, rows: int, contraction: Contraction = "pairwise"
+) -> Tile:
     """Views of held factors.
+
+    Gradients are held in the order in which they are multiplied: positions first for pairs of them, otherwise as the
+    layer gives them, so that those of convolutions are not transposed.
 
     Args:
         factors: shapes of the factors.
         inputs: (samples, input items).
         gradients: (samples, rows · gradient items).
         rows: Jacobian rows per sample.
+        contraction: how they are contracted.
 
     Returns:
         The tile; nothing is copied.
@@ -35,6 +42,8 @@ def as_tile(factors: LayerFactors, inputs: Tensor, gradients: Tensor, rows: int)
     [(7, 6), (7, 2, 6, 5), (7, 4, 3), (7, 4, 6, 3)]
     """
     samples, positions, lookups = len(inputs), factors.positions, factors.lookups
+    if factors.channels_first and contraction == "gemm":
+        return inputs, gradients.view(samples, rows, factors.outputs, positions).permute(0, 3, 1, 2)
     if not lookups:
         return inputs, gradients.view(samples, positions, rows, factors.outputs)
     first, second = positions * factors.inputs, positions * rows * factors.outputs

@@ -19,6 +19,7 @@ from ooc_ntk.planning.workload import Derivation
 from ooc_ntk.units import format_bytes
 
 from .capture import Capture, Captured
+from .held import Tile, as_tile
 from .jacobian import LoopJacobian, ModelBatch, ModelFunction, VmapJacobian, plain_layers
 from .machine import PeakSampler
 from .model import is_smooth
@@ -216,14 +217,17 @@ def _measure_capture(
     )
 
 
-def _room(factors: LayerFactors, samples: int, capture: Capture, item: int) -> tuple[Tensor, Tensor]:
+def _room(factors: LayerFactors, samples: int, capture: Capture, item: int) -> Tile:
     """Memory for one layer's factors, as a tile store would give it."""
     device = next(iter(capture.function.parameters.values())).device
     kind = torch.float64 if item == 8 else torch.float32
     inputs = torch.int32 if factors.kind == "tokens" else kind
-    return (
+    return as_tile(
+        factors,
         torch.zeros(samples, factors.input_items, dtype=inputs, device=device),
         torch.zeros(samples, capture.rows * factors.gradient_items, dtype=kind, device=device),
+        capture.rows,
+        "gemm",
     )
 
 

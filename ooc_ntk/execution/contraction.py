@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torch import Tensor
 
 from ooc_ntk.compute.contract import KernelAccumulator
-from ooc_ntk.compute.held import as_tile
 from ooc_ntk.errors import NonFiniteError
 from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.plan import Plan
@@ -20,7 +18,7 @@ from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
 from .context import Outcome, RunContext
 from .prefetch import Loaded, prefetched
 from .rows import diagonal_path, divisor, stage_diagonal
-from .stores import Matrix, Tile, as_tensor, row_matrix
+from .stores import Matrix, Tile, as_tensor, factors_of, row_matrix
 
 
 def kernel_path(array: TileArray, plan: Plan, generation: int, row: int, column: int) -> str:
@@ -108,11 +106,7 @@ def _add_span(context: RunContext, accumulator: KernelAccumulator, span: Span, l
     block = plan.blocks[span.block]
     factors = block.factors
     assert factors is not None  # the plan holds no other block as factors
-
-    def shaped(tile: Tile) -> tuple[Tensor, ...]:
-        return as_tile(factors, as_tensor(tile[0]), as_tensor(tile[1]), plan.rows_per_sample)
-
-    one, other = shaped(left), None if right is None else shaped(right)
+    one, other = factors_of(plan, block, left), None if right is None else factors_of(plan, block, right)
     with context.phase(block.contraction if block.contraction != "gemm" else "expand and product"):
         if block.contraction == "gemm":
             accumulator.add_factored(factors, one, other, entries)

@@ -26,7 +26,7 @@ from ooc_ntk.storage.atomic import StagedFile, read_checked
 from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .context import Outcome, RunContext
-from .stores import Matrix, RowWriter, Tile, as_tensor
+from .stores import Matrix, RowWriter, as_tensor, factors_of
 
 
 def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Outcome:
@@ -115,17 +115,12 @@ class _PassRows:
         before, wanted = self._position, len(samples) * plan.rows_per_sample
         captured = None
         if self._capture is not None:
-            slabs: dict[str, Tile] = {
-                block.parameters[0]: self._writer.factor_slabs(span, len(samples))
+            places = {
+                block.parameters[0]: factors_of(plan, block, self._writer.factor_slabs(span, len(samples)))
                 for span, block in self._factored.items()
             }
-
-            def destination(name: str) -> tuple[Tensor, Tensor] | None:
-                tile = slabs.get(name)
-                return None if tile is None else (as_tensor(tile[0]), as_tensor(tile[1]))
-
             with context.phase("capture"), _failing_on(where(plan, samples)):
-                captured = self._capture.run(batch, destination)
+                captured = self._capture.run(batch, places.get)
             self._keep_factors(captured, samples)
         if not self._columns.names:
             self._position += wanted

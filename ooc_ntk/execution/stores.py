@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ooc_ntk.compute import held
 from ooc_ntk.compute.contract import HELD_TORCH_DTYPE
 from ooc_ntk.planning.memory import STAGING_BYTES
-from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, StagedFile, read_checked
@@ -378,6 +379,13 @@ class _DiskWriter(RowWriter):
         for files in self._files.values():
             for file in files:
                 file.discard()
+
+
+def factors_of(plan: Plan, block: PlannedBlock, tile: Tile) -> held.Tile:
+    """The factors that a tile of a block holds; views."""
+    assert block.factors is not None  # the plan holds no other block as factors
+    inputs, gradients = (as_tensor(matrix) for matrix in tile)
+    return held.as_tile(block.factors, inputs, gradients, plan.rows_per_sample, block.contraction)
 
 
 def row_matrix(tile: Matrix, entries: int) -> Matrix:

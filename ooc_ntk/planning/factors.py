@@ -77,6 +77,7 @@ class LayerFactors:
         lookups: rows that every sample looks up in the same weight, as an embedding that is tied to a linear layer does
             (linear only). They are held after the positions: numbers of rows with the inputs, gradients of the
             rows, ``inputs`` long, with the gradients.
+        channels_first: whether the layer gives its outputs with the positions last in memory, as convolutions do.
     """
 
     kind: Kind
@@ -87,6 +88,7 @@ class LayerFactors:
     window: Window | None = None
     matches: float = 0.0
     lookups: int = 0
+    channels_first: bool = False
 
     @property
     def channels(self) -> int:

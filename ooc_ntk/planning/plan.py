@@ -364,7 +364,16 @@ def _shape(factors: LayerFactors | None) -> list[Any] | None:
     if factors is None:
         return None
     window = None if factors.window is None else list(asdict(factors.window).values())
-    return [factors.kind, factors.positions, factors.inputs, factors.outputs, factors.bias, window, factors.lookups]
+    return [
+        factors.kind,
+        factors.positions,
+        factors.inputs,
+        factors.outputs,
+        factors.bias,
+        window,
+        factors.lookups,
+        factors.channels_first,
+    ]
 
 
 _DIGESTED: Final = (

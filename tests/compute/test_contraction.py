@@ -78,12 +78,15 @@ FACTORS = {
 }
 
 every_layer = pytest.mark.parametrize("name", FACTORS)
+orders = pytest.mark.parametrize("contraction", ["pairwise", "gemm"], ids=["positions first", "positions last"])
 kinds = pytest.mark.parametrize("entries", [1, ROWS], ids=["trace", "full"])
 
 
-def tile(factors, samples, rows=ROWS, dtype=torch.float64):
+def tile(factors, samples, rows=ROWS, dtype=torch.float64, contraction="pairwise"):
+    """Factors in the order in which convolutions hold them for a contraction."""
     inputs = torch.randn(samples, factors.input_items, dtype=dtype)
-    return inputs, torch.randn(samples, factors.positions, rows, factors.outputs, dtype=dtype)
+    gradients = torch.randn(samples, rows * factors.gradient_items, dtype=dtype)
+    return as_tile(dataclasses.replace(factors, channels_first=True), inputs, gradients, rows, contraction)
 
 
 def token_tile(factors, samples, highest=None, rows=ROWS):
@@ -176,10 +179,11 @@ def test_windows_are_those_of_torch():
 # --- expanding -------------------------------------------------------------------------------------------------------
 
 
+@orders
 @every_layer
-def test_expanding_all_of_a_layer(name):
+def test_expanding_all_of_a_layer(name, contraction):
     factors = FACTORS[name]
-    inputs, gradients = tile(factors, 4)
+    inputs, gradients = tile(factors, 4, contraction=contraction)
     wanted = dense(dataclasses.replace(factors, bias=False), inputs, gradients)
     found = expand(factors, (inputs, gradients))
     assert found.shape == (4, ROWS, factors.outputs, factors.inputs)
@@ -232,13 +236,14 @@ def test_pieces_cover_every_element_once(taps, channels, outputs, rows, whole, i
 
 @pytest.mark.parametrize("items", [1, 40, 10**6])
 @pytest.mark.parametrize("by_rows", [True, False])
+@orders
 @every_layer
-def test_expanding_piece_by_piece_into_a_used_buffer(name, by_rows, items, monkeypatch):
+def test_expanding_piece_by_piece_into_a_used_buffer(name, contraction, by_rows, items, monkeypatch):
     monkeypatch.setattr(expand_module, "PIECE_INPUTS", 2)
     monkeypatch.setattr(expand_module, "LINEAR_INPUTS", 2)
     monkeypatch.setattr(expand_module, "UNFOLDED_BYTES", 2000)  # a few samples are unfolded at a time
     factors = FACTORS[name]
-    inputs, gradients = tile(factors, 5)
+    inputs, gradients = tile(factors, 5, contraction=contraction)
     taps = factors.window.taps if factors.window is not None else 1
     parts = list(pieces(factors, ROWS, whole_rows=False, items=items))
     assert len(parts) == 1 if items == 10**6 and factors.channels <= 2 else parts
@@ -263,11 +268,12 @@ def test_expanding_piece_by_piece_into_a_used_buffer(name, by_rows, items, monke
 
 
 @pytest.mark.parametrize("method", ["add_factored", "add_pairwise"])
+@orders
 @kinds
 @every_layer
-def test_tiles_off_the_diagonal(name, entries, method):
+def test_tiles_off_the_diagonal(name, entries, contraction, method):
     factors = FACTORS[name]
-    left, right = tile(factors, 5), tile(factors, 3)
+    left, right = (tile(factors, samples, contraction=contraction) for samples in (5, 3))
     wanted = block(dense(factors, *left), dense(factors, *right), entries)
     assert error(contracted(method, factors, left, right, entries), wanted) <= BOUND
 
@@ -459,7 +465,7 @@ def test_a_tile_of_nothing_but_padding():
     assert not factor_norms(LayerFactors("tokens", 4, 9, 2), left).any()
 
 
-# --- an embedding that is tied to a linear layer -----------------------------------------------------------------------
+# --- an embedding that is tied to a linear layer ---------------------------------------------------------------------
 
 TIED = {
     "a word at a time": LayerFactors("linear", 1, 4, 9, lookups=5),
@@ -546,10 +552,11 @@ def test_row_numbers_survive_every_dtype(dtype):
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
+@orders
 @every_layer
-def test_norms_are_the_diagonal(name):
+def test_norms_are_the_diagonal(name, contraction):
     factors = FACTORS[name]
-    left = tile(factors, 5)
+    left = tile(factors, 5, contraction=contraction)
     found = factor_norms(factors, left)
     assert found.shape == (5, ROWS)
     assert found.dtype == torch.float64

@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 from ooc_ntk.compute.capture import Capture
+from ooc_ntk.compute.held import as_tile
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.model import choose_parameters
 from ooc_ntk.compute.outputs import OutputRows
@@ -663,7 +664,8 @@ def test_some_rows_are_derived_alone(chosen):
     ],
     ids=["linear", "convolution", "tokens"],
 )
-def test_factors_go_where_they_are_wanted(layer, data):
+@pytest.mark.parametrize("contraction", ["pairwise", "gemm"])
+def test_factors_go_where_they_are_wanted(layer, data, contraction):
     """Every element of a given destination is written, though it held something before."""
     module = prepared(layer)
     function, batch = function_of(module), ModelBatch((data,), {}, None)
@@ -673,7 +675,7 @@ def test_factors_go_where_they_are_wanted(layer, data):
     kind = torch.int32 if factors.kind == "tokens" else torch.float64
     held = torch.full((SAMPLES, factors.input_items), -77, dtype=kind)
     gradients = torch.full((SAMPLES, OUTPUTS * factors.gradient_items), torch.nan, dtype=torch.float64)
-    captured = capture.run(batch, {"layer.weight": (held, gradients)}.get)
+    captured = capture.run(batch, {"layer.weight": as_tile(factors, held, gradients, OUTPUTS, contraction)}.get)
     (found,) = captured.factors["layer.weight"]
     assert [part.data_ptr() for part in found] == [held.data_ptr(), gradients.data_ptr()]
     assert not (held == -77).any()

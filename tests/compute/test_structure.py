@@ -13,6 +13,7 @@ from torch import nn
 
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.check import checked_structure, with_matches
+from ooc_ntk.compute.held import as_tile
 from ooc_ntk.compute.intercept import Interceptor, module_hooks
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.model import choose_parameters, parameter_blocks
@@ -744,7 +745,7 @@ def test_a_layer_whose_output_goes_nowhere_has_no_gradient():
     held = torch.empty(SAMPLES, factors.input_items, dtype=torch.float64)
     gradients = torch.full((SAMPLES, OUTPUTS * factors.gradient_items), torch.nan, dtype=torch.float64)
     capture = Capture(function, structure, function.names, OUTPUTS)
-    captured = capture.run(batch, {"layer.weight": (held, gradients)}.get)
+    captured = capture.run(batch, {"layer.weight": as_tile(factors, held, gradients, OUTPUTS)}.get)
     assert (gradients == 0).all()
     assert (capture.dense(captured, "layer.weight", slice(None)) == 0).all()
     assert capture.dense(captured, "enter.weight", slice(None)).abs().sum() > 0

@@ -77,8 +77,8 @@ class Convolution(OuterRule):
         length, outputs, bias = weight[0].numel(), output.shape[-1 - len(window.size)], call.bias is not None
         if images == 1 and self.groups(call) == 1:
             if window.taps == 1 and not any(window.before) and not any(window.after):
-                return LayerFactors("linear", positions, length, outputs, bias)
-            return LayerFactors("convolution", positions, length, outputs, bias, window)
+                return LayerFactors("linear", positions, length, outputs, bias, channels_first=True)
+            return LayerFactors("convolution", positions, length, outputs, bias, window, channels_first=True)
         return LayerFactors("linear", positions, length, outputs, bias)
 
     def hold(self, call: Call, inputs: Tensor, factors: LayerFactors) -> Tensor:
