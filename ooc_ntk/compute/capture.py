@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.factors import LayerFactors
@@ -18,8 +17,8 @@ from .held import Tile, as_tile, some_samples, split_digits
 from .intercept import Interceptor, module_hooks
 from .jacobian import ModelBatch, ModelFunction, plain_layers
 from .rules.base import Call, ElementRule, OuterRule, Rule
-from .rules.table import module_rule
 from .structure import Layer, SampleAxis, Structure, Use, alike, identities, to_samples
+from .user_rules import user_gradients, whose_rule
 
 #: Takes the gradient of a tapped tensor.
 Receive = Callable[[Tensor], None]
@@ -257,7 +256,7 @@ class _Run:
                 raise other_way(f"another layer is called where {layer.parameters[0]} was")
         self._calls += 1
         self._found.calls[number] = call
-        receivers = [self._receiver(layer, use, rule, call) for layer, use in entries]
+        receivers = [self._receiver(layer, use, rule, call, output) for layer, use in entries]
 
         def receive(gradient: Tensor) -> None:
             for each in receivers:
@@ -267,12 +266,16 @@ class _Run:
             return _tapped(_SharedTap, output, self._anchor, self._samples, receive)
         return _tapped(_Tap, output, self._anchor, receive)
 
-    def _receiver(self, layer: Layer, use: Use, rule: Rule, call: Call) -> Receive:
+    def _receiver(self, layer: Layer, use: Use, rule: Rule, call: Call, output: Tensor) -> Receive:
         """Hold what a layer needs of its inputs; returns what takes the gradients of its output."""
         if type(rule) is not type(use.rule):
             raise other_way(f"{layer.parameters[0]} is used by another function")
         inputs = to_samples(call.inputs, use.input_axis, self._samples)
         axis = SampleAxis(0) if use.output_axis is None else use.output_axis
+        if isinstance(rule, OuterRule):
+            found = rule.factors(call, inputs, to_samples(output.detach(), use.output_axis, self._samples))
+            if found != use.factors:
+                raise other_way(f"{layer.parameters[0]} sees {_seen(found)} instead of {_seen(use.factors)} per sample")
         if layer.kind == "outer":
             return self._outer(layer, use, call, inputs, axis)
         name = layer.parameters[0]
@@ -405,47 +408,13 @@ class _Run:
         return _tapped(_Tap, output, self._anchor, receive)
 
 
-class _ModuleCall(nn.Module):
-    """Calls a user's rule with the module's parameters replaced."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> Mapping[str, Tensor]:
-        rule = module_rule(self.layer)
-        assert rule is not None
-        return rule(self.layer, inputs, gradient)
-
-
-def whose_rule(function: ModelFunction, name: str) -> str:
-    """A user's rule in words: the module's name and class."""
-    return f"the layer rule of {name or 'the model'!r} ({type(function.module.get_submodule(name)).__name__})"
-
-
-def user_gradients(
-    function: ModelFunction, name: str, inputs: tuple[Tensor, ...], gradient: Tensor
-) -> Mapping[str, Tensor]:
-    """What a user's rule says of a module's parameters.
-
-    Raises:
-        InputError: if it fails or returns no mapping.
-    """
-    module = function.module.get_submodule(name)
-    prefix = f"{name}." if name else ""
-    state = {**function.parameters, **function.buffers}
-    own = {f"layer.{key[len(prefix) :]}": value for key, value in state.items() if key.startswith(prefix)}
-    try:
-        with torch.no_grad():
-            found = functional_call(_ModuleCall(module), own, (inputs, gradient))
-    except Exception as error:
-        raise InputError(f"{whose_rule(function, name)} failed ({type(error).__name__}: {error})") from error
-    if not isinstance(found, Mapping):
-        raise InputError(
-            f"{whose_rule(function, name)} must return a dict from parameter names to gradients, "
-            f"got {type(found).__name__}"
-        )
-    return found
+def _seen(factors: LayerFactors | None) -> str:
+    """What a layer sees of one sample, in words."""
+    if factors is None:
+        return "nothing"
+    size = "" if factors.window is None else f" out of an input of {' × '.join(map(str, factors.window.size))}"
+    positions = "1 position" if factors.positions == 1 else f"{factors.positions} positions"
+    return f"{positions} of {factors.inputs} inputs and {factors.outputs} outputs{size}"
 
 
 def other_way(what: str) -> InputError:

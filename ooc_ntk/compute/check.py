@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -159,7 +159,11 @@ def _attempt(capture: Capture, structure: Structure, names: Sequence[str], batch
 
 
 def with_matches(
-    blocks: Sequence[ParameterBlock], function: ModelFunction, structure: Structure, batch: ModelBatch, rows: int
+    blocks: Sequence[ParameterBlock],
+    function: ModelFunction,
+    structure: Structure,
+    batches: Iterable[ModelBatch],
+    rows: int,
 ) -> tuple[ParameterBlock, ...]:
     """Count how often the tokens of two samples match, which prices the contraction of embeddings.
 
@@ -167,19 +171,30 @@ def with_matches(
         blocks: the blocks.
         function: model and chosen parameters.
         structure: the checked structure.
-        batch: some samples, on the device.
+        batches: some samples, on the device, in batches that fit it; only run if there are embeddings.
         rows: Jacobian rows per sample.
 
     Returns:
         The blocks, those of embeddings with their matches.
     """
-    found = []
-    for block in blocks:
-        factors = block.factors
-        if factors is not None and (factors.kind == "tokens" or factors.lookups):
-            captured = Capture(function, structure, block.parameters, rows, [0]).run(batch)
-            (tile,) = captured.factors[block.parameters[0]]
-            tokens = join_digits(tile[2]) if factors.lookups else tile[0]
-            factors = replace(factors, matches=count_matches(tokens))
-        found.append(replace(block, factors=factors))
-    return tuple(found)
+    tables = {
+        block.parameters[0]: block.factors
+        for block in blocks
+        if block.factors is not None and (block.factors.kind == "tokens" or block.factors.lookups)
+    }
+    if not tables:
+        return tuple(blocks)
+    tokens: dict[str, list[Tensor]] = {name: [] for name in tables}
+    capture = Capture(function, structure, list(tables), rows, [0])
+    for batch in batches:
+        captured = capture.run(batch)
+        for name, factors in tables.items():
+            (tile,) = captured.factors[name]
+            tokens[name].append(join_digits(tile[2]) if factors.lookups else tile[0].clone())
+    matches = {name: count_matches(torch.cat(found)) for name, found in tokens.items()}
+    return tuple(
+        replace(block, factors=replace(block.factors, matches=matches[block.parameters[0]]))
+        if block.factors is not None and block.parameters[0] in tables
+        else block
+        for block in blocks
+    )

@@ -53,7 +53,7 @@ def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = E
         factors: shapes of the factors.
         rows: Jacobian rows per sample.
         whole_rows: whether every piece holds all rows (for a full kernel, whose entries are pairs of them).
-        items: elements per sample; a piece has more only if a single output has.
+        items: elements per sample; a piece has more only if all rows of one output and one channel have.
 
     Yields:
         Pieces that cover every element once.
@@ -66,6 +66,8 @@ def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = E
     """
     taps = factors.window.taps if factors.window is not None else 1
     least = min(factors.channels, max(1, PIECE_INPUTS // taps) if factors.window is not None else LINEAR_INPUTS)
+    if whole_rows:
+        least = min(least, max(1, items // (rows * taps)))
     # Windows are wide enough for one row at a time (measured at 10 rows: 128 channels at 16 × 16 225 GFLOP/s, 120 with
     # all rows and fewer channels).
     wide = factors.channels if factors.window is not None else least

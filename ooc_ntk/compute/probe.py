@@ -23,7 +23,7 @@ from .held import Tile, as_tile
 from .jacobian import LoopJacobian, ModelBatch, ModelFunction, VmapJacobian, plain_layers
 from .machine import PeakSampler
 from .model import is_smooth
-from .structure import Structure
+from .structure import SAME_OUTPUT, Structure
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,6 @@ HOPELESS: Final = 1.3
 #: vmap is taken if it needs less than this share of the loop's time: it holds a whole batch of rows at once, whose
 #: copying the probe does not time (guessed from measurements: 0.85 in the probe was a tie in the run).
 CLEARLY_FASTER: Final = 0.85
-
-#: Relative and absolute difference of two forward passes of one sample that rounding may explain (guessed).
-SAME_OUTPUT: Final = 1e-3
 
 #: Activations of one captured batch: large enough for whole-batch products, small enough to stay near the cache
 #: (measured: ResNet-18 at 32 samples 1.59 s, at 128 2.25 s for the same 128 samples).

@@ -18,6 +18,7 @@ from torch import nn
 
 from ooc_ntk.compute.check import checked_structure, with_matches
 from ooc_ntk.compute.contract import TORCH_DTYPE, check_precision, measure_block, tf32
+from ooc_ntk.compute.discover import find_structure
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
     device_memory,
@@ -30,7 +31,7 @@ from ooc_ntk.compute.model import check_finite_state, check_mode, choose_paramet
 from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.probe import Probe, look_at, probe
 from ooc_ntk.compute.rules.table import registered_rules
-from ooc_ntk.compute.structure import Structure, find_structure
+from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import DataChangedError, InputError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
@@ -203,7 +204,9 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         others = next((block.parameters for block in blocks if block.source != "rule"), ())
         batch_size = 1 if job.allow_batch_dependence else job.batch_size
         found = probe(function, fetch, train, free, machine, batch_size, others, function.structure)
-        blocks = with_matches(blocks, function, function.structure, fetch(MATCHED_SAMPLES), look.rows_per_sample)
+        size, counted = found.derivation.batch_size, min(MATCHED_SAMPLES, train)
+        batches = (fetch(min(size, counted - start), start) for start in range(0, counted, size))
+        blocks = with_matches(blocks, function, function.structure, batches, look.rows_per_sample)
         if timed:
             blocks = _with_timings(blocks, prepared, found.rows_per_sample)
     if reader.test is not None:

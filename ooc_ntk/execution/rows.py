@@ -154,8 +154,8 @@ class _PassRows:
         context, plan, columns = self._context, self._context.plan, self._columns
         wanted = dict(zip(columns.names, columns.wanted, strict=True))
         rows = plan.rows_per_sample
+        step = rule_samples(rows * columns.width * item_bytes(plan.precision))
         if not self._others:
-            step = rule_samples(rows * columns.width * item_bytes(plan.precision))
             for start in range(0, len(batch), step):
                 with context.phase("expand"):
                     found = self._by_rules(captured, slice(start, min(start + step, len(batch))), wanted)
@@ -173,11 +173,14 @@ class _PassRows:
                 yield group
                 continue
             count = group[0].shape[0] // rows
-            with context.phase("expand"):
-                found = self._by_rules(captured, slice(sample, sample + count), wanted)
-            found.update(zip(self._others, group, strict=True))
+            for start in range(0, count, step):
+                stop = min(start + step, count)
+                with context.phase("expand"):
+                    found = self._by_rules(captured, slice(sample + start, sample + stop), wanted)
+                parts = (part[start * rows : stop * rows] for part in group)
+                found.update(zip(self._others, parts, strict=True))
+                yield [found[name] for name in columns.names]
             sample += count
-            yield [found[name] for name in columns.names]
 
     def _by_rules(self, captured: Captured | None, samples: slice, wanted: Mapping[str, slice]) -> dict[str, Tensor]:
         """Dense gradients of the parameters that rules derive: (rows, wanted columns) by name."""

@@ -191,7 +191,10 @@ def workspace_bytes(workload: Workload, layout: Layout) -> int:
         if block.factors is None:
             continue
         if choice == FACTORED:
-            total = max(total, 2 * tile * EXPANDED_ITEMS * item + 2 * UNFOLDED_BYTES)
+            # A full kernel's pieces hold all rows at once, at least of one output and one channel.
+            taps = block.factors.window.taps if block.factors.window is not None else 1
+            least = workload.rows_per_sample * taps if workload.entries_per_sample > 1 else taps
+            total = max(total, 2 * tile * max(EXPANDED_ITEMS, least) * item + 2 * UNFOLDED_BYTES)
         elif choice.contraction == "pairwise":
             total = max(
                 total, pairwise_bytes(block.factors, tile, workload.rows_per_sample, workload.entries_per_sample, item)

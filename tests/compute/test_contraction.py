@@ -228,10 +228,10 @@ def test_pieces_cover_every_element_once(taps, channels, outputs, rows, whole, i
         assert 0 <= piece.channels.start < piece.channels.stop <= channels
         assert not whole or (piece.rows.start, piece.rows.stop) == (0, rows)
     assert (covered == 1).all()
-    largest = max(piece.items(factors) for piece in found)
-    if largest > items:
-        chosen = max(found, key=lambda piece: piece.items(factors))
+    chosen = max(found, key=lambda piece: piece.items(factors))
+    if chosen.items(factors) > items:
         assert chosen.outputs.stop - chosen.outputs.start == 1, "a piece is too large only if a single output is"
+        assert not whole or chosen.channels.stop - chosen.channels.start == 1, "and a single channel, with all rows"
 
 
 @pytest.mark.parametrize("items", [1, 40, 10**6])
@@ -403,6 +403,16 @@ def test_factors_in_bf16(method):
     getattr(accumulator, method)(factors, left, right, 1)
     wanted = block(*(dense(factors, *(v.double() for v in side)) for side in (left, right)), 1)
     assert torch.equal(accumulator.result(), wanted)
+
+
+def test_bf16_products_are_widened_in_stripes(monkeypatch):
+    monkeypatch.setattr("ooc_ntk.compute.contract.WIDENED_ITEMS", 7)
+    left, right = torch.randint(-2, 3, (5, 6)).bfloat16(), torch.randint(-2, 3, (4, 6)).bfloat16()
+    accumulator = KernelAccumulator(5, "bf16")
+    accumulator.begin(5, 4)
+    accumulator.add(left, right)
+    accumulator.add(left, right)
+    assert torch.equal(accumulator.result(), 2 * left.double() @ right.double().T)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

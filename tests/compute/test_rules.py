@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 from ooc_ntk.compute.capture import Capture
+from ooc_ntk.compute.discover import find_structure
 from ooc_ntk.compute.held import as_tile
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.model import choose_parameters
@@ -21,7 +22,6 @@ from ooc_ntk.compute.rules.base import Call
 from ooc_ntk.compute.rules.elements import InstanceNorm
 from ooc_ntk.compute.rules.recurrent import STEPS, recurrent_weights, write_out
 from ooc_ntk.compute.rules.table import RULES, forget_layer_rule, layer_rule, module_rule, registered_rules
-from ooc_ntk.compute.structure import find_structure
 from tests import oracle
 from tests.zoo import Conv1D
 

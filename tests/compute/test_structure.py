@@ -13,6 +13,7 @@ from torch import nn
 
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.check import checked_structure, with_matches
+from ooc_ntk.compute.discover import find_structure
 from ooc_ntk.compute.held import as_tile
 from ooc_ntk.compute.intercept import Interceptor, module_hooks
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
@@ -23,7 +24,6 @@ from ooc_ntk.compute.structure import (
     SampleAxis,
     Structure,
     count_matches,
-    find_structure,
     identities,
     leads,
     repeated,
@@ -903,6 +903,23 @@ def test_hooks_of_modules_with_a_users_rule():
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
+def test_samples_of_another_length_than_the_first_are_refused_by_their_layer():
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.conv = nn.Linear(4, OUTPUTS), nn.Conv1d(4, 4, 3)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.conv(x)).transpose(1, 2)).mean(1)
+
+    function = function_of(Mean().double())
+    structure = find_structure(function, batch_of(torch.randn(3, 4, 7, dtype=torch.float64)))
+    capture = Capture(function, structure, function.names, OUTPUTS)
+    wanted = r"conv.weight sees 6 positions of 12 inputs and 4 outputs out of an input of 8 instead of 5 positions"
+    with pytest.raises(InputError, match=wanted):
+        capture.run(batch_of(torch.randn(3, 4, 8, dtype=torch.float64)))
+
+
 def test_matches_are_counted_between_different_samples():
     tokens = torch.tensor([[0, 0, 1], [0, 2, -1], [-1, 1, 1]])
     wanted = {(0, 1): 2, (0, 2): 2, (1, 2): 0}
@@ -924,7 +941,8 @@ def test_blocks_of_embeddings_learn_their_matches():
     module = Words().double()
     function, batch = function_of(module), batch_of(tokens)
     structure = find_structure(function, batch)
-    blocks = with_matches(parameter_blocks(module, function.names, structure), function, structure, batch, OUTPUTS)
+    batches = [batch_of(part) for part in tokens.split(2)]
+    blocks = with_matches(parameter_blocks(module, function.names, structure), function, structure, batches, OUTPUTS)
     assert blocks[0].factors.matches == pytest.approx(count_matches(tokens.masked_fill(tokens == 0, -1)))
-    assert blocks[0].factors.matches > 0
+    assert blocks[0].factors.matches > 0, "also between samples of different batches"
     assert blocks[1].factors.matches == 0
