@@ -95,6 +95,22 @@ def test_other_kernels(name, kind, representation, compute):
     _check(_kernel(name, kind, representation, compute), name, kind)
 
 
+@pytest.mark.parametrize("name", ["uncovered", "mobilenet"])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_rows_by_rules_are_expanded_some_samples_at_a_time(name, samples, compute, monkeypatch):
+    """Alone and beside rows by torch.func, which come in groups of their own."""
+    given = []
+
+    def few(sample_bytes):
+        given.append(sample_bytes)
+        return samples
+
+    monkeypatch.setattr("ooc_ntk.execution.rows.rule_samples", few)
+    found = compute(zoo_case(name).job(kernel="trace", precision="float64"), representation="dense")
+    assert given
+    _check(found, name, "trace", FLOAT64)
+
+
 @pytest.mark.parametrize("name", [*NAMES, *TRAPS])
 def test_blocks_say_where_they_come_from(name, compute):
     chosen = zoo_case(name)
