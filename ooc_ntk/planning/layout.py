@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from ooc_ntk.units import format_count
 
 from .spans import DENSE, BlockShape, Choice, Cut, Span
-from .tiles import Range, SampleGrid, even_size
+from .tiles import Range, SampleGrid, count_tiles, even_size
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ CONTRACTION_COLUMNS: Final = 65_536
 
 #: Most elements of one stored tile (DESIGN: storage), so that every index fits 32 bits.
 MAX_TILE_ELEMENTS: Final = 2**30
+
+#: Stored tiles this small save no memory worth having by being narrower, if there are enough of them to cut passes from
+#: (choices: a few buffers of them stay below what the allocator rounds away).
+SMALLEST_CHUNK_BYTES: Final = 2**20
+ENOUGH_SPANS: Final = 128
 
 #: Most tasks of one graph (DESIGN: run).
 MAX_TASKS: Final = 100_000
@@ -145,7 +150,7 @@ def tile_sizes(workload: Workload, wanted: int | None = None) -> list[int]:
 
 
 def span_sizes(workload: Workload, tile: int, columns: int | None = None, wanted: int | None = None) -> list[int]:
-    """Span widths worth pricing, from sixteen contraction blocks of columns downwards.
+    """Span widths worth pricing, from sixteen contraction blocks of columns down to tiles of about a MiB.
 
     Args:
         workload: the measured job.
@@ -160,9 +165,12 @@ def span_sizes(workload: Workload, tile: int, columns: int | None = None, wanted
     if wanted is not None:
         return [min(wanted, columns)]
     per_column = workload.rows_per_sample // workload.entries_per_sample
-    widths = set()
+    widths: set[int] = set()
     depth = 16 * CONTRACTION_COLUMNS
     while depth >= 256:
+        enough = widths and count_tiles(columns, min(widths)) >= ENOUGH_SPANS
+        if enough and min(widths) * tile * workload.rows_per_sample * workload.held_item_bytes <= SMALLEST_CHUNK_BYTES:
+            break
         largest = max(1, min(depth // per_column, MAX_TILE_ELEMENTS // (tile * workload.rows_per_sample)))
         widths.add(even_size(columns, largest))
         depth //= 2
