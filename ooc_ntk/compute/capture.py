@@ -1,4 +1,9 @@
-"""Capture: one forward pass and a backward pass per Jacobian row give the factors of every layer, for a whole batch."""
+"""Capture: one forward pass and a backward pass per Jacobian row give the factors of every layer, for a whole batch.
+
+Rows are taken one after the other. All at once (``is_grads_batched``) the passes of 10 rows took, measured on a CPU at
+16 samples, 1.2 times as long on ResNet-18 and 1.6 on a vision transformer; on an MLP a third at 16 samples, as long at
+128, and 1.3 times as long at 512, which is the size of its batches.
+"""
 
 from __future__ import annotations
 

@@ -74,6 +74,7 @@ def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = E
     row_step = rows if whole_rows else max(1, min(rows, items // (factors.outputs * wide * taps)))
     output_step = even_size(factors.outputs, max(1, items // (row_step * least * taps)))
     channel_step = even_size(factors.channels, max(least, items // (row_step * output_step * taps)))
+    channel_step = min(channel_step, _unfolded_channels(factors))
     for c in range(0, factors.channels, channel_step):
         channels = slice(c, min(c + channel_step, factors.channels))
         for r in range(0, rows, row_step):
@@ -83,6 +84,13 @@ def pieces(factors: LayerFactors, rows: int, *, whole_rows: bool, items: int = E
                     slice(r, min(r + row_step, rows)),
                     slice(o, min(o + output_step, factors.outputs)),
                 )
+
+
+def _unfolded_channels(factors: LayerFactors, item_bytes: int = 4) -> int:
+    """Channels of which the windows of one sample fit :data:`UNFOLDED_BYTES`, at least one."""
+    if factors.window is None:
+        return factors.channels
+    return max(1, UNFOLDED_BYTES // (item_bytes * factors.positions * factors.window.taps))
 
 
 def rows_first(tile: Tile) -> bool:
@@ -176,6 +184,15 @@ def expand(factors: LayerFactors, tile: Tile) -> Tensor:
             0, index.reshape(-1), (gradients * there).flatten(0, 1)
         )
         return found.transpose(1, 2)
-    whole = Piece(slice(0, factors.channels), slice(0, rows), slice(0, outputs))
     out = gradients.new_empty(samples * rows * outputs * factors.inputs)
-    return expand_piece(factors, tile, whole, out).view(samples, rows, outputs, factors.inputs)
+    step = _unfolded_channels(factors, gradients.element_size())
+    if step >= factors.channels:
+        whole = Piece(slice(0, factors.channels), slice(0, rows), slice(0, outputs))
+        return expand_piece(factors, tile, whole, out).view(samples, rows, outputs, factors.inputs)
+    found = out.view(samples, rows, outputs, -1, factors.channels)
+    buffer = out.new_empty(out.numel() // factors.channels * step)
+    for start in range(0, factors.channels, step):
+        piece = Piece(slice(start, min(start + step, factors.channels)), slice(0, rows), slice(0, outputs))
+        part = expand_piece(factors, tile, piece, buffer)
+        found[..., piece.channels] = part.view(*found.shape[:4], -1)
+    return found.view(samples, rows, outputs, factors.inputs)

@@ -241,9 +241,12 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     if derivation.method == "loop" and layout.span_columns < GATHERED_COLUMNS and any(widths):
         rows["gathered rows"] = group_rows(layout.span_columns, max(1, *widths), workload.item_bytes) * row_bytes
     if derivation.capture_seconds_per_sample and any(widths):
-        rows["gradients by rules"] = rule_samples(row_bytes * workload.rows_per_sample) * (
-            row_bytes * workload.rows_per_sample
-        )
+        largest = max((block.columns for block in workload.blocks if block.source == "rule"), default=0)
+        # Of one block at a time there is another copy, in the order of its weight.
+        both = (row_bytes + largest * workload.item_bytes) * workload.rows_per_sample
+        rows["gradients by rules"] = rule_samples(row_bytes * workload.rows_per_sample) * both
+        if any(block.factors is not None and block.factors.window is not None for block in workload.blocks):
+            rows["unfolded inputs"] = 2 * UNFOLDED_BYTES
     held = sum(size for span, size in zip(cut.spans, cut.held, strict=True) if span.block is not None)
     if not layout.in_memory and held:
         rows["factors of one batch"] = min(derivation.batch_size, layout.tile_samples) * held

@@ -180,8 +180,11 @@ def test_windows_are_those_of_torch():
 
 
 @orders
+@pytest.mark.parametrize("unfolded_bytes", [1, 1000, 2**24])
 @every_layer
-def test_expanding_all_of_a_layer(name, contraction):
+def test_expanding_all_of_a_layer(name, unfolded_bytes, contraction, monkeypatch):
+    """Windows of a large image are unfolded for some channels at a time."""
+    monkeypatch.setattr(expand_module, "UNFOLDED_BYTES", unfolded_bytes)
     factors = FACTORS[name]
     inputs, gradients = tile(factors, 4, contraction=contraction)
     wanted = dense(dataclasses.replace(factors, bias=False), inputs, gradients)
