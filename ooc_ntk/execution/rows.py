@@ -154,7 +154,8 @@ class _PassRows:
         context, plan, columns = self._context, self._context.plan, self._columns
         wanted = dict(zip(columns.names, columns.wanted, strict=True))
         rows = plan.rows_per_sample
-        step = rule_samples(rows * columns.width * item_bytes(plan.precision))
+        whole = sum(context.function.sizes[name] for name in self._ruled)
+        step = rule_samples(rows * whole * item_bytes(plan.precision))
         if not self._others:
             for start in range(0, len(batch), step):
                 with context.phase("expand"):

@@ -241,10 +241,7 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     if derivation.method == "loop" and layout.span_columns < GATHERED_COLUMNS and any(widths):
         rows["gathered rows"] = group_rows(layout.span_columns, max(1, *widths), workload.item_bytes) * row_bytes
     if derivation.capture_seconds_per_sample and any(widths):
-        largest = max((block.columns for block in workload.blocks if block.source == "rule"), default=0)
-        # Of one block at a time there is another copy, in the order of its weight.
-        both = (row_bytes + largest * workload.item_bytes) * workload.rows_per_sample
-        rows["gradients by rules"] = rule_samples(row_bytes * workload.rows_per_sample) * both
+        rows["gradients by rules"] = max(_rule_bytes(workload, layout, index) for index in range(len(layout.passes)))
         if any(block.factors is not None and block.factors.window is not None for block in workload.blocks):
             rows["unfolded inputs"] = 2 * UNFOLDED_BYTES
     held = sum(size for span, size in zip(cut.spans, cut.held, strict=True) if span.block is not None)
@@ -289,6 +286,23 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     if spent > 0:
         host["calibration and probe, already spent"] = spent
     return MemoryNeed(host=host, device=device, disk=_disk_need(workload, layout))
+
+
+def _rule_bytes(workload: Workload, layout: Layout, index: int) -> int:
+    """Bytes of the gradients that rules expand at a time for the dense spans of one pass.
+
+    Blocks are expanded whole where a pass keeps only a part, and one at a time is there twice, in the order of its
+    weight as well.
+    """
+    choices = layout.block_choices(workload)
+    blocks = (
+        (workload.blocks[number], choices[number].representation) for number in layout.pass_blocks(workload, index)
+    )
+    columns = [block.columns for block, held in blocks if held == "dense" and block.source == "rule"]
+    if not columns:
+        return 0
+    per_sample = (sum(columns) + max(columns)) * workload.rows_per_sample * workload.item_bytes
+    return max(per_sample, min(2 * RULE_BYTES, workload.derivation.batch_size * per_sample))
 
 
 def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
