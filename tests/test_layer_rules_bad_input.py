@@ -301,6 +301,7 @@ def test_samples_that_depend_on_their_batch_are_taken_one_by_one_if_asked_for(ho
     preferences = {} if representation is None else {"representation": representation}
     found = compute(wanted, tile_samples=7, **preferences)
     assert found.plan.batch_size == 1
+    assert {block.source for block in found.plan.blocks} == {"rule"}, "alone, layer rules hold"
     rows = oracle.jacobian(wanted.model, torch.cat([wanted.train, wanted.test]))
     assert oracle.error(found, oracle.kernel(rows, 12, "full")) <= FLOAT64
 

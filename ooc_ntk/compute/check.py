@@ -190,7 +190,11 @@ def with_matches(
         captured = capture.run(batch)
         for name, factors in tables.items():
             (tile,) = captured.factors[name]
-            tokens[name].append(join_digits(tile[2]) if factors.lookups else tile[0].clone())
+            if factors.lookups:
+                nowhere = ~tile[3].flatten(2).any(2)  # padding, which is held as row 0 without a gradient
+                tokens[name].append(join_digits(tile[2]).masked_fill(nowhere, -1))
+            else:
+                tokens[name].append(tile[0].clone())
     matches = {name: count_matches(torch.cat(found)) for name, found in tokens.items()}
     return tuple(
         replace(block, factors=replace(block.factors, matches=matches[block.parameters[0]]))

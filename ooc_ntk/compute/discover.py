@@ -20,11 +20,27 @@ from .rules.embedding import Embedding
 from .rules.linear import Linear
 from .rules.table import module_rule
 from .sharing import shareable
-from .structure import SAME_OUTPUT, Layer, SampleAxis, Structure, Use, alike, evenly, identities, repeated, to_samples
+from .structure import (
+    SAME_OUTPUT,
+    Layer,
+    SampleAxis,
+    Structure,
+    Use,
+    alike,
+    evenly,
+    identities,
+    repeated,
+    stirred,
+    to_samples,
+)
 
 #: Samples, spread over the data, of which every layer must see its own at its place (a choice: that a model which sorts
 #: its samples leaves so many where they are has a chance of 1 in 720).
 COMPARED_SAMPLES: Final = 6
+
+#: Outputs of a sample that are smaller than this share of the largest ones of all samples count as that large: rounding
+#: may follow what is added up on the way to them (guessed).
+SMALL_OUTPUT: Final = 1e-2
 
 
 @dataclass
@@ -93,14 +109,14 @@ def find_structure(
             return Structure(reasons=dict.fromkeys(function.names, found), branches=branches)
     if not alone.signature == pairs.signature == triples.signature:
         return Structure(reasons=dict.fromkeys(function.names, "its layers are not called alike for every batch"))
-    uses, reasons = _uses(alone.seen, pairs.seen, triples.seen)
+    uses, reasons = _uses(alone.seen, pairs.seen, triples.seen, single=single)
     calls = len(alone.seen)
     alone.seen.clear()  # copies of all that layers saw, which are not needed again
     pairs.seen.clear()
     # A weight that another function uses as well has a gradient that its layer does not show.
     for name, used in {**alone.elsewhere, **triples.elsewhere}.items():
         reasons.setdefault(name, f"no layer rule covers {used}()")
-    others = three if spread is None else evenly(spread, COMPARED_SAMPLES)
+    others = stirred(three if spread is None else evenly(spread, COMPARED_SAMPLES))
     if not single:
         together = _run(function, others)
         wrong, apart = _out_of_order(function, others, together, triples, uses)
@@ -170,21 +186,23 @@ def _batch_dependence(
     apart = torch.cat([found.outputs for found in singles])
     if together.outputs.shape != apart.shape:
         return None
-    scale = float(apart.abs().max()) or 1.0
-    difference = float((together.outputs - apart).abs().max()) / scale
+    # Each sample by its own outputs, those of tiny ones with the rounding of the others.
+    own = apart.abs().flatten(1).amax(1)
+    scale = torch.maximum(own, SMALL_OUTPUT * own.max()).clamp(min=torch.finfo(own.dtype).tiny)
+    difference = float(((together.outputs - apart).abs().flatten(1).amax(1) / scale).max())
     if difference <= SAME_OUTPUT or difference != difference:
         return None
     if asked:
         return "the model branches on its data, and samples of a batch go different ways"
     raise InputError(
-        f"the model's outputs for one sample change with its batch mates (by {difference:.2g} of the largest output, "
+        f"the model's outputs for one sample change with its batch mates (by {difference:.2g} of its largest output, "
         f"allowed {SAME_OUTPUT:g}); check for operations across the batch, or allow it with "
         "allow_batch_dependence=True (--allow-batch-dependence), which computes every sample alone"
     )
 
 
 def _uses(
-    alone: Sequence[_Seen], pairs: Sequence[_Seen], triples: Sequence[_Seen]
+    alone: Sequence[_Seen], pairs: Sequence[_Seen], triples: Sequence[_Seen], *, single: bool
 ) -> tuple[dict[int, Use], dict[str, str]]:
     """Where every call has its samples; reasons for those of which that is not clear."""
     uses: dict[int, Use] = {}
@@ -192,8 +210,8 @@ def _uses(
     for number, (one, two, three) in enumerate(zip(alone, pairs, triples, strict=True)):
         names = [name for name in (three.weight, three.bias) if name is not None]
         reason = three.rule.covers(three.call)
-        inputs = _sample_axis(one.inputs, two.inputs, three.inputs)
-        output = _sample_axis(one.output, two.output, three.output)
+        inputs = _sample_axis(one.inputs, two.inputs, three.inputs, single=single)
+        output = _sample_axis(one.output, two.output, three.output, single=single)
         if not reason and (isinstance(inputs, str) or isinstance(output, str)):
             reason = next(found for found in (inputs, output) if isinstance(found, str))
         if not reason and (inputs is None) != (output is None):
@@ -259,13 +277,18 @@ def _same_place(use: Use, together: _Seen, single: _Seen, index: int, samples: i
     return True
 
 
-def _sample_axis(one: Tensor, two: Tensor, three: Tensor) -> SampleAxis | str | None:
-    """The axis that grows with the samples and holds them in order, None if none grows, or what is wrong."""
+def _sample_axis(one: Tensor, two: Tensor, three: Tensor, *, single: bool) -> SampleAxis | str | None:
+    """The axis that grows with the samples and holds them in order, None if none grows, or what is wrong.
+
+    Of a single sample there is no order, and its values may be others than among batch mates.
+    """
     grown = [axis for axis, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
     if not grown:
         return None
     if len(grown) > 1 or two.shape[grown[0]] * 3 != three.shape[grown[0]] * 2:
         return "it is not clear which axis of its input holds the samples"
+    if single:
+        return SampleAxis(grown[0])
     for axis in (SampleAxis(grown[0]), SampleAxis(grown[0], fastest=True)):
         first, wanted = to_samples(three, axis, 3)[0], to_samples(one, axis, 1)[0]
         if first.shape == wanted.shape and torch.allclose(first, wanted, rtol=SAME_OUTPUT, atol=1e-5):

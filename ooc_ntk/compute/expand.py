@@ -154,6 +154,12 @@ def _add_lookups(tile: Tile, piece: Piece, found: Tensor, *, by_rows: bool) -> N
     output = numbers[sample, place] - piece.outputs.start
     values = gradients[:, :, piece.rows, piece.channels][sample, place]
     rows, outputs = values.shape[1], piece.outputs.stop - piece.outputs.start
+    if values.dtype == torch.bfloat16:
+        # Equal ones are added up in float32 first: in bf16 the sum stops growing at 256 of them.
+        different, number = (sample * outputs + output).unique(return_inverse=True)
+        total = values.new_zeros(len(different), *values.shape[1:], dtype=torch.float32)
+        values = total.index_add_(0, number, values.float()).bfloat16()
+        sample, output = different // outputs, different % outputs
     if by_rows:
         every = found.view(len(found), rows, outputs, -1)
         row = torch.arange(rows, device=found.device)

@@ -48,6 +48,10 @@ _HARMLESS: Final = frozenset(
 )
 
 
+#: Attributes of a tensor through which no gradient flows back to it.
+_WITHOUT_GRADIENT: Final = frozenset(getattr(attribute, "__get__") for attribute in (Tensor.data, Tensor.grad))  # noqa: B009
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Any]:
     """Arguments, those inside lists and tuples one by one."""
     for value in values:
@@ -102,7 +106,14 @@ class Interceptor(TorchFunctionMode):
         if function in _BRANCHING:
             self.branches.append(result if isinstance(result, bool | int | float) else str(type(result)))
         called = getattr(function, "__name__", str(function))
-        if called not in _HARMLESS and not called.startswith("__"):
+        if called.startswith("__"):
+            # Getters and operators: ``.T`` and ``[...]`` hand the weight on, ``.shape`` and ``.data`` do not.
+            harmless = function in _WITHOUT_GRADIENT or not any(
+                isinstance(found, Tensor) and found.is_floating_point() for found in _tensors((result,))
+            )
+        else:
+            harmless = called in _HARMLESS
+        if not harmless:
             for value in _tensors((*args, *kwargs.values())):
                 name = self.name(value)
                 if name is not None:
@@ -113,6 +124,10 @@ class Interceptor(TorchFunctionMode):
         arguments = rule.bind(args, kwargs)
         weight, bias = arguments.get("weight"), arguments.get("bias")
         known_weight, known_bias = self.name(weight) is not None, self.name(bias) is not None
+        for role, value in arguments.items():
+            name = None if role in ("weight", "bias") else self.name(value)
+            if name is not None:
+                self.elsewhere.setdefault(name, f"{function.__name__} as its {role}")
         output = function(*args, **kwargs)
         if not (known_weight or known_bias):
             return output

@@ -45,8 +45,12 @@ def _merge(tile: Tile) -> _Merged:
     keys = np.where(numbers >= 0, numbers * samples + np.arange(samples)[:, None], -1).reshape(-1)
     unique, inverse = np.unique(keys, return_inverse=True)
     device = gradients.device
-    values = torch.zeros(len(unique), *gradients.shape[2:], dtype=gradients.dtype, device=device)
-    values.index_add_(0, torch.from_numpy(inverse.reshape(-1)).to(device), gradients.reshape(-1, *gradients.shape[2:]))
+    # Many terms may be added up, so not in bf16, which stops growing at 256 equal ones.
+    precise = torch.float32 if gradients.dtype == torch.bfloat16 else gradients.dtype
+    values = torch.zeros(len(unique), *gradients.shape[2:], dtype=precise, device=device)
+    every = gradients.reshape(-1, *gradients.shape[2:]).to(precise)
+    values.index_add_(0, torch.from_numpy(inverse.reshape(-1)).to(device), every)
+    values = values.to(gradients.dtype)
     if len(unique) and unique[0] < 0:
         unique, values = unique[1:], values[1:]
     different, edges = np.unique(unique // samples, return_index=True)

@@ -129,9 +129,8 @@ def leads(value: Tensor) -> bool:
     return value.ndim > 1 and value.shape[0] == 1
 
 
-def repeated(batch: ModelBatch, samples: int) -> ModelBatch:
-    """A batch of exactly ``samples`` samples, the given ones over and over."""
-    index = torch.arange(samples) % len(batch)
+def _taken(batch: ModelBatch, index: Tensor) -> ModelBatch:
+    """Samples of a batch by their numbers."""
 
     def take(value: Tensor) -> Tensor:
         return value[index.to(value.device)]
@@ -141,21 +140,27 @@ def repeated(batch: ModelBatch, samples: int) -> ModelBatch:
         {name: take(value) for name, value in batch.kwargs.items()},
         None if batch.targets is None else take(batch.targets),
     )
+
+
+def repeated(batch: ModelBatch, samples: int) -> ModelBatch:
+    """A batch of exactly ``samples`` samples, the given ones over and over."""
+    return _taken(batch, torch.arange(samples) % len(batch))
+
+
+def stirred(batch: ModelBatch) -> ModelBatch:
+    """The samples of a batch in an order that is neither up nor down, as data may be sorted.
+
+    >>> stirred(ModelBatch((torch.arange(6),), {}, None)).args[0].tolist()
+    [5, 3, 1, 0, 2, 4]
+    """
+    every = list(range(len(batch)))
+    return _taken(batch, torch.tensor(every[1::2][::-1] + every[::2]))
 
 
 def evenly(batch: ModelBatch, samples: int) -> ModelBatch:
     """At most so many samples of a batch, from its first to its last."""
     last, count = len(batch) - 1, min(samples, len(batch))
-    index = torch.tensor(sorted({round(part * last / max(1, count - 1)) for part in range(count)}))
-
-    def take(value: Tensor) -> Tensor:
-        return value[index.to(value.device)]
-
-    return ModelBatch(
-        tuple(take(value) for value in batch.args),
-        {name: take(value) for name, value in batch.kwargs.items()},
-        None if batch.targets is None else take(batch.targets),
-    )
+    return _taken(batch, torch.tensor(sorted({round(part * last / max(1, count - 1)) for part in range(count)})))
 
 
 def identities(function: ModelFunction) -> dict[int, str]:
@@ -175,17 +180,23 @@ def alike(found: Tensor, wanted: Tensor) -> bool:
 
 
 def count_matches(tokens: Tensor) -> float:
-    """Pairs of equal tokens per pair of different samples.
+    """Tokens that a pair of different samples has in common, as many times as each has them counts once.
 
     Args:
         tokens: (samples, positions) row numbers, negative where there is none.
 
     Returns:
-        The mean, 0 for a single sample.
+        The mean, the different tokens of a single sample.
+
+    >>> count_matches(torch.tensor([[0, 0, 1], [0, 2, -1]]))
+    1.0
     """
     samples = tokens.shape[0]
+    different, number = torch.unique(tokens, return_inverse=True)
+    there = torch.zeros(samples, len(different), device=tokens.device)
+    there.scatter_(1, number.view(samples, -1), 1.0)
+    there = there[:, different >= 0]
     if samples < 2:
-        return float(tokens.shape[1])
-    equal = (tokens[:, None, :, None] == tokens[None, :, None, :]) & (tokens[:, None, :, None] >= 0)
-    every = equal.sum((2, 3))
+        return float(there.sum())
+    every = there @ there.T
     return float(every.sum() - every.diagonal().sum()) / (samples * (samples - 1))

@@ -283,6 +283,10 @@ def structure_of(prepared: PreparedJob, rows: int) -> Structure:
     # The first sample and the last one, a test sample if there are any: they are the likeliest to differ in kind.
     ends = [first_samples(prepared, 1, start) for start in sorted({0, len(prepared.reader) - 1})]
     structure = discover(prepared)
+    if prepared.job.allow_batch_dependence:
+        for end in ends:  # alone, as every batch will be
+            structure = checked_structure(prepared.function, structure, end, rows)
+        return structure
     same = all(_shapes(ends[0]) == _shapes(end) for end in ends)
     return checked_structure(prepared.function, structure, _together(ends) if same else ends[0], rows)
 
@@ -355,7 +359,7 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
     found = []
     for block in blocks:
         factors = block.factors
-        if factors is None or factors.kind == "tokens" or factors.positions == 1:
+        if factors is None or factors.kind == "tokens" or (factors.positions == 1 and not factors.lookups):
             found.append(block)
             continue
         pairs = max(1.0, samples / 2)

@@ -17,7 +17,7 @@ from ooc_ntk.compute.rownorms import factor_norms, squared_norms
 from ooc_ntk.errors import DataChangedError, InputError, NonFiniteError, OocNtkError, RunInterrupted
 from ooc_ntk.inputs.samples import digest_samples
 from ooc_ntk.planning.columns import PassColumns, pass_columns
-from ooc_ntk.planning.memory import group_rows, rule_samples, slab_rows
+from ooc_ntk.planning.memory import expanded_items, group_rows, rule_samples, slab_rows
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
@@ -154,8 +154,8 @@ class _PassRows:
         context, plan, columns = self._context, self._context.plan, self._columns
         wanted = dict(zip(columns.names, columns.wanted, strict=True))
         rows = plan.rows_per_sample
-        whole = sum(context.function.sizes[name] for name in self._ruled)
-        step = rule_samples(rows * whole * item_bytes(plan.precision))
+        ruled = [block for block in plan.blocks if not set(self._ruled).isdisjoint(block.parameters)]
+        step = rule_samples(expanded_items(ruled, rows) * item_bytes(plan.precision))
         if not self._others:
             for start in range(0, len(batch), step):
                 with context.phase("expand"):

@@ -73,7 +73,7 @@ class LayerFactors:
         outputs: length of an output gradient (b).
         bias: whether the block has a bias, whose input is 1.
         window: geometry of a convolution.
-        matches: pairs of equal tokens per pair of samples, as counted in the probe (tokens only).
+        matches: different tokens that a pair of samples has in common, as counted in the probe.
         lookups: rows that every sample looks up in the same weight, as an embedding that is tied to a linear layer does
             (linear only). They are held after the positions: numbers of rows with the inputs, gradients of the
             rows, ``inputs`` long, with the gradients.

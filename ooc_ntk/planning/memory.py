@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ooc_ntk.units import format_bytes
 
 from .factors import LayerFactors
 from .layout import Layout
 from .spans import FACTORED
-from .workload import Workload
+from .workload import ParameterBlock, Workload
+
+if TYPE_CHECKING:
+    from .plan import PlannedBlock
 
 #: Host bytes that libraries take beyond the baseline once tasks run: BLAS workspaces, thread stacks, code pages
 #: touched for the first time, SQLite. Measured on torch 2.13 with 2 threads: 20–75 MiB,
@@ -288,21 +291,33 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     return MemoryNeed(host=host, device=device, disk=_disk_need(workload, layout))
 
 
-def _rule_bytes(workload: Workload, layout: Layout, index: int) -> int:
-    """Bytes of the gradients that rules expand at a time for the dense spans of one pass.
+def expanded_items(blocks: Iterable[ParameterBlock | PlannedBlock], rows: int) -> int:
+    """Elements that rules hold while they expand one sample's gradients of dense blocks.
 
-    Blocks are expanded whole where a pass keeps only a part, and one at a time is there twice, in the order of its
-    weight as well.
+    Blocks are expanded whole, and one at a time is there twice, in the order of its weight as well; of a table, the
+    gradients of the rows that are looked up are copied.
+
+    Args:
+        blocks: the blocks, all by a rule and held dense.
+        rows: Jacobian rows per sample.
     """
+    whole, largest = 0, 0
+    for block in blocks:
+        columns, factors = block.stop - block.start, block.factors
+        copied = columns
+        if factors is not None and (factors.kind == "tokens" or factors.lookups):
+            copied += factors.lookups * factors.inputs if factors.lookups else factors.gradient_items
+        whole, largest = whole + columns, max(largest, copied)
+    return rows * (whole + largest)
+
+
+def _rule_bytes(workload: Workload, layout: Layout, index: int) -> int:
+    """Bytes of the gradients that rules expand at a time for the dense spans of one pass."""
     choices = layout.block_choices(workload)
-    blocks = (
-        (workload.blocks[number], choices[number].representation) for number in layout.pass_blocks(workload, index)
-    )
-    columns = [block.columns for block, held in blocks if held == "dense" and block.source == "rule"]
-    if not columns:
-        return 0
-    per_sample = (sum(columns) + max(columns)) * workload.rows_per_sample * workload.item_bytes
-    return max(per_sample, min(2 * RULE_BYTES, workload.derivation.batch_size * per_sample))
+    derived = ((workload.blocks[number], choices[number]) for number in layout.pass_blocks(workload, index))
+    blocks = [block for block, held in derived if held.representation == "dense" and block.source == "rule"]
+    per_sample = expanded_items(blocks, workload.rows_per_sample) * workload.item_bytes
+    return max(per_sample, min(RULE_BYTES, workload.derivation.batch_size * per_sample))
 
 
 def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:

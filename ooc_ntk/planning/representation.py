@@ -49,7 +49,8 @@ def allowed_choices(block: ParameterBlock | PlannedBlock, wanted: str | None = N
         return (TOKENS,) if wanted else (DENSE, TOKENS)
     if wanted is not None:
         return (FACTORED,) if wanted == "factored" else (PAIRWISE,)
-    return (PAIRWISE,) if factors.positions == 1 else (DENSE, FACTORED, PAIRWISE)
+    # Rows that are looked up in the same weight are positions, too.
+    return (PAIRWISE,) if factors.positions == 1 and not factors.lookups else (DENSE, FACTORED, PAIRWISE)
 
 
 def choose(

@@ -562,6 +562,27 @@ def test_row_numbers_survive_every_dtype(dtype):
     assert torch.equal(join_digits(split_digits(numbers).to(dtype)), numbers)
 
 
+@pytest.mark.parametrize("method", ["add_factored", "add_pairwise"])
+def test_a_row_that_is_looked_up_many_times_in_bf16(method):
+    """512 equal terms: added up in bf16 they would stop growing at 256."""
+    factors = LayerFactors("linear", 1, 2, 3, lookups=512)
+    inputs, gradients = (torch.zeros(3, items).bfloat16() for items in (factors.input_items, factors.gradient_items))
+    left = as_tile(factors, inputs, gradients, 1)
+    left[3].fill_(1)
+    accumulator = KernelAccumulator(3, "bf16")
+    accumulator.begin(3, 3)
+    getattr(accumulator, method)(factors, left, None, 1)
+    assert (accumulator.result().tril() == 2 * 512**2 * torch.ones(3, 3).tril()).all()
+
+
+def test_a_token_that_is_repeated_many_times_in_bf16():
+    left = torch.zeros(3, 512, dtype=torch.int32), torch.ones(3, 512, 1, 4).bfloat16()
+    accumulator = KernelAccumulator(3, "bf16")
+    accumulator.begin(3, 3)
+    accumulator.add_matching(left, None, 1)
+    assert (accumulator.result().tril() == 4 * 512**2 * torch.ones(3, 3).tril()).all()
+
+
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 

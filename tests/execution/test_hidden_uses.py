@@ -23,6 +23,9 @@ class DeadUse(nn.Module):
             "@": lambda: x @ self.fc.weight,
             "matmul": lambda: torch.matmul(x, self.fc.weight),
             "by name": lambda: torch.mul(input=x, other=self.fc.weight.sum()),
+            "turned": lambda: x @ self.fc.weight.T,
+            "rows of it": lambda: x @ self.fc.weight[:, :],
+            "as an input": lambda: x @ F.linear(self.fc.weight, torch.eye(4, dtype=x.dtype)),
             "in a list": lambda: x @ torch.cat([self.fc.weight, self.fc.weight], 1)[:, :4],
         }[self.how]()
         return self.head(torch.tanh(self.fc(x) + torch.relu(again - 1)))
@@ -31,10 +34,11 @@ class DeadUse(nn.Module):
 def data():
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     x[:2] *= 1e-3
+    x[-1] *= 1e-3  # the check sees the first and the last one
     return x
 
 
-@pytest.mark.parametrize("how", ["@", "matmul", "by name", "in a list"])
+@pytest.mark.parametrize("how", ["@", "matmul", "by name", "in a list", "turned", "rows of it", "as an input"])
 def test_a_weight_that_another_function_uses_as_well_is_left_to_torch_func(how, compute):
     job = Job(DeadUse(how).eval(), data(), precision="float64", device="cpu")
     found = compute(job)

@@ -95,6 +95,15 @@ def test_other_kernels(name, kind, representation, compute):
     _check(_kernel(name, kind, representation, compute), name, kind)
 
 
+@pytest.mark.parametrize("options", [{}, {"representation": "factored", "dataflow": "spill"}], ids=["chosen", "spill"])
+@pytest.mark.parametrize("name", FEW)
+def test_layers_in_bf16(name, options, compute):
+    """Tiles rounded to 8 bits, held in memory and on disk; within what the plan tolerates, and not by chance exact."""
+    found = compute(zoo_case(name).job(kernel="trace", precision="bf16"), tile_samples=7, **options)
+    error = oracle.error(found, zoo.kernel(name, "trace"))
+    assert 1e-5 < error <= found.plan.tolerance == 1e-2
+
+
 @pytest.mark.parametrize("name", ["uncovered", "mobilenet"])
 @pytest.mark.parametrize("samples", [1, 2])
 def test_rows_by_rules_are_expanded_some_samples_at_a_time(name, samples, compute, monkeypatch):

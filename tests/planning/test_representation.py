@@ -329,3 +329,16 @@ def test_bytes_and_flops_of_every_block(representation):
     mlp = next(block for block in plan.blocks if block.name == "mlp")
     if representation == "pairwise":
         assert mlp.flops < mlp.dense_flops / 50
+
+
+def test_a_tied_embedding_of_few_rows_is_dense():
+    """One position of the output layer, but every word of a long text is looked up in the same small table."""
+    characters = LayerFactors("linear", 1, 384, 65, lookups=256, matches=40.0)
+    words = dataclasses.replace(characters, outputs=50_000, matches=10.0)
+    found = []
+    for factors in (characters, words):
+        block = ParameterBlock("words", ("words.weight",), 0, factors.columns, "rule", factors=factors)
+        assert set(allowed_choices(block)) == {DENSE, FACTORED, PAIRWISE}
+        found.append(chosen(workload_of((block,)))["words"])
+    assert found[0] == DENSE
+    assert found[1] == PAIRWISE
