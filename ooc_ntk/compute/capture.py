@@ -180,7 +180,7 @@ class Capture:
             tile = some_samples(each, samples, rows)
             if use.rule.groups(call) > 1:
                 inputs, gradients = tile
-                found.append(use.rule.grouped(call, inputs.view(len(inputs), shapes.positions, -1), gradients))
+                found.append(use.rule.grouped(call, use.rule.unfolded(call, inputs, shapes), gradients))
             else:
                 found.append(use.rule.weight_order(call, expand(shapes, tile)))
         return sum_of(found)
@@ -324,7 +324,10 @@ class _Run:
         last = self._next_position[name, looked_up] = first + shapes.positions
         nowhere: Tensor | None = None
         if layer.factors is None:
-            held = rule.hold(call, inputs, shapes).clone(memory_format=torch.contiguous_format).flatten(1)
+            if rule.groups(call) > 1:  # unfolded some samples at a time, when gradients are expanded
+                held = inputs.clone()
+            else:
+                held = rule.hold(call, inputs, shapes).clone(memory_format=torch.contiguous_format).flatten(1)
             buffer = inputs.new_empty(
                 self._samples, shapes.positions, self._capture.rows, shapes.outputs, dtype=self._dtype
             )
