@@ -180,7 +180,9 @@ class Capture:
             tile = some_samples(each, samples, rows)
             if use.rule.groups(call) > 1:
                 inputs, gradients = tile
-                found.append(use.rule.grouped(call, use.rule.unfolded(call, inputs, shapes), gradients))
+                shape = to_samples(call.inputs, use.input_axis, captured.samples).shape[1:]
+                windows = use.rule.unfolded(call, inputs.view(-1, *shape), shapes)
+                found.append(use.rule.grouped(call, windows, gradients))
             else:
                 found.append(use.rule.weight_order(call, expand(shapes, tile)))
         return sum_of(found)
@@ -325,7 +327,7 @@ class _Run:
         nowhere: Tensor | None = None
         if layer.factors is None:
             if rule.groups(call) > 1:  # unfolded some samples at a time, when gradients are expanded
-                held = inputs.clone()
+                held = inputs.flatten(1).clone()
             else:
                 held = rule.hold(call, inputs, shapes).clone(memory_format=torch.contiguous_format).flatten(1)
             buffer = inputs.new_empty(
