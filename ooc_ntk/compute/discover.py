@@ -115,7 +115,7 @@ def find_structure(
     pairs.seen.clear()
     # A weight that another function uses as well has a gradient that its layer does not show.
     for name, used in {**alone.elsewhere, **triples.elsewhere}.items():
-        reasons.setdefault(name, f"no layer rule covers {used}()")
+        reasons.setdefault(name, f"no layer rule covers {used}")
     others = stirred(three if spread is None else evenly(spread, COMPARED_SAMPLES))
     if not single:
         together = _run(function, others)

@@ -52,6 +52,14 @@ _HARMLESS: Final = frozenset(
 _WITHOUT_GRADIENT: Final = frozenset(getattr(attribute, "__get__") for attribute in (Tensor.data, Tensor.grad))  # noqa: B009
 
 
+def _in_words(function: Any) -> str:
+    """A function, or the attribute that a getter reads."""
+    called = getattr(function, "__name__", str(function))
+    if called == "__get__":
+        return f".{getattr(function.__self__, '__name__', 'an attribute')}"
+    return "[...]" if called == "__getitem__" else f"{called}()"
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Any]:
     """Arguments, those inside lists and tuples one by one."""
     for value in values:
@@ -70,7 +78,7 @@ class Interceptor(TorchFunctionMode):
     Attributes:
         calls: calls seen so far.
         branches: what the model asked tensors for while it ran, in order.
-        elsewhere: names of parameters that went to functions without a rule, with the function's name.
+        elsewhere: names of parameters that went to functions without a rule, with what was done with them, in words.
     """
 
     def __init__(self, names: Mapping[int, str], on_call: OnCall) -> None:
@@ -117,7 +125,7 @@ class Interceptor(TorchFunctionMode):
             for value in _tensors((*args, *kwargs.values())):
                 name = self.name(value)
                 if name is not None:
-                    self.elsewhere.setdefault(name, called)
+                    self.elsewhere.setdefault(name, _in_words(function))
         return result
 
     def _ruled(self, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -127,14 +135,14 @@ class Interceptor(TorchFunctionMode):
         for role, value in arguments.items():
             name = None if role in ("weight", "bias") else self.name(value)
             if name is not None:
-                self.elsewhere.setdefault(name, f"{function.__name__} as its {role}")
+                self.elsewhere.setdefault(name, f"{function.__name__}() with it as the {role}")
         output = function(*args, **kwargs)
         if not (known_weight or known_bias):
             return output
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             for value in (weight, bias):
                 if self.name(value) is not None:
-                    self.elsewhere.setdefault(str(self.name(value)), f"{function.__name__} under torch.func")
+                    self.elsewhere.setdefault(str(self.name(value)), f"{function.__name__}() under torch.func")
             return output
         # Detached: a call that held on to the graph, which holds on to what is told of it, would outlive its batch.
         arguments = {

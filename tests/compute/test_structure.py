@@ -848,7 +848,24 @@ def test_functions_without_a_rule_are_named():
     with Interceptor({id(weight): "w"}, lambda number, rule, call, output: output) as mode:
         torch.tanh(weight)
         weight.square()
-    assert mode.elsewhere == {"w": "tanh"}, "the first one"
+    assert mode.elsewhere == {"w": "tanh()"}, "the first one"
+
+
+@pytest.mark.parametrize(
+    ("use", "wanted"),
+    [
+        (lambda w: w.T, ".T"),
+        (lambda w: w[:2], "[...]"),
+        (lambda w: F.linear(w, torch.eye(3)), "linear() with it as the input"),
+        (lambda w: (w.shape, w.dtype, w.ndim, len(w), w.data, w.grad, w.is_leaf, w.size(0)), None),
+    ],
+    ids=["turned", "rows", "input", "harmless"],
+)
+def test_what_hands_a_weight_on_is_named_and_what_only_looks_at_it_is_not(use, wanted):
+    weight = nn.Parameter(torch.randn(3, 3))
+    with Interceptor({id(weight): "w"}, lambda number, rule, call, output: output) as mode:
+        use(weight)
+    assert mode.elsewhere == ({} if wanted is None else {"w": wanted})
 
 
 def test_attention_is_seen_through_the_function_that_its_module_calls():
