@@ -158,15 +158,33 @@ class Interceptor(TorchFunctionMode):
 def _inside_functional() -> Iterator[None]:
     """Let a Python function of ``torch.nn.functional`` run its own body under a mode.
 
-    It would hand itself over to the mode again, for ever; what it calls is still seen.
+    It would hand itself over to the mode again, for ever; what it calls is still seen. Where attention's queries and
+    keys are different tensors it would cut the packed weight of its projections; see :func:`_projected_whole`.
     """
     functional: Any = F
-    before = functional.has_torch_function
+    before, projection = functional.has_torch_function, functional._in_projection_packed
     functional.has_torch_function = lambda *_: False
+    functional._in_projection_packed = _projected_whole
     try:
         yield
     finally:
-        functional.has_torch_function = before
+        functional.has_torch_function, functional._in_projection_packed = before, projection
+
+
+def _projected_whole(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The packed projections of attention as linear layers of the whole weight, of whose outputs a part is used.
+
+    So the weight is used as it is, once per different input: gradients of the unused outputs are zero.
+    """
+    width = query.shape[-1]
+    known: dict[int, Tensor] = {}
+    for each in (query, key, value):
+        if id(each) not in known:
+            known[id(each)] = F.linear(each, weight, bias)
+    every = (known[id(each)] for each in (query, key, value))
+    return tuple(part[..., place * width : (place + 1) * width].contiguous() for place, part in enumerate(every))
 
 
 @contextmanager

@@ -868,6 +868,34 @@ def test_what_hands_a_weight_on_is_named_and_what_only_looks_at_it_is_not(use, w
     assert mode.elsewhere == ({} if wanted is None else {"w": wanted})
 
 
+@pytest.mark.parametrize("different", ["none", "keys", "values", "all"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_projections_of_attention_between_different_sequences(different, bias):
+    """The packed weight is used whole, once per different input, of whose outputs only a part has gradients."""
+
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = nn.MultiheadAttention(4, 2, batch_first=True, bias=bias)
+            self.head = nn.Linear(4, OUTPUTS)
+
+        def forward(self, x):
+            query, key, value = x[:, :3], x[:, 2:6], x[:, 3:7]
+            chosen = {
+                "none": (query, query, query),
+                "keys": (query, key, key),
+                "values": (query, query, value[:, :3]),
+                "all": (query, key, value),
+            }[different]
+            return self.head(torch.tanh(self.attend(*chosen, need_weights=False)[0]).mean(1))
+
+    structure = agrees(Between(), torch.randn(SAMPLES, 7, 4))
+    layer = structure.layers["attend.in_proj_weight"]
+    assert len(layer.uses) == {"none": 1, "keys": 2, "values": 2, "all": 3}[different]
+    assert layer.factors is not None
+    assert ("attend.in_proj_bias" in layer.parameters) == bias
+
+
 def test_attention_is_seen_through_the_function_that_its_module_calls():
     layer = nn.MultiheadAttention(4, 2, batch_first=True)
     names = {id(value): name for name, value in layer.named_parameters()}
