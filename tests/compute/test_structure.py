@@ -889,7 +889,7 @@ def test_packed_projections_of_attention_between_different_sequences(different, 
             }[different]
             return self.head(torch.tanh(self.attend(*chosen, need_weights=False)[0]).mean(1))
 
-    structure = agrees(Between(), torch.randn(SAMPLES, 7, 4))
+    structure = agrees(Between(), torch.randn(SAMPLES, 7, 4, dtype=torch.float64))
     layer = structure.layers["attend.in_proj_weight"]
     assert len(layer.uses) == {"none": 1, "keys": 2, "values": 2, "all": 3}[different]
     assert layer.factors is not None
