@@ -117,6 +117,8 @@ def find_structure(
     for name, used in {**alone.elsewhere, **triples.elsewhere}.items():
         reasons.setdefault(name, f"no layer rule covers {used}")
     others = stirred(three if spread is None else evenly(spread, COMPARED_SAMPLES))
+    for name in _led_to(function, three.sample(0)) | (set() if single else _led_to(function, others)):
+        reasons.setdefault(name, "something else uses it as well")
     if not single:
         together = _run(function, others)
         wrong, apart = _out_of_order(function, others, together, triples, uses)
@@ -164,6 +166,35 @@ def _run(function: ModelFunction, batch: ModelBatch, *, kept: bool = True) -> _F
     with torch.no_grad(), plain_layers(), mode:
         outputs = function.logits({}, batch)
     return _Forward(seen, outputs, tuple(mode.branches), mode.elsewhere)
+
+
+def _led_to(function: ModelFunction, batch: ModelBatch) -> set[str]:
+    """Parameters that gradients reach by another way than the calls that rules stand for.
+
+    The graph is looked at, not its values: another use may have no gradient on these samples and one on others. It
+    shows what no mode sees, such as the inside of scripted functions and of custom autograd functions.
+    """
+    leaves = {name: function.parameters[name].detach().requires_grad_() for name in identities(function).values()}
+    known = {id(leaf): name for name, leaf in leaves.items()}
+
+    def keep(number: int, rule: Rule, call: Call, output: Tensor) -> Tensor:
+        del number, rule, call
+        return output
+
+    with torch.enable_grad(), plain_layers(), Interceptor(known, keep, detached=True):
+        outputs = function.logits(leaves, batch)
+    found: set[str] = set()
+    nodes, seen = [outputs.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = known.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            found.add(name)
+        nodes.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def _batch_dependence(

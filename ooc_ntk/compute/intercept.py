@@ -81,14 +81,22 @@ class Interceptor(TorchFunctionMode):
         elsewhere: names of parameters that went to functions without a rule, with what was done with them, in words.
     """
 
-    def __init__(self, names: Mapping[int, str], on_call: OnCall) -> None:
-        """Watch the tensors whose ``id`` is in ``names``."""
+    def __init__(self, names: Mapping[int, str], on_call: OnCall, *, detached: bool = False) -> None:
+        """Watch the tensors whose ``id`` is in ``names``.
+
+        Args:
+            names: chosen parameters by the identity of their tensor.
+            on_call: told of every call.
+            detached: whether calls that rules stand for take weight and bias without their gradient, so that whatever
+                still leads to a parameter is another use of it.
+        """
         super().__init__()
         self.calls = 0
         self.branches: list[object] = []
         self.elsewhere: dict[str, str] = {}
         self._names = names
         self._on_call = on_call
+        self._detached = detached
 
     def name(self, value: object) -> str | None:
         """Name of a chosen parameter, None for anything else."""
@@ -136,6 +144,10 @@ class Interceptor(TorchFunctionMode):
             name = None if role in ("weight", "bias") else self.name(value)
             if name is not None:
                 self.elsewhere.setdefault(name, f"{function.__name__}() with it as the {role}")
+        if self._detached:
+            own = {id(value) for value, known in ((weight, known_weight), (bias, known_bias)) if known}
+            args = tuple(value.detach() if id(value) in own else value for value in args)
+            kwargs = {name: value.detach() if id(value) in own else value for name, value in kwargs.items()}
         output = function(*args, **kwargs)
         if not (known_weight or known_bias):
             return output

@@ -124,7 +124,12 @@ def probe(
     captured = None
     if structure is not None and ruled:
         capture = Capture(function, structure, ruled, rows)
-        captured = _measure_capture(capture, fetch, available, free_bytes, activation_bytes, batch_size)
+        try:
+            captured = _measure_capture(capture, fetch, available, free_bytes, activation_bytes, batch_size)
+        except (OocNtkError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise CaptureFailed(_refusal(error)) from error
         logger.info("layer rules: %.4f s per sample", captured.capture_seconds_per_sample)
     if not others:
         assert captured is not None
@@ -164,6 +169,10 @@ def probe(
             capture_seconds_per_sample=captured.capture_seconds_per_sample,
         )
     return Probe(outputs, rows, best, look.smooth)
+
+
+class CaptureFailed(Exception):  # noqa: N818 - never reaches a user
+    """A model that takes a few samples at a time does not take a whole batch; says why."""
 
 
 def _measure_capture(

@@ -29,7 +29,7 @@ from ooc_ntk.compute.machine import (
 )
 from ooc_ntk.compute.model import check_finite_state, check_mode, choose_parameters, model_digest, parameter_blocks
 from ooc_ntk.compute.outputs import OutputRows
-from ooc_ntk.compute.probe import Probe, look_at, probe
+from ooc_ntk.compute.probe import CaptureFailed, Probe, look_at, probe
 from ooc_ntk.compute.rules.table import registered_rules
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import DataChangedError, InputError
@@ -199,11 +199,17 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         function.structure = Structure()
         if layer_rules:
             function.structure = structure_of(prepared, look.rows_per_sample)
-            _FOUND[prepared.module] = (_found_for(prepared), function.structure)
-        blocks = parameter_blocks(prepared.module, function.names, function.structure)
-        others = next((block.parameters for block in blocks if block.source != "rule"), ())
         batch_size = 1 if job.allow_batch_dependence else job.batch_size
-        found = probe(function, fetch, train, free, machine, batch_size, others, function.structure)
+        while True:
+            blocks = parameter_blocks(prepared.module, function.names, function.structure)
+            others = next((block.parameters for block in blocks if block.source != "rule"), ())
+            try:
+                found = probe(function, fetch, train, free, machine, batch_size, others, function.structure)
+                break
+            except CaptureFailed as failure:
+                function.structure = _without_guesses(function.structure, str(failure))
+        if layer_rules:
+            _FOUND[prepared.module] = (_found_for(prepared), function.structure)
         size, counted = found.derivation.batch_size, min(MATCHED_SAMPLES, train)
         batches = (fetch(min(size, counted - start), start) for start in range(0, counted, size))
         blocks = with_matches(blocks, function, function.structure, batches, look.rows_per_sample)
@@ -260,6 +266,17 @@ def known_structure(prepared: PreparedJob) -> Structure | None:
     """The checked structure of this very model, weights and data, if this process planned the job."""
     found_for, structure = _FOUND.get(prepared.module, (None, None))
     return structure if found_for == _found_for(prepared) else None
+
+
+def _without_guesses(structure: Structure, failure: str) -> Structure:
+    """What is left of a structure that holds for a few samples and not for a whole batch.
+
+    First bare parameters go, whose sample axis is a guess: ``table[:length]`` takes all of a few samples and a part of
+    many. If there are none, everything is left to ``torch.func``.
+    """
+    guessed = [name for name, layer in structure.layers.items() if layer.kind == "shared"]
+    reason = f"layer rules hold for a few samples at a time and not for a whole batch ({failure})"
+    return structure.without(dict.fromkeys(guessed or structure.layers, reason))
 
 
 def first_samples(prepared: PreparedJob, count: int, start: int = 0) -> ModelBatch:

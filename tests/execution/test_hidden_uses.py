@@ -1,5 +1,7 @@
 """What a few samples do not show: other uses of a weight, and branches that only some samples take."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -8,6 +10,35 @@ from torch import nn
 from ooc_ntk.api import InputError, Job
 from tests import oracle
 from tests.cases import FLOAT64
+
+
+class Product(torch.autograd.Function):
+    """A product that no mode sees."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight):
+        return F.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        del output
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+def turned_product(x: torch.Tensor, weight: torch.Tensor):
+    return torch.tanh(torch.matmul(x, weight.t()))
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # scripting is deprecated, and still in use
+    scripted = torch.jit.script(turned_product)
 
 
 class DeadUse(nn.Module):
@@ -26,6 +57,8 @@ class DeadUse(nn.Module):
             "turned": lambda: x @ self.fc.weight.T,
             "rows of it": lambda: x @ self.fc.weight[:, :],
             "as an input": lambda: x @ F.linear(self.fc.weight, torch.eye(4, dtype=x.dtype)),
+            "custom function": lambda: Product.apply(x, self.fc.weight),
+            "scripted function": lambda: scripted(x, self.fc.weight) * 3,
             "in a list": lambda: x @ torch.cat([self.fc.weight, self.fc.weight], 1)[:, :4],
         }[self.how]()
         return self.head(torch.tanh(self.fc(x) + torch.relu(again - 1)))
@@ -38,7 +71,20 @@ def data():
     return x
 
 
-@pytest.mark.parametrize("how", ["@", "matmul", "by name", "in a list", "turned", "rows of it", "as an input"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "@",
+        "matmul",
+        "by name",
+        "in a list",
+        "turned",
+        "rows of it",
+        "as an input",
+        "custom function",
+        "scripted function",
+    ],
+)
 def test_a_weight_that_another_function_uses_as_well_is_left_to_torch_func(how, compute):
     job = Job(DeadUse(how).eval(), data(), precision="float64", device="cpu")
     found = compute(job)
@@ -104,3 +150,40 @@ def test_batch_mates_that_change_only_the_last_samples_are_seen(compute):
     x[50:, 0] = 9
     with pytest.raises(InputError, match="batch mates"):
         compute(Job(LateMixing().eval(), x, device="cpu"))
+
+
+class Positions(nn.Module):
+    """Positions cut to the length of a sequence; cut so, the copies of a few samples stay whole, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(13, 8), nn.Linear(8, 3)
+        self.positions = nn.Parameter(torch.randn(7, 8))
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.words(tokens) + self.positions[: tokens.shape[1]])).mean(1)
+
+
+class Chunks(nn.Module):
+    """Eight samples at a time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.middle, self.head = nn.Embedding(13, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        parts = [torch.tanh(self.middle(part)) for part in self.words(tokens).split(8)]
+        return self.head(torch.cat(parts)).mean(1)
+
+
+@pytest.mark.parametrize(("kind", "left"), [(Positions, {"positions"}), (Chunks, None)])
+def test_what_holds_for_a_few_samples_only_falls_back(kind, left, compute):
+    tokens = torch.randint(0, 13, (20, 7), generator=torch.Generator().manual_seed(1))
+    job = Job(kind().eval(), tokens, precision="float64", device="cpu")
+    found = compute(job)
+    names = {name for block in found.plan.blocks if block.source != "rule" for name in block.parameters}
+    assert names == (left or {name for name, _ in job.model.named_parameters()})
+    assert any("not for a whole batch" in note for note in found.plan.notes)
+    assert oracle.error(found, oracle.kernel(oracle.jacobian(job.model, tokens), 20)) <= FLOAT64
