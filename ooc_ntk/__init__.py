@@ -1,4 +1,4 @@
-"""ooc-ntk: exact empirical neural tangent kernels larger than memory, planned before they start.
+"""ooc-ntk: empirical neural tangent kernels larger than memory, exact or projected, planned before they start.
 
 >>> import ooc_ntk
 >>> ooc_ntk.Budget(host="16GiB").host
@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import (
         Budget,
+        Features,
         InputError,
         Job,
         Kernel,
         OocNtkError,
         Plan,
         Preferences,
+        Projection,
         calibrate,
         forget_layer_rule,
         info,
         layer_rule,
         open,  # noqa: A004 - ooc_ntk.open(path), as zarr.open
+        open_features,
         plan,
         run,
         verify,
@@ -35,18 +38,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Features",
     "InputError",
     "Job",
     "Kernel",
     "OocNtkError",
     "Plan",
     "Preferences",
+    "Projection",
     "__version__",
     "calibrate",
     "forget_layer_rule",
     "info",
     "layer_rule",
     "open",
+    "open_features",
     "plan",
     "run",
     "verify",

@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from .algebra.external import external_features
+from .algebra.features import Features
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
 from .compute.machine import peak_resident_bytes
@@ -19,7 +21,7 @@ from .execution.driver import Observer, check_budget, check_same_job, create_run
 from .execution.executors import executor_named
 from .execution.prepare import PreparedJob, available_resources, measure, prepare, resolved_device
 from .execution.progress import TerminalProgress
-from .execution.status import RunInfo, run_info
+from .execution.status import RunInfo, keep_audit, run_info
 from .inputs.callables import absolute_callable, is_callable_spec
 from .inputs.job import LIVE, OUTPUTS, Job, checked_device
 from .inputs.jobfile import format_toml, read_job_file
@@ -28,6 +30,7 @@ from .inputs.weights import save_weights
 from .planning.budget import Budget
 from .planning.plan import Plan
 from .planning.planner import Preferences, make_plan
+from .planning.projection import Projection, parsed_fields
 from .planning.rates import MachineRates
 from .planning.representation import allowed_choices
 from .storage.directory import RunDirectory, free_disk_bytes
@@ -36,6 +39,7 @@ __all__ = [
     "Audit",
     "Budget",
     "BudgetError",
+    "Features",
     "InputError",
     "Job",
     "Kernel",
@@ -44,6 +48,7 @@ __all__ = [
     "OocNtkError",
     "Plan",
     "Preferences",
+    "Projection",
     "RunInfo",
     "Solution",
     "calibrate",
@@ -52,6 +57,7 @@ __all__ = [
     "info",
     "layer_rule",
     "open",
+    "open_features",
     "plan",
     "run",
     "verify",
@@ -164,6 +170,7 @@ def run(
                 )
             _check_preferences(stored, preferences)
             _check_batches(stored, job)
+            _check_backend(stored, job)
             chosen = stored
         else:
             chosen = plan or _plan(prepared, before, budget, preferences, directory.root, None)
@@ -175,6 +182,7 @@ def run(
             check_budget(chosen, budget)
             _check_preferences(chosen, preferences if plan is not None else None)
             _check_batches(chosen, job)
+            _check_backend(chosen, job)
             _write_new_run(directory, chosen, prepared)
         if chosen.device != prepared.device:
             raise RunConflictError(
@@ -191,6 +199,8 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
     if preferences is None:
         return
     dense = sum(block.columns for block in chosen.blocks if block.representation == "dense")
+    if chosen.projection is not None:
+        dense = chosen.projection.dim or 0
     follows = {
         "dataflow": (chosen.dataflow, None),
         "tile_samples": (chosen.tile_samples, chosen.samples),
@@ -212,10 +222,25 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
                 f"the plan that is there does not hold every block {preferences.representation} (not {other[0]!r}); "
                 "leave --representation out to go on with that plan, or choose another --out"
             )
+    if preferences.features_only and not chosen.features_only:
+        raise RunConflictError(
+            "the plan that is there assembles the kernel, asked for are features only; leave --features-only out to go "
+            "on with that plan, or choose another --out"
+        )
     if not preferences.layer_rules and any(block.source == "rule" for block in chosen.blocks):
         raise RunConflictError(
             "the plan that is there uses layer rules; leave --no-layer-rules out to go on with that plan, or choose "
             "another --out"
+        )
+
+
+def _check_backend(chosen: Plan, job: Job) -> None:
+    """Refuse a plan whose features another backend computes than the job asks for."""
+    wanted = "auto" if job.sketch is None else job.sketch.backend
+    if chosen.projection is not None and wanted not in ("auto", chosen.projection.backend):
+        raise RunConflictError(
+            f"the plan that is there projects by {chosen.projection.backend}, asked for is {wanted}; leave --backend "
+            "out to go on with that plan, or choose another --out"
         )
 
 
@@ -234,7 +259,7 @@ def _write_new_run(directory: RunDirectory, chosen: Plan, prepared: PreparedJob)
     if spec["model"] == LIVE:
         save_weights(prepared.module, directory.weights_path)
         spec["weights"] = str(directory.weights_path.absolute())
-    create_run(directory, chosen, format_toml(spec), prepared.digests)
+    create_run(directory, chosen, format_toml(spec), prepared.digests, prepared.sketch_digest(chosen))
 
 
 def open(path: str | Path) -> Kernel:  # noqa: A001 - `ooc_ntk.open`, as `zarr.open`
@@ -251,6 +276,50 @@ def open(path: str | Path) -> Kernel:  # noqa: A001 - `ooc_ntk.open`, as `zarr.o
         IncompleteRunError: if it is not finished.
     """
     return Kernel(path)
+
+
+def open_features(
+    path: str | Path,
+    parameters: int | None = None,
+    *,
+    dim: int | None = None,
+    outputs: int = 1,
+    dtype: str = "float32",
+    train: int | None = None,
+    samples: int | None = None,
+    label: str = "",
+) -> Kernel:
+    """Open projected features as a kernel whose entries are computed when they are asked for.
+
+    Args:
+        path: a run directory of a projected kernel; or a file of TRAK or projection_ntk: a NumPy file (TRAK's
+            ``grads.mmap`` is one) or a raw memory map.
+        parameters: number of parameters (P) of the model, which brings the features of TRAK and projection_ntk to the
+            exact kernel's scale; None if they are on it.
+        dim: columns; needed for a raw file, checked otherwise.
+        outputs: Jacobian rows per sample.
+        dtype: of a raw file.
+        train: train samples, the first ones; None for all.
+        samples: expected number of samples, checked.
+        label: what files of one projection have in common; only such features may be multiplied with each other.
+
+    Returns:
+        The kernel: entries, diagonal, errors, attribution, ridge regression.
+
+    Raises:
+        InputError: if there is no such file, or its size does not match.
+        StorageError: if the run directory holds no finished run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        features = Kernel(path).features
+        return Kernel.of_features(path, features)
+    return Kernel.of_features(
+        path,
+        external_features(
+            path, parameters, dim=dim, outputs=outputs, dtype=dtype, train=train, samples=samples, label=label
+        ),
+    )
 
 
 def info(path: str | Path) -> RunInfo:
@@ -298,7 +367,10 @@ def verify(
     if samples:
         prepared = prepare(job or describe_job(None, {}, run=path)[0])
         check_same_job(RunDirectory(path), prepared.digests)
-    return audit(kernel.path, kernel.plan, prepared, samples, seed, advance)
+    assert kernel.plan is not None  # it was opened from a run directory
+    found = audit(kernel.path, kernel.plan, prepared, samples, seed, advance)
+    keep_audit(RunDirectory(path), found)
+    return found
 
 
 def describe_job(
@@ -337,10 +409,36 @@ def describe_job(
         stored = read_job_file(RunDirectory(run).job_path).arguments()
         if "model" in given and "weights" not in given and stored.get("model") != LIVE:
             stored.pop("weights", None)
-    given = _absolute(given)
+    given = _projected(_absolute(given), stored.get("projection"))
     wanted = {"host": host, "device": device_memory, "disk": disk}
     sizes.update({name: size for name, size in wanted.items() if size is not None})
     return Job.from_spec({**stored, **given}), Budget(**sizes)
+
+
+def _projected(given: Mapping[str, object], stored: object) -> dict[str, object]:
+    """Arguments with the parts of a projection that were given by hand brought together, over what a file says.
+
+    Raises:
+        InputError: for a wrong projection, or parts of one where there is none.
+    """
+    found = dict(given)
+    names = {"target_error": "target_error", "projection_seed": "seed", "backend": "backend"}
+    parts = {field: found.pop(name) for name, field in names.items() if name in found}
+    text = found.get("projection", stored)
+    if not parts:
+        return found
+    if text is None and "target_error" not in parts:
+        flag = next(name for name, field in names.items() if field in parts).replace("_", "-")
+        raise InputError(f"--{flag} belongs to a projection; give one, for example --projection sjlt:4096")
+    fields: dict[str, object] = {}
+    if isinstance(text, Mapping):
+        fields = dict(text)
+    elif isinstance(text, str):
+        fields = parsed_fields(text)
+    if "target_error" in parts and "projection" not in found:
+        fields.pop("dim", None)
+    found["projection"] = {**fields, **parts}
+    return found
 
 
 def _absolute(given: Mapping[str, object]) -> dict[str, object]:

@@ -21,7 +21,7 @@ EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
 
 app = typer.Typer(
     name="ooc-ntk",
-    help="Exact empirical neural tangent kernels larger than memory: planned before they start, resumable, verified.",
+    help="Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -142,6 +142,50 @@ BatchOption = Annotated[
 SeedOption = Annotated[
     int | None, typer.Option("--seed", help="Seed of everything random. (default: 0)", rich_help_panel=_HOW)
 ]
+ProjectionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--projection",
+        help="Project the Jacobian: kind:columns, as sjlt:4096; kinds sjlt, shift, rademacher, gaussian, tensorsketch. "
+        "(default: the exact kernel)",
+        rich_help_panel=_WHAT,
+        autocompletion=_complete(
+            "sjlt:4096", "sjlt:10240", "shift:4096", "rademacher:4096", "gaussian:4096", "tensorsketch:4096"
+        ),
+        show_default=False,
+    ),
+]
+TargetErrorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-error",
+        help="In place of columns: the relative error wanted of the kernel, as 0.02; a pilot chooses the columns.",
+        rich_help_panel=_WHAT,
+        show_default=False,
+    ),
+]
+ProjectionSeedOption = Annotated[
+    int | None,
+    typer.Option("--projection-seed", help="Seed of the projection. (default: 0)", rich_help_panel=_WHAT, min=0),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        help="What projects: numba (CPU), cupy (CUDA) or torch. (default: the compiled one where it is installed)",
+        rich_help_panel=_HOW,
+        autocompletion=_complete("auto", "numba", "torch", "cupy"),
+        show_default=False,
+    ),
+]
+FeaturesOnlyOption = Annotated[
+    bool,
+    typer.Option(
+        "--features-only",
+        help="Keep the projected features and assemble no kernel; its entries are computed when asked for.",
+        rich_help_panel=_HOW,
+    ),
+]
 DataflowOption = Annotated[
     str | None,
     typer.Option(
@@ -249,12 +293,20 @@ def _job(job_file: Path | None, run: Path | None, **flags: Any) -> tuple[Job, Bu
 
 
 def _preferences(
-    dataflow: str | None, tile_samples: int | None, representation: str | None, no_layer_rules: bool
+    dataflow: str | None,
+    tile_samples: int | None,
+    representation: str | None,
+    no_layer_rules: bool,
+    features_only: bool,
 ) -> Preferences:
     from . import api
 
     return api.Preferences(
-        dataflow=dataflow, tile_samples=tile_samples, representation=representation, layer_rules=not no_layer_rules
+        dataflow=dataflow,
+        tile_samples=tile_samples,
+        representation=representation,
+        layer_rules=not no_layer_rules,
+        features_only=features_only,
     )
 
 
@@ -274,6 +326,11 @@ def plan(
     device: DeviceOption = None,
     batch_size: BatchOption = None,
     seed: SeedOption = None,
+    projection: ProjectionOption = None,
+    target_error: TargetErrorOption = None,
+    projection_seed: ProjectionSeedOption = None,
+    backend: BackendOption = None,
+    features_only: FeaturesOnlyOption = False,
     dataflow: DataflowOption = None,
     tile_samples: TileOption = None,
     representation: RepresentationOption = None,
@@ -305,6 +362,10 @@ def plan(
             device=device,
             batch_size=batch_size,
             seed=seed,
+            projection=projection,
+            target_error=target_error,
+            projection_seed=projection_seed,
+            backend=backend,
             allow_batch_dependence=allow_batch_dependence or None,
             host=host_memory,
             device_memory=device_memory,
@@ -314,7 +375,7 @@ def plan(
         from .report.tables import plan_table
 
         with _status("measuring the model"):
-            preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules)
+            preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules, features_only)
             made = api.plan(wanted, budget, preferences=preferences, out=out)
         if save is not None:
             made.save(save)
@@ -343,6 +404,11 @@ def run(
     device: DeviceOption = None,
     batch_size: BatchOption = None,
     seed: SeedOption = None,
+    projection: ProjectionOption = None,
+    target_error: TargetErrorOption = None,
+    projection_seed: ProjectionSeedOption = None,
+    backend: BackendOption = None,
+    features_only: FeaturesOnlyOption = False,
     dataflow: DataflowOption = None,
     tile_samples: TileOption = None,
     representation: RepresentationOption = None,
@@ -382,12 +448,16 @@ def run(
             device=device,
             batch_size=batch_size,
             seed=seed,
+            projection=projection,
+            target_error=target_error,
+            projection_seed=projection_seed,
+            backend=backend,
             allow_batch_dependence=allow_batch_dependence or None,
             host=host_memory,
             device_memory=device_memory,
             disk=disk,
         )
-        preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules)
+        preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules, features_only)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
         if not (out / "plan.json").exists() and chosen is None:
             with _status("measuring the model", quiet):
@@ -408,7 +478,8 @@ def run(
             _print(info_table(found))
             if profile:
                 _print(phases_table(found))
-            typer.echo(f"\nkernel: {out}/kernel.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
+            made = "features" if found.plan.features_only else "kernel"
+            typer.echo(f"\n{made}: {out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
 
 @app.command()

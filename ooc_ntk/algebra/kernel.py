@@ -15,18 +15,25 @@ from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
 
+from .attribution import attribution_scores
+from .errors import sketch_shape
+from .features import FeatureProduct, Features, index_numbers, no_features
 from .ridge import Solution, solve_ridge
 
 if TYPE_CHECKING:
     import dask.array
 
+    ZarrArray = zarr.Array[Any]
+
 
 class Kernel:
     """A finished kernel: (samples · entries) × (train samples · entries), train rows first, on disk.
 
+    Where only features were kept, entries are computed from them when they are asked for.
+
     Attributes:
-        path: the run directory.
-        plan: the plan that made it.
+        path: the run directory, or the file of the features.
+        plan: the plan that made it; None for features that another program wrote.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -43,45 +50,91 @@ class Kernel:
         directory = RunDirectory(self.path)
         if not directory.holds_run:
             raise StorageError(f"{self.path} holds no run: there is no plan.json in it")
-        self.plan = Plan.load(directory.plan_path)
+        plan = Plan.load(directory.plan_path)
+        self.plan: Plan | None = plan
         manifest = Manifest(self.path, read_only=True)
         try:
-            last = len(self.plan.passes) - 1
-            done = sum(key.startswith(f"kernel-{last}-") for key in manifest.receipts())
+            kind, last = ("rows", 0) if plan.features_only else ("kernel", len(plan.passes) - 1)
+            done = sum(key.startswith(f"{kind}-{last}-") for key in manifest.receipts())
         finally:
             manifest.close()
-        wanted = self.plan.sample_grid.kernel_tile_count
+        wanted = plan.sample_grid.row_tiles if plan.features_only else plan.sample_grid.kernel_tile_count
         if done < wanted:
+            what = "feature" if plan.features_only else "kernel"
             raise IncompleteRunError(
-                f"the run in {self.path} is not finished: {done} of {wanted} kernel tiles are there; "
+                f"the run in {self.path} is not finished: {done} of {wanted} {what} tiles are there; "
                 "run the same command again to go on"
             )
-        self._array = open_tile_array(self.path, "kernel.zarr")
+        self._features = None if plan.projection is None else run_features(self.path, plan)
+        self._shape, self._train, self._test = plan.kernel_shape, plan.train_samples, plan.test_samples
+        self._array: Any = None
+        if plan.features_only:
+            assert self._features is not None
+            self._array = self._features.kernel()
+        else:
+            self._array = open_tile_array(self.path, "kernel.zarr")
+
+    @classmethod
+    def of_features(cls, path: str | Path, features: Features) -> Kernel:
+        """The kernel that features stand for, its entries computed when they are asked for.
+
+        Args:
+            path: where they are, for messages.
+            features: the features.
+        """
+        kernel = cls.__new__(cls)
+        kernel.path, kernel.plan, kernel._features = Path(path), None, features
+        kernel._shape, kernel._train, kernel._test = (
+            features.kernel_shape,
+            features.train_samples,
+            features.test_samples,
+        )
+        kernel._array = features.kernel()
+        return kernel
 
     @property
     def zarr(self) -> zarr.Array[Any]:
-        """The kernel as a read-only Zarr array; attributes hold its provenance."""
-        return self._array
+        """The kernel as a read-only Zarr array; attributes hold its provenance.
+
+        Raises:
+            InputError: if only features were kept.
+        """
+        if isinstance(self._array, FeatureProduct):
+            raise InputError(f"only features were kept in {self.path}; read entries with kernel[...] or kernel.dask()")
+        found: zarr.Array[Any] = self._array
+        return found
+
+    @property
+    def features(self) -> Features:
+        """The features of a projected kernel.
+
+        Raises:
+            InputError: for an exact kernel.
+        """
+        if self._features is None:
+            raise no_features(self)
+        return self._features
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows (train then test samples, times entries) and columns (train samples, times entries)."""
-        return self.plan.kernel_shape
+        return self._shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """NumPy dtype of the entries."""
-        return np.dtype(self._array.dtype)
+        found: np.dtype[Any] = np.dtype(self._array.dtype)
+        return found
 
     @property
     def train_samples(self) -> int:
         """Number of train samples (N)."""
-        return self.plan.train_samples
+        return self._train
 
     @property
     def test_samples(self) -> int:
         """Number of test samples (M)."""
-        return self.plan.test_samples
+        return self._test
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -98,7 +151,8 @@ class Kernel:
 
     def __repr__(self) -> str:
         rows, columns = self.shape
-        return f"<Kernel {self.plan.kernel} {rows} × {columns} {self.dtype} in {self.path}>"
+        kind = "of features" if self.plan is None else self.plan.kernel
+        return f"<Kernel {kind} {rows} × {columns} {self.dtype} in {self.path}>"
 
     def dask(self) -> dask.array.Array:
         """The kernel as a Dask array, one chunk per tile, nothing read yet."""
@@ -112,7 +166,61 @@ class Kernel:
         Returns:
             (samples · entries,) float64: squared Jacobian norms, scaled as the kernel is.
         """
+        if self.plan is None:
+            return self.features.diagonal()
         return np.asarray(open_tile_array(self.path, "diagonal")[:], dtype=np.float64)
+
+    def errors(self, rows: Any = slice(None), columns: Any = slice(None)) -> NDArray[np.float64]:
+        """Standard errors of entries of a projected kernel, in the units of the entries.
+
+        Two of them on either side of an entry hold the exact one with 95%. By ``SE_ij² = (⟨F_ii, F_jj⟩ + tr F_ij²)/K``
+        from the C × C blocks F of the features; of a tensor sketch from the spread between its independent blocks of
+        rows; of a cosine by the delta method.
+
+        Args:
+            rows: kernel rows: numbers, a slice or a list.
+            columns: kernel columns, likewise.
+
+        Returns:
+            (rows, columns) float64.
+
+        Raises:
+            InputError: for an exact kernel, which has no such errors.
+            BudgetError: if the features of so many rows do not fit in memory.
+        """
+        chosen = [index_numbers(part, size) for part, size in zip((rows, columns), self.shape, strict=True)]
+        return self.features.errors(chosen[0], chosen[1])
+
+    def expected_error(self) -> float:
+        """Relative Frobenius error to be expected of a projected kernel's train square, before normalisation.
+
+        From the features of up to 256 train samples, extrapolated to all of them.
+
+        Raises:
+            InputError: for an exact kernel.
+        """
+        return self.features.expected_error()
+
+    def attribution(self, ridge: float, out: str | Path | None = None) -> ZarrArray:
+        """TRAK's scores ``φ(ΦᵀΦ + λ·I)⁻¹Φᵀ`` of every sample against every train sample (Park et al. 2023).
+
+        Computed tile by tile; only dim × dim numbers and a few tiles are held.
+
+        Args:
+            ridge: λ, absolute, at least 0.
+            out: folder for the scores; None is ``attribution.zarr`` in the run directory. Replaced if it is there.
+
+        Returns:
+            (samples, train samples) float32 on disk, train rows first.
+
+        Raises:
+            InputError: for an exact or full kernel, a negative ridge, or a matrix that is not positive definite.
+            BudgetError: if dim × dim numbers do not fit in memory.
+        """
+        if out is None and self.plan is None:
+            raise InputError("features of another program have no run directory; say where the scores go: out=...")
+        target = Path(out) if out is not None else self.path / "attribution.zarr"
+        return attribution_scores(self.features, ridge, target.absolute().parent, target.name)
 
     def solve(self, y: ArrayLike, ridge: float) -> Solution:
         """Kernel ridge regression on the train square: coefficients of ``(K + ridge·I) a = y``.
@@ -157,3 +265,28 @@ def _is_fancy(index: Any) -> bool:
     """Whether an index holds lists or arrays, for which Zarr has its own indexer."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(part, list | np.ndarray) for part in parts)
+
+
+def run_features(path: Path, plan: Plan) -> Features:
+    """The features of a projected run.
+
+    Args:
+        path: the run directory.
+        plan: its plan.
+    """
+    array = open_tile_array(path, "features.zarr")
+    heavy = open_tile_array(path, "heavy.zarr") if plan.heavy else None
+    assert plan.projection is not None
+    return Features(
+        array=array,
+        outputs=plan.rows_per_sample,
+        train_samples=plan.train_samples,
+        test_samples=plan.test_samples,
+        shape=sketch_shape(plan.projection, plan.heavy_share),
+        full=plan.entries_per_sample > 1,
+        divisor=float(plan.outputs) if plan.scale == "mean" else 1.0,
+        cosine=plan.normalize == "cosine",
+        heavy=heavy,
+        sketch=str(array.attrs.get("sketch") or ""),
+        name=str(path),
+    )

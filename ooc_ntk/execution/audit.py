@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,17 +14,24 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
+from ooc_ntk.algebra.features import Features
+from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.manifest import Manifest
 
+from .audit_features import FeatureReference
 from .context import SampleReader
 from .prepare import PreparedJob
 
 #: Samples whose rows, and columns, are recomputed by default: 8 × 8 entries (a choice: seconds for a small network).
 AUDITED_SAMPLES: Final = 8
+
+#: A projected kernel passes if its residual is at most so many times the predicted one: all entries share R, so that
+#: their errors are large together or small together (a choice; on two small networks the largest of 200 seeds was 4.0).
+RESIDUAL_TIMES: Final = 6.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Audit:
         entries: number of recomputed entries.
         coverage: recomputed entries over all entries.
         tolerance: the plan's tolerance.
+        predicted_error: of a projected kernel, the error that its error bars predict of these entries.
     """
 
     checks: tuple[Check, ...]
@@ -59,6 +67,7 @@ class Audit:
     entries: int
     coverage: float
     tolerance: float
+    predicted_error: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -91,20 +100,72 @@ def audit(
     checks = [_checksums(root)]
     if checks[0].passed:
         advance("structure")
-        checks.extend(_structure(root, plan))
-    error, entries = None, 0
+        if plan.projection is not None:
+            checks.append(_finite_features(Kernel(root).features))
+        if not plan.features_only:
+            checks.extend(_structure(root, plan))
+    found: _Recomputed | None = None
     if prepared is not None and all(check.passed for check in checks):
         advance("recomputing entries in float64")
-        error, entries = _recompute(root, plan, prepared, samples, seed)
-        checks.append(
+        found = _recompute(root, plan, prepared, samples, seed)
+        checks.extend(_judged(plan, found))
+    rows, columns = plan.kernel_shape
+    if found is None:
+        return Audit(tuple(checks), None, 0, 0.0, plan.tolerance)
+    coverage = found.entries / (rows * columns)
+    return Audit(tuple(checks), found.error, found.entries, coverage, plan.tolerance, found.predicted)
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    """What recomputing some entries showed.
+
+    Attributes:
+        error: relative Frobenius error of the entries.
+        entries: how many there are.
+        features_error: of a projected kernel, relative error of the recomputed features.
+        features: how many numbers of them.
+        predicted: of a projected kernel, the relative error that its error bars predict.
+    """
+
+    error: float
+    entries: int
+    features_error: float = 0.0
+    features: int = 0
+    predicted: float | None = None
+
+
+def _judged(plan: Plan, found: _Recomputed) -> list[Check]:
+    """Verdicts on recomputed entries."""
+    if found.predicted is None:
+        return [
             Check(
                 "entries recomputed in float64",
-                error <= plan.tolerance,
-                f"{entries} entries, relative error {error:.1e}, tolerance {plan.tolerance:.0e}",
+                found.error <= plan.tolerance,
+                f"{found.entries} entries, relative error {found.error:.1e}, tolerance {plan.tolerance:.0e}",
             )
-        )
-    rows, columns = plan.kernel_shape
-    return Audit(tuple(checks), error, entries, entries / (rows * columns), plan.tolerance)
+        ]
+    return [
+        Check(
+            "features recomputed in float64",
+            found.features_error <= plan.tolerance,
+            f"{found.features:,} numbers, relative error {found.features_error:.1e}, tolerance {plan.tolerance:.0e}",
+        ),
+        Check(
+            "residual of the projection",
+            found.error <= RESIDUAL_TIMES * found.predicted + plan.tolerance,
+            f"{found.entries} exact entries, relative residual {found.error:.2%}, predicted {found.predicted:.2%}",
+        ),
+    ]
+
+
+def _finite_features(features: Features) -> Check:
+    """Every feature is a number."""
+    bad, count = 0, 0
+    for panel in features.panels():
+        values = features.read(panel)
+        bad, count = bad + int((~np.isfinite(values)).sum()), count + values.size
+    return Check("finite features", bad == 0, f"{count:,} numbers" if not bad else f"{bad:,} are NaN or infinite")
 
 
 def _checksums(root: Path) -> Check:
@@ -216,33 +277,49 @@ class _Reference:
         return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed: int) -> tuple[float, int]:
-    """Relative error of randomly chosen entries, and their number."""
+def _recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed: int) -> _Recomputed:
+    """Relative error of randomly chosen entries, and of the features behind them."""
     random = np.random.default_rng(seed)
     rows = np.sort(random.choice(plan.samples, min(samples, plan.samples), replace=False))
     among = [int(row) for row in rows if row < plan.train_samples][: samples // 2]
     others = random.permutation(np.setdiff1d(np.arange(plan.train_samples), among))[: samples - len(among)]
     columns = np.sort(np.concatenate([np.asarray(among, dtype=np.int64), others.astype(np.int64)]))
     reference = _Reference(prepared, plan)
+    features = None
+    if plan.projection is not None:
+        features = FeatureReference(plan, prepared.function, len(rows), seed)
     was_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        expected = _reference_entries(reference, plan, rows, columns)
+        expected = _reference_entries(reference, plan, rows, columns, features)
     finally:
         torch.backends.mha.set_fastpath_enabled(was_fast)
-    kernel = open_tile_array(root, "kernel.zarr")
+    kernel = Kernel(root)
     entries = plan.entries_per_sample
     row_index = (rows[:, None] * entries + np.arange(entries)).reshape(-1)
     column_index = (columns[:, None] * entries + np.arange(entries)).reshape(-1)
-    stored = np.asarray(kernel.oindex[row_index, column_index], dtype=np.float64)
+    stored = np.asarray(kernel[row_index, column_index], dtype=np.float64)
     norm = float(np.linalg.norm(expected))
     error = float(np.linalg.norm(stored - expected))
     if not np.isfinite(error):
         raise StorageError("the recomputed entries are not finite; the model's float64 gradients overflow")
-    return (error / norm if norm else error), int(expected.size)
+    found = _Recomputed(error / norm if norm else error, int(expected.size))
+    if features is None:
+        return found
+    mine = kernel.features.read(rows)[:, :, features.columns].astype(np.float64)
+    scale = float(np.linalg.norm(features.found)) or 1.0
+    predicted = float(np.linalg.norm(kernel.errors(row_index, column_index)))
+    return replace(
+        found,
+        features_error=float(np.linalg.norm(mine - features.found)) / scale,
+        features=int(mine.size),
+        predicted=predicted / (norm or 1.0),
+    )
 
 
-def _reference_entries(reference: _Reference, plan: Plan, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _reference_entries(
+    reference: _Reference, plan: Plan, rows: np.ndarray, columns: np.ndarray, features: FeatureReference | None = None
+) -> np.ndarray:
     """Kernel entries by the definitions, in float64: (rows · entries, columns · entries).
 
     Row gradients are held for one output at a time, so memory is (rows + 1) · parameters · 8 bytes.
@@ -254,6 +331,8 @@ def _reference_entries(reference: _Reference, plan: Plan, rows: np.ndarray, colu
     for c in range(outputs):
         held = torch.stack([reference.gradient(reference.scalars(int(row))[c]) for row in rows])
         row_norms[:, c if full else 0] += held.square().sum(1).numpy()
+        if features is not None:
+            features.add(c, held.numpy())
         for j, column in enumerate(columns):
             scalars = reference.scalars(int(column))
             for d in range(outputs) if full else (c,):

@@ -26,6 +26,7 @@ from ooc_ntk.storage.atomic import FileRecord, StagedFile
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.units import STORED_DTYPE
 
+from .features import Projector, projector_of
 from .stores import TileStore
 
 
@@ -138,6 +139,7 @@ class RunContext:
     structure: Structure = field(default_factory=Structure)
     phases: dict[str, float] = field(default_factory=dict)
     _accumulator: KernelAccumulator | None = None
+    _projector: Projector | None = None
     _phase: str = ""
 
     @property
@@ -157,6 +159,12 @@ class RunContext:
     def capture(self, names: Sequence[str]) -> Capture:
         """What derives parameters that layer rules cover."""
         return Capture(self.function, self.structure, names, self.plan.rows_per_sample)
+
+    def projector(self) -> Projector:
+        """What derives and projects rows, made once: it keeps its buffers from task to task."""
+        if self._projector is None:
+            self._projector = projector_of(self.plan, self.function, self.capture)
+        return self._projector
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -179,6 +187,8 @@ class RunContext:
         if phase != self._phase:
             if phase != "kernel":
                 self._accumulator = None
+            if phase != "rows":
+                self._projector = None
             return_free_memory()
             self._phase = phase
 

@@ -31,7 +31,7 @@ from .context import PeakMeter, RunContext, reproducible
 from .executors import Executor
 from .prepare import PreparedJob, known_structure, structure_of
 from .resume import Remaining, remaining_tasks
-from .stores import FACTORS, JACOBIAN, DiskStore, MemoryStore
+from .stores import FACTORS, JACOBIAN, DiskStore, store_of
 from .work import perform
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def check_budget(plan: Plan, budget: Budget | None) -> None:
             )
 
 
-def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[str, str]) -> None:
+def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[str, str], sketch: str = "") -> None:
     """Write plan, job and manifest of a new run; the plan last, as the mark that the run exists.
 
     Args:
@@ -112,6 +112,7 @@ def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[s
         plan: the plan.
         job: text of the job file.
         digests: the job's digests by part.
+        sketch: digest of what features must share to be multiplied, empty for an exact kernel.
 
     Raises:
         BudgetError: if the disk has less room than the plan needs.
@@ -132,6 +133,7 @@ def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[s
             )
         manifest.set_meta("job", json.dumps(dict(digests)))
         manifest.set_meta("plan", plan.digest)
+        manifest.set_meta("sketch", sketch)
         manifest.set_meta("versions", json.dumps(versions()))
     finally:
         manifest.close()
@@ -167,7 +169,7 @@ def execute(
     manifest = Manifest(directory.root)
     try:
         records = manifest.files()
-        store = MemoryStore(plan) if plan.layout.in_memory else DiskStore(plan, directory.root, records)
+        store = store_of(plan, directory.root, records)
         digests = _known_digests(manifest.receipts().values())
         remaining = remaining_tasks(plan, directory, manifest, store, records)
         if not remaining.tasks:
@@ -283,7 +285,8 @@ def _totals(plan: Plan, remaining: Remaining) -> dict[str, tuple[float, float]]:
             left["rows"] += len(plan.sample_grid.rows(task.row))
         elif task.kind == "kernel":
             left["kernel"] += 1 / passes
-    totals = {"rows": float(plan.samples * passes), "kernel": float(plan.sample_grid.kernel_tile_count)}
+    tiles = 0 if plan.features_only else plan.sample_grid.kernel_tile_count
+    totals = {"rows": float(plan.samples * passes), "kernel": float(tiles)}
     return {phase: (totals[phase] - left[phase], totals[phase]) for phase in totals}
 
 
@@ -304,10 +307,15 @@ def _create_arrays(context: RunContext, manifest: Manifest) -> None:
         "job_digests": json.loads(manifest.meta("job") or "{}"),
         "versions": versions(),
     }
-    context.kernel_array.create(attributes)
+    if plan.projection is not None:
+        attributes["projection"] = plan.projection.identity
+        attributes["parameters"] = plan.columns
+        attributes["sketch"] = manifest.meta("sketch")
+    if not plan.features_only:
+        context.kernel_array.create(attributes)
     context.diagonal_array.create()
     if isinstance(context.store, DiskStore):
-        context.store.create()
+        context.store.create(attributes)
 
 
 def _sweep_away(directory: RunDirectory) -> None:

@@ -38,10 +38,13 @@ from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits, Resources
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.projection import sketch_digest
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import ParameterBlock, Workload
 
 from .context import SampleReader
+from .pilot import measure_sketch
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,20 @@ class PreparedJob:
     function: ModelFunction
     reader: SampleReader
     digests: dict[str, str]
+
+    def batch_of(self, indices: Sequence[int]) -> ModelBatch:
+        """Some samples by their numbers, on the device."""
+        pieces = [next(self.reader.pieces(Range(index, index + 1), 1))[1] for index in indices]
+        return _joined(pieces).to(self.device, self.job.precision)
+
+    def sketch_digest(self, plan: Plan) -> str:
+        """Digest of what features of this job share with those that may be multiplied with them; empty if exact."""
+        if plan.projection is None:
+            return ""
+        outputs = self.job.output_function()
+        settings = [self.job.kernel, outputs if isinstance(outputs, str) else callable_identity(outputs)]
+        model = "/".join([self.digests["model"], *settings])
+        return sketch_digest(plan.projection, plan.structured, self.function.names, model)
 
     @property
     def digest(self) -> str:
@@ -125,6 +142,7 @@ def prepare(job: Job) -> PreparedJob:
         job.precision,
         outputs if isinstance(outputs, str) else callable_identity(outputs),
         *names,
+        *([] if job.sketch is None else [job.sketch.identity]),
     ]
     return PreparedJob(
         job=job,
@@ -225,6 +243,10 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
                 f"the model has {found.outputs} outputs for a train sample and {look.outputs} for a test sample; "
                 "both must have the same"
             )
+    sketch = None
+    if job.sketch is not None:
+        with tf32(allowed=False), steady_allocator():
+            sketch = measure_sketch(prepared, blocks, found.derivation, found.rows_per_sample)
     return_free_memory()
     values = [*first.args, *first.kwargs.values(), *([first.targets] if first.targets is not None else [])]
     full = job.kernel == "full"
@@ -249,6 +271,7 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         threads=torch.get_num_threads(),
         seed=job.seed,
         notes=_notes(prepared, found, blocks),
+        sketch=sketch,
     )
 
 

@@ -110,7 +110,7 @@ def remaining_tasks(
         "%d tasks finished, %d adopted, %d undone, %d files swept", len(finished), len(adopted), len(undone), swept
     )
 
-    every = list(task_list(plan.sample_grid, len(plan.passes)))
+    every = list(task_list(plan.sample_grid, len(plan.passes), features_only=plan.features_only))
     left = [task for task in every if task.key not in finished]
     again = _lost_rows(left, finished, store)
     kernels = {task.generation for task in left if task.kind != "release"} | {task.generation for task in again}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from ooc_ntk.compute.capture import Captured
 from ooc_ntk.compute.jacobian import METHODS, ModelBatch
 from ooc_ntk.compute.rownorms import factor_norms, squared_norms
-from ooc_ntk.errors import DataChangedError, InputError, NonFiniteError, OocNtkError, RunInterrupted
+from ooc_ntk.errors import DataChangedError
 from ooc_ntk.inputs.samples import digest_samples
 from ooc_ntk.planning.columns import PassColumns, pass_columns
 from ooc_ntk.planning.memory import expanded_items, group_rows, rule_samples, slab_rows
@@ -25,8 +23,10 @@ from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_checked
 from ooc_ntk.units import held_item_bytes, item_bytes
 
+from .blame import check_finite_factor, failing_on, named_errors, not_finite, where
 from .context import Outcome, RunContext
-from .stores import Matrix, RowWriter, as_tensor, factors_of
+from .features import ProjectedRows
+from .stores import Matrix, RowWriter, as_tensor, factors_of, slab_norms
 
 
 def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Outcome:
@@ -49,7 +49,8 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
     tile = plan.sample_grid.rows(task.row)
     digest = hashlib.blake2b(digest_size=16)
     writer = context.store.writer(task.generation, task.row)
-    rows = _PassRows(context, task, writer)
+    rows: _PassRows | ProjectedRows
+    rows = _PassRows(context, task, writer) if plan.projection is None else ProjectedRows(context, task, writer)
     staged: list[StagedFile] = []
     try:
         for samples, found in context.reader.pieces(tile, plan.batch_size):
@@ -64,6 +65,8 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
                 "sample for the same index: switch off shuffling and random augmentation"
             )
         staged = writer.finish()
+        if isinstance(rows, ProjectedRows):
+            staged += rows.finish()
         if rows.norms is None or task.key in context.tiles_only:
             return Outcome(staged, digest=digest.hexdigest())
         diagonal, replaces = _diagonal_file(context, task, rows.norms)
@@ -119,7 +122,7 @@ class _PassRows:
                 block.parameters[0]: factors_of(plan, block, self._writer.factor_slabs(span, len(samples)))
                 for span, block in self._factored.items()
             }
-            with context.phase("capture"), _failing_on(where(plan, samples)):
+            with context.phase("capture"), failing_on(where(plan, samples)):
                 captured = self._capture.run(batch, places.get)
             self._keep_factors(captured, samples)
         if not self._columns.names:
@@ -141,7 +144,7 @@ class _PassRows:
             (tile,) = captured.factors[block.parameters[0]]
             with context.phase("store"):
                 for part in tile:
-                    _check_finite_factor(plan, part, block.name, samples)
+                    check_finite_factor(plan, part, block.name, samples)
                 self._writer.factors_done(span, len(samples))
             if self.norms is not None:
                 assert block.factors is not None
@@ -169,7 +172,7 @@ class _PassRows:
         method = METHODS[plan.method](context.function)
         groups = method.derive(batch, self._others, [wanted[name] for name in self._others], gathered)
         sample = 0
-        for group in _named_errors(_timed(context, groups), samples):
+        for group in named_errors(_timed(context, groups), samples):
             if not self._ruled:
                 yield group
                 continue
@@ -202,58 +205,6 @@ def _timed(context: RunContext, groups: Iterator[list[Tensor]]) -> Iterator[list
         yield group
 
 
-def _check_finite_factor(plan: Plan, part: Tensor, block: str, samples: Range) -> None:
-    """Refuse factors that are not finite, naming block and sample."""
-    if not part.is_floating_point() or math.isfinite(
-        float(part.sum(dtype=torch.float32 if part.dtype != torch.float64 else None))
-    ):
-        return
-    bad = ~torch.isfinite(part).reshape(part.shape[0], -1).all(1)
-    if bool(bad.any()):
-        sample = samples.start + int(bad.nonzero()[0])
-        raise _not_finite(plan, block, sample)
-
-
-def _not_finite(plan: Plan, block: str, sample: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"the gradient of block {block or '(model)'!r} is NaN or infinite in {where(plan, Range(sample, sample + 1))}; "
-        "check that sample and the weights, or use precision='float64'"
-    )
-
-
-@contextmanager
-def _failing_on(samples: str) -> Iterator[None]:
-    """Say of which samples it is that the model fails on."""
-    try:
-        yield
-    except (NonFiniteError, DataChangedError, RunInterrupted):
-        raise
-    except InputError as error:
-        raise InputError(f"{error} (in {samples})") from error
-    except (OocNtkError, MemoryError):
-        raise
-    except Exception as error:
-        raise InputError(
-            f"the model failed on {samples} ({type(error).__name__}: {error}); "
-            "check that these samples have the shape and dtype that the model takes"
-        ) from error
-
-
-def _named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list[Tensor]]:
-    """Say of which samples it is that deriving fails on."""
-    with _failing_on(samples):
-        yield from groups
-
-
-def where(plan: Plan, samples: Range) -> str:
-    """Name a range of samples as the user counts them: train and test each from 0."""
-    train = plan.train_samples
-    kind, shift = ("train", 0) if samples.start < train else ("test", train)
-    if len(samples) == 1:
-        return f"{kind} sample {samples.start - shift}"
-    return f"{kind} samples {Range(samples.start - shift, samples.stop - shift)}"
-
-
 def _store_group(
     context: RunContext,
     writer: RowWriter,
@@ -272,7 +223,7 @@ def _store_group(
             view = as_tensor(slab)
             for piece in pieces:
                 view[:, piece.target].copy_(group[piece.parameter][start : start + count, piece.source])
-            found = _norms(slab)
+            found = slab_norms(slab)
             if not np.isfinite(found).all():
                 row = position + start + int(np.flatnonzero(~np.isfinite(found))[0])
                 found = _judge_overflow(
@@ -290,13 +241,8 @@ def _judge_overflow(
     """Norms in float64 if only the squares overflowed; otherwise name the block whose gradient is not finite."""
     for block, gradient in zip(columns.blocks, group, strict=True):
         if not bool(torch.isfinite(gradient).all()):
-            raise _not_finite(context.plan, block, sample)
+            raise not_finite(context.plan, block, sample)
     return squared_norms(as_tensor(slab).double().numpy())
-
-
-def _norms(slab: Matrix) -> np.ndarray:
-    """Squared norms of the rows of a slab; bf16 is widened first."""
-    return squared_norms(as_tensor(slab).float().numpy() if slab.dtype == np.uint16 else slab)
 
 
 def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[StagedFile, tuple[str, ...]]:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final
 
+from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
+
+from .audit import Audit
+
+#: File of what the last audit saw.
+AUDIT: Final = "audit.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class RunInfo:
         job_digests: digests of model, data and kernel settings.
         versions: versions of what computed it.
         phases: measured seconds by what was done in them, longest first; what tasks spend between phases is left out.
+        expected_error: of a projected kernel, the relative error to be expected, from its features once it is finished.
+        audited: what the last ``verify`` saw: relative error and, of a projected kernel, the predicted one; None if
+            there was none.
     """
 
     path: Path
@@ -48,6 +59,8 @@ class RunInfo:
     job_digests: dict[str, str]
     versions: dict[str, str]
     phases: dict[str, float]
+    expected_error: float | None = None
+    audited: dict[str, Any] | None = None
 
     @property
     def finished(self) -> bool:
@@ -79,6 +92,10 @@ class RunInfo:
                     "bytes_written": self.bytes_written,
                     "phases": self.phases,
                 },
+                "projection": None
+                if self.plan.projection is None
+                else {"projection": self.plan.projection.identity, "expected_error": self.expected_error},
+                "audit": self.audited,
                 "plan": self.plan.digest,
                 "job": self.job_digests,
                 "versions": self.versions,
@@ -117,11 +134,17 @@ def run_info(path: str | Path) -> RunInfo:
     phases: Counter[str] = Counter()
     for receipt in receipts.values():
         phases.update(receipt.phases)
+    tiles, done = plan.sample_grid.kernel_tile_count, sum(key.startswith(last) for key in receipts)
+    if plan.features_only:
+        tiles, done = plan.sample_grid.row_tiles, sum(key.startswith("rows-0-") for key in receipts)
+    expected = plan.expected_error
+    if plan.projection is not None and done == tiles:
+        expected = Kernel(directory.root).expected_error()
     return RunInfo(
         path=directory.root,
         plan=plan,
-        kernel_tiles_done=sum(key.startswith(last) for key in receipts),
-        kernel_tiles=plan.sample_grid.kernel_tile_count,
+        kernel_tiles_done=done,
+        kernel_tiles=tiles,
         rows_seconds=seconds["rows"],
         kernel_seconds=seconds["kernel"],
         host_bytes=max((receipt.peak_host_bytes for receipt in receipts.values()), default=0),
@@ -132,4 +155,28 @@ def run_info(path: str | Path) -> RunInfo:
         job_digests=json.loads(job or "{}"),
         versions=json.loads(versions or "{}"),
         phases=dict(phases.most_common()),
+        expected_error=expected,
+        audited=read_audit(directory),
     )
+
+
+def keep_audit(directory: RunDirectory, audit: Audit) -> None:
+    """Keep what an audit saw, for ``info``; a run that cannot be written is left as it is."""
+    if audit.relative_error is None:
+        return
+    seen = {
+        "relative_error": audit.relative_error,
+        "predicted_error": audit.predicted_error,
+        "entries": audit.entries,
+        "passed": audit.passed,
+    }
+    with suppress(StorageError, OSError):
+        directory.write_text(directory.root / AUDIT, json.dumps(seen) + "\n")
+
+
+def read_audit(directory: RunDirectory) -> dict[str, Any] | None:
+    """What the last audit saw, None if there was none."""
+    with suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads((directory.root / AUDIT).read_text())
+        return found
+    return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +13,23 @@ from numpy.typing import NDArray
 
 from ooc_ntk.compute import held
 from ooc_ntk.compute.contract import HELD_TORCH_DTYPE
+from ooc_ntk.compute.rownorms import squared_norms
 from ooc_ntk.planning.memory import STAGING_BYTES
 from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, StagedFile, read_checked
-from ooc_ntk.units import HELD_DTYPE, TOKEN_DTYPE
+from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE
 
 #: Name of the Zarr array of dense tiles: (samples, rows per sample, columns).
 JACOBIAN: str = "tiles/jacobian.zarr"
 
 #: Folder of the Zarr arrays of factors, one for the inputs and one for the gradients of every block: (samples, items).
 FACTORS: str = "tiles/factors"
+
+#: Name of the Zarr array of features, and of that of the heaviest parameters' gradients.
+FEATURES: str = "features.zarr"
+HEAVY: str = "heavy.zarr"
 
 Matrix = NDArray[np.generic]
 
@@ -253,13 +259,17 @@ class DiskStore(TileStore):
             self.dtype(part).str,
         )
 
-    def create(self) -> None:
+    def create(self, provenance: Mapping[str, Any]) -> None:
         """Write the metadata of every array.
+
+        Args:
+            provenance: attributes of arrays that outlive the run.
 
         Raises:
             StorageError: if arrays of other shapes are there.
         """
-        attributes = {"logical_dtype": "bfloat16"} if self.plan.precision == "bf16" else {}
+        del provenance
+        attributes = logical_dtype(self.plan)
         if self._has_dense:
             self._dense.create(attributes)
         for parts in self.parts:
@@ -381,6 +391,50 @@ class _DiskWriter(RowWriter):
                 file.discard()
 
 
+class FeatureStore(DiskStore):
+    """The features of a projected job: one Zarr array of (samples · rows, dim), which stays when the run is done."""
+
+    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord]) -> None:
+        """See :class:`DiskStore`."""
+        super().__init__(plan, root, records)
+        assert plan.projection is not None
+        assert plan.projection.dim is not None
+        self._dense = TileArray(
+            root,
+            FEATURES,
+            (plan.samples * plan.rows_per_sample, plan.projection.dim),
+            (plan.tile_samples * plan.rows_per_sample, plan.span_columns),
+            HELD_DTYPE[plan.precision],
+        )
+
+    def create(self, provenance: Mapping[str, Any]) -> None:
+        """See :meth:`DiskStore.create`; features say what they are of."""
+        self._dense.create({**provenance, **logical_dtype(self.plan)})
+        if self.plan.heavy:
+            heavy_array(self._root, self.plan).create({"parameters": list(self.plan.heavy)})
+
+    def path(self, part: Part, row: int) -> str:
+        """See :meth:`DiskStore.path`."""
+        return self._dense.chunk_path((row, self.spans[part.span].start // self.plan.span_columns))
+
+
+def heavy_array(root: Path, plan: Plan) -> TileArray:
+    """Gradients of the heaviest parameters beside the features: (samples · rows, parameters)."""
+    rows = plan.rows_per_sample
+    return TileArray(
+        root,
+        HEAVY,
+        (plan.samples * rows, len(plan.heavy)),
+        (plan.tile_samples * rows, len(plan.heavy)),
+        STORED_DTYPE[plan.precision],
+    )
+
+
+def logical_dtype(plan: Plan) -> dict[str, str]:
+    """What Zarr cannot say of a tile's elements: that their bits are those of bf16."""
+    return {"logical_dtype": "bfloat16"} if plan.precision == "bf16" else {}
+
+
 def factors_of(plan: Plan, block: PlannedBlock, tile: Tile) -> held.Tile:
     """The factors that a tile of a block holds; views."""
     assert block.factors is not None  # the plan holds no other block as factors
@@ -388,6 +442,24 @@ def factors_of(plan: Plan, block: PlannedBlock, tile: Tile) -> held.Tile:
     return held.as_tile(block.factors, inputs, gradients, plan.rows_per_sample, block.contraction)
 
 
+def slab_norms(slab: Matrix) -> NDArray[np.float64]:
+    """Squared norms of the rows of a slab, (rows,); bf16 is widened first."""
+    return squared_norms(as_tensor(slab).float().numpy() if slab.dtype == np.uint16 else slab)
+
+
 def row_matrix(tile: Matrix, entries: int) -> Matrix:
     """A dense tile as it is contracted: (samples · entries, depth)."""
     return tile.reshape(tile.shape[0] * entries, -1)
+
+
+def store_of(plan: Plan, root: Path, records: dict[str, FileRecord]) -> TileStore:
+    """The store that a plan asks for.
+
+    Args:
+        plan: the plan.
+        root: run directory.
+        records: committed files by path; the driver adds to it as tasks are committed.
+    """
+    if plan.projection is not None:
+        return FeatureStore(plan, root, records)
+    return MemoryStore(plan) if plan.layout.in_memory else DiskStore(plan, root, records)

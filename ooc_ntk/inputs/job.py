@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Final, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.planning.projection import Projection
 from ooc_ntk.units import ITEM_BYTES
 
 from .callables import absolute_callable, is_callable_spec, is_import_path, load_callable
@@ -44,11 +45,11 @@ class Job:
         kernel: ``trace``, ``pseudo``, ``full`` or ``output:<c>``.
         outputs: ``logits``, ``loss``, ``margin``, a function of (model output of one sample, its target), or the
             spec of one.
-        projection: None for the exact kernel.
+        projection: None for the exact kernel; a :class:`Projection`, or text such as ``sjlt:4096``.
         normalize: None or ``cosine``.
         scale: ``sum`` over outputs, or ``mean``.
         parameters: glob patterns on parameter names, ``!pattern`` excludes; None for all. Kept as a tuple.
-        precision: ``float32``, ``tf32`` or ``float64``.
+        precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
         device: ``cpu``, ``cuda`` or ``cuda:<n>``; None chooses CUDA where there is one.
         batch_size: samples per batch; None lets the plan choose.
         collate: from a list of samples of a Dataset to a batch.
@@ -82,10 +83,7 @@ class Job:
     _made: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.projection is not None:
-            raise InputError(
-                "projected kernels are not available in this version; leave projection=None for the exact kernel"
-            )
+        object.__setattr__(self, "projection", _projection(self.projection))
         if self.base is not None:
             object.__setattr__(self, "base", Path(self.base).expanduser().absolute())
         self._check_inputs()
@@ -108,6 +106,11 @@ class Job:
             raise InputError(
                 f"allow_batch_dependence computes every sample alone, got batch_size={self.batch_size}; leave it out"
             )
+
+    @property
+    def sketch(self) -> Projection | None:
+        """The projection, None for the exact kernel."""
+        return cast("Projection | None", self.projection)
 
     def _check_inputs(self) -> None:
         """Check model, weights and data as far as that is possible without loading them."""
@@ -221,6 +224,8 @@ class Job:
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
+        if self.sketch is not None:
+            spec["projection"] = {name: value for name, value in asdict(self.sketch).items() if value is not None}
         if self.allow_batch_dependence:
             spec["allow_batch_dependence"] = True
         named = [spec[key] for key in ("model", "train", "test", "outputs")]
@@ -274,6 +279,21 @@ def _example(key: str) -> str:
         "test": "--test mnist5k[4000:]",
         "outputs": "--outputs file.py:function",
     }.get(key, f"{key}=...")
+
+
+def _projection(given: object) -> Projection | None:
+    """A projection as it may be given: itself, text, or a table of its fields."""
+    if given is None or isinstance(given, Projection):
+        return given
+    if isinstance(given, str):
+        return Projection.parse(given)
+    if isinstance(given, Mapping):
+        known = [item.name for item in fields(Projection)]
+        for key in given:
+            if key not in known:
+                raise unknown_name("key of [projection]", str(key), known)
+        return Projection(**given)
+    raise InputError(f"projection must be text such as 'sjlt:4096' or an ooc_ntk.Projection, got {given!r}")
 
 
 def _one_of(kind: str, value: object, known: Iterable[str], accepted: str | None = None) -> None:

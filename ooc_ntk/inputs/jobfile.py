@@ -43,7 +43,7 @@ class JobFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     test: str | None = None
     kernel: str | None = None
     outputs: str | None = None
-    projection: str | None = None
+    projection: str | dict[str, str | int | float] | None = None
     normalize: str | None = None
     scale: str | None = None
     parameters: str | list[str] | None = None

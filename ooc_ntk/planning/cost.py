@@ -326,6 +326,8 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
     panel_bytes = layout.tile_samples * stored_sample
     tile_bytes = (layout.tile_samples * entries) ** 2 * item
     kernel_seconds, longest, read, written = 0.0, 0.0, 0, 0
+    if workload.sketch is not None and workload.sketch.features_only:
+        tiles.clear()
     for tile, count in tiles.items():
         seconds = _contraction_seconds(workload, layout, rates, blocks, tile)
         loaded = panel_bytes * (1 if tile.symmetric else 2)

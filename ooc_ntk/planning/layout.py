@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from ooc_ntk.units import format_count
 
-from .spans import DENSE, BlockShape, Choice, Cut, Span
+from .spans import DENSE, Choice, Cut, Span
 from .tiles import Range, SampleGrid, count_tiles, even_size
 from .workload import Workload
 
@@ -74,7 +74,7 @@ class Layout:
         found = known.get((self.choices, self.span_columns))
         if found is None:
             found = known[self.choices, self.span_columns] = Cut.of(
-                [BlockShape(block.columns, block.factors) for block in workload.blocks],
+                workload.held_shapes,
                 self.block_choices(workload),
                 workload.rows_per_sample,
                 workload.held_item_bytes,
@@ -112,8 +112,10 @@ class Layout:
         return tuple(sorted(found))
 
     def task_count(self, workload: Workload) -> int:
-        """Tasks of the whole graph: rows, kernel tiles and one release per pass."""
+        """Tasks of the whole graph: rows, kernel tiles and one release per pass; rows alone where only features are."""
         grid = self.sample_grid(workload)
+        if workload.sketch is not None and workload.sketch.features_only:
+            return grid.row_tiles
         return len(self.passes) * (grid.row_tiles + grid.kernel_tile_count + 1)
 
     def describe(self) -> str:

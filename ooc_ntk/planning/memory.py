@@ -11,6 +11,7 @@ from ooc_ntk.units import format_bytes
 
 from .factors import LayerFactors
 from .layout import Layout
+from .projection import SPARSE_KINDS, Projection
 from .spans import FACTORED
 from .workload import ParameterBlock, Workload
 
@@ -63,6 +64,17 @@ PAIRWISE_BLOCKS: Final = 5
 
 #: Bytes of the dense gradients that layer rules expand before storing them; more than one sample only below it.
 RULE_BYTES: Final = 64 * 2**20
+
+#: Bytes of the part of a dense projection matrix that is made at a time: it is read once per product and stays out of
+#: the way of what is projected (a choice: 2,048 parameters at 4,096 columns).
+SKETCH_TILE_BYTES: Final = 2**25
+
+#: Bytes of the spectra that a tensor sketch holds at a time (a choice).
+SPECTRUM_BYTES: Final = 2**26
+
+#: Bytes of the gradients that torch.func derives before they are projected, where it goes row by row: making R for them
+#: takes ten times as long as multiplying one row with it.
+GATHERED_BYTES: Final = 2**26
 
 #: Read buffers per side: one being contracted, one being read.
 READ_SLOTS: Final = 2
@@ -141,6 +153,51 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     """
     edge = layout.tile_samples * workload.entries_per_sample
     return edge * edge * (8 + workload.item_bytes)
+
+
+def gathered_rows(columns: int, item_bytes: int) -> int:
+    """Rows of so many columns that are gathered before they are projected (at least one).
+
+    >>> gathered_rows(2**20, 4), gathered_rows(2**30, 4)
+    (16, 1)
+    """
+    return max(1, GATHERED_BYTES // max(1, columns * item_bytes))
+
+
+def sketch_terms(projection: Projection, batch: int, rows: int, item_bytes: int, columns: int) -> dict[str, int]:
+    """Bytes that projecting a batch takes beside its gradients and factors.
+
+    Args:
+        projection: with its dim.
+        batch: samples.
+        rows: Jacobian rows per sample.
+        item_bytes: bytes of a gradient's element.
+        columns: parameters.
+
+    >>> sketch_terms(Projection("sjlt", 4096), 16, 1, 4, 10**6)["features of one batch"]
+    786432
+    """
+    assert projection.dim is not None
+    features = batch * rows * projection.dim
+    terms = {
+        # The sum in float64, and what is stored of it.
+        "features of one batch": features * (8 + item_bytes),
+        # A piece of them, and a copy in another order.
+        "gradients being projected": 2 * batch * min(rows * columns, EXPANDED_ITEMS) * item_bytes,
+    }
+    if projection.kind in SPARSE_KINDS:
+        # Places of a piece's parameters, their rows and signs.
+        terms["rows and signs of R"] = min(columns, EXPANDED_ITEMS) * (16 + 8 * projection.nonzeros)
+        if projection.backend == "torch":
+            # Part of R as a matrix, or what is added up in its place on a CPU.
+            terms["rows and signs of R"] += (
+                max(batch * rows, min(columns, EXPANDED_ITEMS)) * projection.block * item_bytes
+            )
+        if projection.kind == "tensorsketch":
+            terms["spectra"] = 4 * SPECTRUM_BYTES
+    else:
+        terms["a part of R and its product"] = 2 * SKETCH_TILE_BYTES + features * item_bytes
+    return terms
 
 
 def pairwise_steps(factors: LayerFactors, entries: int) -> tuple[int, int]:
@@ -277,6 +334,8 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     if not layout.in_memory:
         rows["staging slab"] = STAGING_BYTES
         kernel["read buffers"] = sides * READ_SLOTS * chunk
+    if workload.sketch is not None:
+        (device if on_device else rows).update(workload.sketch.batch_terms)
     phase = max(rows, kernel, key=lambda terms: sum(terms.values()))
 
     host = {"the process itself (Python, torch, model, live data)": workload.baseline_bytes}
@@ -325,8 +384,9 @@ def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
     grid = layout.sample_grid(workload)
     edge = layout.tile_samples * workload.entries_per_sample
     tile = edge * edge * workload.item_bytes
+    sketch = workload.sketch
     disk = {
-        "kernel": grid.row_tiles * grid.column_tiles * tile,
+        "kernel": 0 if sketch is not None and sketch.features_only else grid.row_tiles * grid.column_tiles * tile,
         "records, diagonal and weights": layout.task_count(workload) * TASK_RECORD_BYTES
         + 2 * grid.row_tiles * edge * 8
         + workload.model_bytes
@@ -336,5 +396,10 @@ def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
         disk["the tile being replaced"] = 2 * tile
     if not layout.in_memory:
         stored = sum(layout.cut(workload).stored)
-        disk["Jacobian tiles on disk"] = grid.row_tiles * layout.tile_samples * stored
+        if sketch is not None and sketch.heavy:
+            rows = grid.row_tiles * layout.tile_samples * workload.rows_per_sample
+            disk["gradients of the heaviest parameters"] = rows * len(sketch.heavy) * workload.item_bytes
+        disk["Jacobian tiles on disk" if sketch is None else "features on disk"] = (
+            grid.row_tiles * layout.tile_samples * stored
+        )
     return disk

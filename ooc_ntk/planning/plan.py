@@ -15,11 +15,12 @@ from ooc_ntk.units import format_bytes, format_count, format_seconds, held_item_
 from .budget import Limits
 from .factors import LayerFactors, Window
 from .layout import Dataflow, Layout
-from .spans import Choice, Contraction, Representation
+from .projection import Projection
+from .spans import DENSE, BlockShape, Choice, Contraction, Representation
 from .tiles import Range, SampleGrid
 
-#: Version of the plan's JSON form; 2 came with layer rules.
-PLAN_FORMAT: Final = 2
+#: Version of the plan's JSON form; 2 came with layer rules, 3 with projections.
+PLAN_FORMAT: Final = 3
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ class Plan:
     """How a job will be run: tiles, passes, representation per block, and the promises.
 
     Fields are in samples, columns, bytes and seconds; ``io_ratio`` is bytes moved over the lower bound (spill only).
+    ``projection`` is that of a projected kernel, with its dim; ``structured`` names the weights whose part of R is made
+    of hashes of both sides, ``from_factors`` those of them whose gradients are never formed; ``expected_error`` is the
+    relative Frobenius error to be expected of the kernel, if a pilot was run, ``features_only`` says that no kernel is
+    assembled, and ``heavy`` are the heaviest parameters by their global index, whose gradients are kept beside the
+    features for the error bars.
     """
 
     kernel: str
@@ -163,12 +169,32 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
     job_digest: str = ""
+    projection: Projection | None = None
+    structured: tuple[str, ...] = ()
+    from_factors: tuple[str, ...] = ()
+    expected_error: float | None = None
+    features_only: bool = False
+    heavy: tuple[int, ...] = ()
+    heavy_share: float = 0.0
 
     @property
     def layout(self) -> Layout:
         """Tiles, spans and passes."""
-        choices = tuple(block.choice for block in self.blocks)
+        choices = (DENSE,) if self.projection is not None else tuple(block.choice for block in self.blocks)
         return Layout(self.dataflow, self.tile_samples, self.span_columns, self.passes, choices)
+
+    @property
+    def held_shapes(self) -> list[BlockShape]:
+        """Columns and factors of what tiles are cut from: the blocks, or the features of a projected job."""
+        if self.projection is not None:
+            return [BlockShape(self.projection.dim or 0)]
+        return [BlockShape(block.columns, block.factors) for block in self.blocks]
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the features of a projected job, 0 of an exact one."""
+        dim = 0 if self.projection is None else self.projection.dim or 0
+        return self.samples * self.rows_per_sample * dim * self.held_item_bytes
 
     @property
     def held_item_bytes(self) -> int:
@@ -178,7 +204,7 @@ class Plan:
     @property
     def held_bytes(self) -> int:
         """Bytes of everything that is held of the Jacobian, over all samples."""
-        return sum(block.held_bytes for block in self.blocks)
+        return self.feature_bytes or sum(block.held_bytes for block in self.blocks)
 
     @property
     def sample_grid(self) -> SampleGrid:
@@ -199,6 +225,9 @@ class Plan:
     def digest(self) -> str:
         """Digest of everything that changes the result's bits: not of rates, promises or free memory."""
         covered = {name: getattr(self, name) for name in _DIGESTED}
+        if self.projection is not None:
+            projected = [self.projection.identity, self.projection.backend, *self.structured, "", *self.from_factors]
+            covered["projection"] = [*projected, "features only" if self.features_only else "kernel"]
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
         covered["blocks"] = [
             [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction, b.source, _shape(b.factors)]
@@ -227,7 +256,7 @@ class Plan:
                 )
             if version < PLAN_FORMAT:
                 raise StorageError(
-                    f"the plan has format {version}, from before layer rules; this version reads {PLAN_FORMAT}: "
+                    f"the plan has format {version}, from an earlier version; this version reads {PLAN_FORMAT}: "
                     "make a new plan in another --out"
                 )
             fields["passes"] = tuple(Range(**span) for span in fields["passes"])
@@ -236,6 +265,11 @@ class Plan:
             fields["limits"] = Limits(**{**fields["limits"], "automatic": tuple(fields["limits"]["automatic"])})
             fields["alternatives"] = tuple(Alternative(**entry) for entry in fields["alternatives"])
             fields["notes"] = tuple(fields["notes"])
+            fields["structured"] = tuple(fields["structured"])
+            fields["from_factors"] = tuple(fields["from_factors"])
+            fields["heavy"] = tuple(fields["heavy"])
+            if fields["projection"] is not None:
+                fields["projection"] = Projection(**fields["projection"])
             plan = cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StorageError(f"cannot read the plan ({type(error).__name__}: {error}); make a new one") from error
@@ -278,7 +312,7 @@ class Plan:
         rows, columns = self.kernel_shape
         promised, limits = self.promised, self.limits
         stored = "float32" if self.precision == "bf16" else self.precision
-        what = f"{self.kernel} kernel, {rows:,} × {columns:,} {stored}" + (
+        what = f"{'projected ' if self.projection else ''}{self.kernel} kernel, {rows:,} × {columns:,} {stored}" + (
             f", {self.normalize}-normalised" if self.normalize else ""
         )
         if stored != self.precision:
@@ -293,7 +327,8 @@ class Plan:
                 + f", {self.outputs} output{'s' if self.outputs != 1 else ''} each",
             ),
             ("Jacobian", self._jacobian()),
-            ("dataflow", f"{self.dataflow}{passes}: {self.reason}"),
+            *self._projected(),
+            ("dataflow", f"{'features' if self.projection else self.dataflow}{passes}: {self.reason}"),
             ("tiles", self._tiles()),
             ("rows by", self._rows_by()),
             (
@@ -316,10 +351,29 @@ class Plan:
         lines.append(("digest", self.digest[:12]))
         return lines
 
+    def _projected(self) -> list[tuple[str, str]]:
+        """The projection, what it holds, and the error to be expected of it."""
+        if self.projection is None:
+            return []
+        backend, dim = self.projection.backend, self.projection.dim or 0
+        sparse = f", {self.projection.nonzeros} non-zeros a parameter" if self.projection.nonzeros else ""
+        lines = [
+            (
+                "projection",
+                f"{self.projection.kind} to {dim:,} columns{sparse}, seed {self.projection.seed}, by {backend}; "
+                f"features of {format_bytes(self.feature_bytes)}{', no kernel' if self.features_only else ''}",
+            )
+        ]
+        if self.expected_error is not None:
+            lines.append(("error", f"{self.expected_error:.2%} of the kernel expected (relative Frobenius norm)"))
+        return lines
+
     def _jacobian(self) -> str:
         """Size of the Jacobian, and what is held of it."""
         size = f"{self.samples * self.rows_per_sample:,} rows × {self.columns:,} parameters"
         dense = format_bytes(self.jacobian_bytes)
+        if self.projection is not None:
+            return f"{size} ({dense} as gradients; projected, never held)"
         if self.held_bytes < self.jacobian_bytes:
             ratio = self.jacobian_bytes / self.held_bytes
             return f"{size} ({dense} as gradients; held as {format_bytes(self.held_bytes)}, {ratio:.1f} times less)"
@@ -329,6 +383,10 @@ class Plan:
         """Tile sizes and the number of tasks."""
         factored = sum(block.representation != "dense" for block in self.blocks)
         held = [f"{self.tile_samples:,} samples"]
+        if self.projection is not None:
+            return (
+                f"{self.tile_samples:,} samples × {self.span_columns:,} columns of features, {self.task_count:,} tasks"
+            )
         if factored < len(self.blocks):
             held.append(f"{self.span_columns:,} dense columns" if factored else f"{self.span_columns:,} columns")
         also = f" and {factored} factored block{'s' if factored != 1 else ''}" if factored else ""

@@ -14,9 +14,11 @@ from .cost import Cost, block_flops, price
 from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
 from .memory import ALLOCATOR_SHARE, MemoryNeed, memory_need
 from .plan import Alternative, Plan, PlannedBlock, Promise
+from .projection import SPARSE_KINDS
 from .rates import MachineRates
 from .representation import POLICIES, REPRESENTATIONS, choose
-from .spans import DENSE, Choice
+from .sketched import features_workload, from_factors
+from .spans import DENSE, PROJECTED, TENSOR_SKETCHED, Choice
 from .tiles import Range, even_ranges
 from .workload import ParameterBlock, Workload
 
@@ -51,6 +53,8 @@ class Preferences:
         passes: passes over the samples (``recompute`` only).
         representation: ``dense``, ``factored`` or ``pairwise``, wherever a block allows it.
         layer_rules: False derives every block by ``torch.func``.
+        features_only: leaves a projected job at its features; entries of the kernel are computed when they are asked
+            for.
     """
 
     dataflow: str | None = None
@@ -59,6 +63,7 @@ class Preferences:
     passes: int | None = None
     representation: str | None = None
     layer_rules: bool = True
+    features_only: bool = False
 
     def __post_init__(self) -> None:
         """Check names and signs."""
@@ -113,6 +118,15 @@ def make_plan(
         BudgetError: if no layout fits, naming the largest term, the smallest budget that would do and its flag.
     """
     preferences = preferences or Preferences()
+    job = workload
+    if workload.sketch is not None:
+        preferences = _for_features(preferences)
+        sketch = replace(workload.sketch, features_only=preferences.features_only)
+        workload = features_workload(replace(workload, sketch=sketch), rates)
+    elif preferences.features_only:
+        raise InputError(
+            "features are what a projection gives; ask for one with --projection, or leave features_only out"
+        )
     candidates = list(_candidates(workload, limits, rates, preferences))
     if not candidates:
         raise InputError(
@@ -124,6 +138,16 @@ def make_plan(
     best = _best(fitting)
     alternatives, reason = _explain(candidates, best, limits)
     layout, need, cost = best.layout, best.need, best.cost
+    notes = job.notes
+    expected = None
+    if job.sketch is not None:
+        expected = (
+            None
+            if job.sketch.moments is None
+            else job.sketch.moments.error(job.sketch.dim, job.train_samples * job.entries_per_sample)
+        )
+        beside, note = _beside_exact(job, limits, rates, cost, expected)
+        alternatives, notes, reason = (*alternatives, *beside), (*notes, note), "one sweep, features kept"
     return Plan(
         kernel=workload.kernel,
         scale=workload.scale,
@@ -135,8 +159,8 @@ def make_plan(
         outputs=workload.outputs,
         rows_per_sample=workload.rows_per_sample,
         entries_per_sample=workload.entries_per_sample,
-        columns=workload.columns,
-        method=workload.derivation.method,
+        columns=job.columns,
+        method=job.derivation.method,
         batch_size=workload.derivation.batch_size,
         threads=workload.threads,
         seed=workload.seed,
@@ -147,12 +171,14 @@ def make_plan(
         blocks=tuple(
             _planned(workload, layout, block, choice)
             for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True)
-        ),
+        )
+        if job.sketch is None
+        else tuple(_projected(job, block) for block in job.blocks),
         flops=cost.flops,
         bytes_read=cost.bytes_read,
         bytes_written=cost.bytes_written,
         io_ratio=cost.io_ratio,
-        jacobian_bytes=workload.jacobian_bytes,
+        jacobian_bytes=job.jacobian_bytes,
         kernel_bytes=workload.kernel_bytes,
         task_count=layout.task_count(workload),
         tolerance=tolerance(workload),
@@ -169,8 +195,15 @@ def make_plan(
         calibrated=rates.measured,
         reason=reason,
         alternatives=alternatives,
-        notes=workload.notes,
+        notes=notes,
         job_digest=job_digest,
+        projection=None if job.sketch is None else job.sketch.projection,
+        structured=() if job.sketch is None else job.sketch.structured,
+        from_factors=() if job.sketch is None else job.sketch.from_factors,
+        expected_error=expected,
+        features_only=preferences.features_only,
+        heavy=() if job.sketch is None else job.sketch.heavy,
+        heavy_share=0.0 if job.sketch is None else job.sketch.heavy_share,
     )
 
 
@@ -197,6 +230,71 @@ def _planned(workload: Workload, layout: Layout, block: ParameterBlock, choice: 
         factors=block.factors,
         dense_bytes=dense_bytes,
         dense_flops=block_flops(workload, block, DENSE),
+    )
+
+
+def _for_features(preferences: Preferences) -> Preferences:
+    """What of the preferences a projected job follows: its features are always kept on disk.
+
+    Raises:
+        InputError: for what it cannot follow.
+    """
+    if preferences.dataflow not in (None, "spill") or preferences.passes not in (None, 1):
+        raise InputError(
+            "a projected kernel is one sweep whose features are kept on disk; leave dataflow and passes out"
+        )
+    if preferences.representation is not None:
+        raise InputError("nothing of the Jacobian is held of a projected kernel; leave representation out")
+    return replace(preferences, dataflow="spill")
+
+
+def _beside_exact(
+    job: Workload, limits: Limits, rates: MachineRates, cost: Cost, expected: float | None
+) -> tuple[tuple[Alternative, ...], str]:
+    """The exact kernel beside the projected one: what it would take, and which of them is cheaper for the error."""
+    error = "" if expected is None else f" at an expected error of {expected:.1%}"
+    took = format_seconds(cost.seconds)
+    try:
+        exact = make_plan(replace(job, sketch=None), limits, rates)
+    except BudgetError as failure:
+        return (), f"projected, {took}{error}; the exact kernel does not fit: {failure}"
+    chosen = next(entry for entry in exact.alternatives if entry.verdict == "chosen")
+    seconds = exact.promised.seconds
+    ratio = seconds / max(cost.seconds, 1e-9)
+    cheaper = (
+        f"projecting is {ratio:.1f} times cheaper" if ratio > 1 else f"the exact one is {1 / ratio:.1f} times cheaper"
+    )
+    note = f"projected, {took}{error}; the exact kernel would take {format_seconds(seconds)}: {cheaper}"
+    sketch = job.sketch
+    assert sketch is not None
+    rows = job.samples * job.rows_per_sample
+    if sketch.projection.kind not in SPARSE_KINDS and rows <= 2 * sketch.dim:
+        note += f" (a dense projection saves arithmetic only from {2 * sketch.dim:,} rows on, here are {rows:,})"
+    verdict = "slower than projecting" if ratio > 1 else "no slower, and without error"
+    return (replace(chosen, layout=f"exact: {chosen.layout}", verdict=verdict),), note
+
+
+def _projected(job: Workload, block: ParameterBlock) -> PlannedBlock:
+    """A block of a projected job, beside what dense gradients would hold and spend."""
+    assert job.sketch is not None
+    projection, rows = job.sketch.projection, job.samples * job.rows_per_sample
+    each = 2 * projection.nonzeros if projection.kind in SPARSE_KINDS else 2 * job.sketch.dim
+    structured = from_factors(block, job.sketch)
+    choice = TENSOR_SKETCHED if structured else PROJECTED
+    return PlannedBlock(
+        name=block.name,
+        parameters=block.parameters,
+        start=block.start,
+        stop=block.stop,
+        representation=choice.representation,
+        contraction=choice.contraction,
+        held_bytes=0,
+        flops=rows * block.columns * each if not structured else rows * job.sketch.dim * 16,
+        source=block.source,
+        reason=block.reason,
+        factors=block.factors,
+        dense_bytes=rows * job.held_item_bytes * block.columns,
+        dense_flops=block_flops(job, block, DENSE),
     )
 
 

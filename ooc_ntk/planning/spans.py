@@ -9,8 +9,8 @@ from typing import Final, Literal
 from .factors import TOKEN_BYTES, LayerFactors
 from .tiles import ColumnGrid
 
-Representation = Literal["dense", "factored", "tokens"]
-Contraction = Literal["gemm", "pairwise", "matching"]
+Representation = Literal["dense", "factored", "tokens", "projected"]
+Contraction = Literal["gemm", "pairwise", "matching", "tensorsketch"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,10 @@ class Choice:
 
     Attributes:
         representation: ``dense`` (gradients), ``factored`` (layer inputs and output gradients) or ``tokens``
-            (row numbers and output gradients of an embedding).
+            (row numbers and output gradients of an embedding); of a projected job ``projected``, as nothing is held.
         contraction: ``gemm`` (of gradients, expanded just before where factored), ``pairwise`` (Gram matrices of both
-            factors, multiplied position by position) or ``matching`` (equal tokens only).
+            factors, multiplied position by position) or ``matching`` (equal tokens only); ``tensorsketch`` for weights
+            that are projected from their factors.
     """
 
     representation: Representation
@@ -32,6 +33,10 @@ DENSE: Final = Choice("dense", "gemm")
 FACTORED: Final = Choice("factored", "gemm")
 PAIRWISE: Final = Choice("factored", "pairwise")
 TOKENS: Final = Choice("tokens", "matching")
+
+#: Gradients are multiplied with R piece by piece, or a weight is sketched from its factors; nothing of them is held.
+PROJECTED: Final = Choice("projected", "gemm")
+TENSOR_SKETCHED: Final = Choice("projected", "tensorsketch")
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,13 @@ def dependencies(task: Task, grid: SampleGrid, *, in_memory: bool, normalised: i
     return tuple(Task("kernel", task.generation, i, j) for i, j in grid.kernel_tiles())
 
 
-def task_list(grid: SampleGrid, passes: int) -> Iterator[Task]:
+def task_list(grid: SampleGrid, passes: int, *, features_only: bool = False) -> Iterator[Task]:
     """Yield every task of a plan, each after everything it depends on.
 
     Args:
         grid: the sample grid.
         passes: number of passes.
+        features_only: whether rows are all that is wanted.
 
     Yields:
         Tasks, pass by pass: rows, kernel tiles (those on the diagonal first), release.
@@ -93,6 +94,8 @@ def task_list(grid: SampleGrid, passes: int) -> Iterator[Task]:
     for generation in range(passes):
         for row in range(grid.row_tiles):
             yield Task("rows", generation, row)
+        if features_only:
+            continue
         for i, j in sorted(grid.kernel_tiles(), key=lambda tile: (tile[0] != tile[1], tile)):
             yield Task("kernel", generation, i, j)
         yield Task("release", generation)

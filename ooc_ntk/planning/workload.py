@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ooc_ntk.errors import InputError
 from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .factors import LayerFactors
+from .projection import PilotMoments, Projection
+from .spans import BlockShape
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,41 @@ class Derivation:
 
 
 @dataclass(frozen=True)
+class Sketched:
+    """How a Jacobian is projected, and what that costs.
+
+    Attributes:
+        projection: with its dim and its backend.
+        structured: weights whose part of R is made of hashes of both sides (a tensor sketch), by name.
+        from_factors: those of them that are projected from their factors, where that is faster than from gradients.
+        row_seconds: seconds to project one Jacobian row of all parameters, as timed.
+        batch_seconds: seconds per batch to make R, which all its rows share, as timed.
+        moments: what the size of the error depends on, from a pilot; None if there was none.
+        features_only: whether features are all that is wanted, and no kernel.
+        heavy: global indices of the heaviest parameters, in ascending order.
+        heavy_share: their share of the sum of squared mean squares.
+        batch_terms: bytes that a batch takes while it is projected, by term.
+    """
+
+    projection: Projection
+    structured: tuple[str, ...] = ()
+    from_factors: tuple[str, ...] = ()
+    row_seconds: float = 0.0
+    batch_seconds: float = 0.0
+    moments: PilotMoments | None = None
+    features_only: bool = False
+    heavy: tuple[int, ...] = ()
+    heavy_share: float = 0.0
+    batch_terms: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dim(self) -> int:
+        """Columns of the features."""
+        assert self.projection.dim is not None
+        return self.projection.dim
+
+
+@dataclass(frozen=True)
 class Workload:
     """A job measured: everything the planner needs to know about model and data.
 
@@ -95,6 +133,7 @@ class Workload:
         threads: CPU threads used by one task.
         seed: seed of the job.
         notes: remarks for the reader of the plan.
+        sketch: how its Jacobian is projected, None for the exact kernel.
     """
 
     kernel: str
@@ -118,6 +157,7 @@ class Workload:
     seed: int = 0
     planning_bytes: int = 0
     notes: tuple[str, ...] = ()
+    sketch: Sketched | None = None
 
     def __post_init__(self) -> None:
         """Check what a caller could get wrong."""
@@ -125,6 +165,11 @@ class Workload:
             raise InputError("the training data is empty: a kernel needs at least one sample")
         if not self.blocks or self.columns < 1:
             raise InputError("no parameters are left to differentiate; widen the parameter patterns")
+
+    @property
+    def held_shapes(self) -> list[BlockShape]:
+        """Columns and factors of every block, as tiles are cut from them."""
+        return [BlockShape(block.columns, block.factors) for block in self.blocks]
 
     @property
     def samples(self) -> int:

@@ -80,7 +80,7 @@ def _held_as(block: PlannedBlock) -> str:
 
     ``factored`` is expanded and multiplied, ``pairwise`` is held as factors, too, and never expanded.
     """
-    return "pairwise" if block.contraction == "pairwise" else block.representation
+    return block.contraction if block.contraction in ("pairwise", "tensorsketch") else block.representation
 
 
 def _sums(blocks: Sequence[PlannedBlock], source: str, held_as: str) -> list[str]:
@@ -130,11 +130,12 @@ def info_table(info: RunInfo) -> RenderableType:
     """A run: progress, promises beside measurements, provenance."""
     plan, promised = info.plan, info.plan.promised
     state = "complete" if info.finished else "not finished: run the same command again to go on"
+    tiles = "feature tiles" if plan.features_only else "kernel tiles"
     head = _pairs(
         [
             ("run", str(info.path)),
-            ("state", f"{info.kernel_tiles_done:,} of {info.kernel_tiles:,} kernel tiles, {state}"),
-            *plan.summary()[:4],
+            ("state", f"{info.kernel_tiles_done:,} of {info.kernel_tiles:,} {tiles}, {state}"),
+            *plan.summary()[: 4 if plan.projection is None else 6],
             *((name, digest) for name, digest in sorted(info.job_digests.items())),
             ("plan", plan.digest),
             ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
@@ -161,6 +162,15 @@ def info_table(info: RunInfo) -> RenderableType:
     for name, before, after in sizes:
         if before or after:
             table.add_row(name, format_bytes(before), format_bytes(after), _ratio(after, before))
+    audited = info.audited or {}
+    if info.expected_error is not None:
+        seen = audited.get("relative_error")
+        table.add_row(
+            "error of the kernel (expected, last audit)",
+            f"{info.expected_error:.2%}",
+            "-" if seen is None else f"{seen:.2%}",
+            "-" if seen is None else _ratio(seen, audited.get("predicted_error") or info.expected_error),
+        )
     return Group(head, Text(), table)
 
 

@@ -111,6 +111,25 @@ class OuterRule(Rule):
         del call
         return (gradients.transpose(2, 3) if self.transposed else gradients).flatten(2)
 
+    def weight_columns(
+        self, call: Call, factors: LayerFactors, outputs: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Places in the weight of elements of expanded gradients, as :meth:`weight_order` brings them there.
+
+        Args:
+            call: the call.
+            factors: shapes of the layer.
+            outputs: (m,) int64 numbers of outputs.
+            inputs: (k,) int64 numbers of inputs, in the order in which they are expanded.
+
+        Returns:
+            (m,) and (k,) int64: element (i, j) is at the sum of the i-th of the one and the j-th of the other.
+        """
+        del call
+        if self.transposed:
+            return outputs, inputs * factors.outputs
+        return outputs * factors.inputs, inputs
+
     def grouped(self, call: Call, inputs: Tensor, gradients: Tensor) -> Tensor:
         """Weight gradients of a layer with groups, in the order of the weight.
 

@@ -106,6 +106,14 @@ class Convolution(OuterRule):
         taps = math.prod(call.arguments["weight"].shape[2:])
         return gradients.view(samples, rows, outputs, taps, inputs // taps).transpose(3, 4).flatten(2)
 
+    def weight_columns(
+        self, call: Call, factors: LayerFactors, outputs: Tensor, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`OuterRule`; tap t of channel c is input ``t · channels + c`` of a window."""
+        taps = math.prod(call.arguments["weight"].shape[2:])
+        channels = factors.inputs // taps
+        return super().weight_columns(call, factors, outputs, inputs % channels * taps + inputs // channels)
+
     def grouped(self, call: Call, inputs: Tensor, gradients: Tensor) -> Tensor:
         """See :class:`OuterRule`; windows are (taps, groups · channels)."""
         groups, taps = self.groups(call), math.prod(call.arguments["weight"].shape[2:])

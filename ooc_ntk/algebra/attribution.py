@@ -1,0 +1,116 @@
+"""TRAK's attribution scores from features: ``φ(ΦᵀΦ + λ·I)⁻¹Φᵀ``, tile by tile (Park et al. 2023)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import scipy.linalg
+import zarr
+from numpy.typing import NDArray
+
+from ooc_ntk.compute.machine import free_host_bytes
+from ooc_ntk.errors import BudgetError, InputError
+from ooc_ntk.storage.arrays import TileArray
+from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.units import format_bytes
+
+from .features import Features
+
+#: Rows and columns of a stored tile of scores (a choice: 4 MiB of float32).
+TILE: Final = 1024
+
+#: Share of the free memory that the dim × dim matrix and its factor may take.
+MEMORY_SHARE: Final = 0.8
+
+
+def attribution_scores(features: Features, ridge: float, root: Path, name: str) -> zarr.Array[Any]:
+    """Score every sample against every train sample, into a Zarr array; nothing but dim × dim numbers is held.
+
+    Args:
+        features: of train and test samples; outputs of a sample are summed up.
+        ridge: absolute, at least 0, added to ``ΦᵀΦ`` of the train samples.
+        root: folder of the array.
+        name: its name there; replaced if it is there.
+
+    Returns:
+        (samples, train samples) float32, test rows after train rows.
+
+    Raises:
+        InputError: for a full kernel, a negative ridge, or a matrix that is not positive definite.
+        BudgetError: if dim × dim does not fit in free memory.
+    """
+    if features.full:
+        raise InputError("attribution scores are one number per pair of samples; use kernel trace, pseudo or output:c")
+    if not ridge >= 0:
+        raise InputError(f"ridge must be at least 0, got {ridge}")
+    needed, free = 8 * features.dim**2 + 2**28, int(MEMORY_SHARE * free_host_bytes())
+    if needed > free:
+        raise BudgetError(
+            f"attribution holds {features.dim:,} × {features.dim:,} numbers, {format_bytes(needed)}; "
+            f"{format_bytes(free)} are free to use: take a smaller dim"
+        )
+    factor = _factor(features, ridge)
+    shape = (features.samples, features.train_samples)
+    array = TileArray(root, name, shape, (TILE, TILE), "<f4")
+    _forget(root / name)
+    array.create({"ridge": ridge, "sketch": features.sketch, "scores": "phi (Phi^T Phi + ridge I)^-1 Phi^T"})
+    for top in range(0, shape[0], TILE):
+        rows = range(top, min(top + TILE, shape[0]))
+        left = np.concatenate([_solved(features, factor, panel) for panel in _pieces(features, rows)])
+        for start in range(0, shape[1], TILE):
+            columns = range(start, min(start + TILE, shape[1]))
+            tile = np.full((TILE, TILE), np.nan, dtype="<f4")
+            position = 0
+            for panel in _pieces(features, columns):
+                right = features.read(panel).reshape(len(panel), -1)
+                tile[: len(rows), position : position + len(panel)] = left @ right.T
+                position += len(panel)
+            file = StagedFile(root, array.chunk_path((top // TILE, start // TILE)))
+            try:
+                file.append(tile)
+                file.seal()
+                file.publish()
+            except BaseException:
+                file.discard()
+                raise
+    return array.open()
+
+
+def _factor(features: Features, ridge: float) -> NDArray[np.float64]:
+    """Cholesky factor of ``ΦᵀΦ + λ·I`` of the train samples."""
+    matrix = np.zeros((features.dim, features.dim))
+    for panel in features.panels(features.train_samples):
+        rows = features.read(panel).reshape(-1, features.dim).astype(np.float64)
+        matrix += rows.T @ rows
+    mean = float(matrix.diagonal().mean())
+    matrix[np.diag_indices(features.dim)] += ridge
+    try:
+        found = scipy.linalg.cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError as error:
+        raise InputError(
+            f"ΦᵀΦ + {ridge:g}·I is not positive definite ({error}): there are fewer train rows than columns, or they "
+            f"depend on each other; raise the ridge, for example to {1e-6 * (mean or 1.0):.3g}"
+        ) from error
+    return np.asarray(found)
+
+
+def _solved(features: Features, factor: NDArray[np.float64], panel: range) -> NDArray[np.float32]:
+    """``φ(ΦᵀΦ + λ·I)⁻¹`` of some samples, (samples, outputs · dim)."""
+    rows = features.read(panel).reshape(-1, features.dim).astype(np.float64)
+    found = scipy.linalg.cho_solve((factor, True), rows.T, overwrite_b=True, check_finite=False).T
+    return np.ascontiguousarray(found, dtype=np.float32).reshape(len(panel), -1)
+
+
+def _pieces(features: Features, samples: range) -> list[range]:
+    """A range of samples in pieces that are read at once."""
+    step = len(next(features.panels()))
+    return [range(start, min(start + step, samples.stop)) for start in range(samples.start, samples.stop, step)]
+
+
+def _forget(folder: Path) -> None:
+    """Delete scores that were there."""
+    if folder.exists():
+        shutil.rmtree(folder)

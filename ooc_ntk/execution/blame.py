@@ -1,0 +1,67 @@
+"""Errors that name the samples and the block that they are about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ooc_ntk.errors import DataChangedError, InputError, NonFiniteError, OocNtkError, RunInterrupted
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.tiles import Range
+
+
+def check_finite_factor(plan: Plan, part: Tensor, block: str, samples: Range) -> None:
+    """Refuse factors that are not finite, naming block and sample."""
+    if not part.is_floating_point() or math.isfinite(
+        float(part.sum(dtype=torch.float32 if part.dtype != torch.float64 else None))
+    ):
+        return
+    bad = ~torch.isfinite(part).reshape(part.shape[0], -1).all(1)
+    if bool(bad.any()):
+        sample = samples.start + int(bad.nonzero()[0])
+        raise not_finite(plan, block, sample)
+
+
+def not_finite(plan: Plan, block: str, sample: int) -> NonFiniteError:
+    """The error when a gradient is not finite."""
+    return NonFiniteError(
+        f"the gradient of block {block or '(model)'!r} is NaN or infinite in {where(plan, Range(sample, sample + 1))}; "
+        "check that sample and the weights, or use precision='float64'"
+    )
+
+
+@contextmanager
+def failing_on(samples: str) -> Iterator[None]:
+    """Say of which samples it is that the model fails on."""
+    try:
+        yield
+    except (NonFiniteError, DataChangedError, RunInterrupted):
+        raise
+    except InputError as error:
+        raise InputError(f"{error} (in {samples})") from error
+    except (OocNtkError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model failed on {samples} ({type(error).__name__}: {error}); "
+            "check that these samples have the shape and dtype that the model takes"
+        ) from error
+
+
+def named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list[Tensor]]:
+    """Say of which samples it is that deriving fails on."""
+    with failing_on(samples):
+        yield from groups
+
+
+def where(plan: Plan, samples: Range) -> str:
+    """Name a range of samples as the user counts them: train and test each from 0."""
+    train = plan.train_samples
+    kind, shift = ("train", 0) if samples.start < train else ("test", train)
+    if len(samples) == 1:
+        return f"{kind} sample {samples.start - shift}"
+    return f"{kind} samples {Range(samples.start - shift, samples.stop - shift)}"

@@ -1,0 +1,255 @@
+"""Random projection: which sketch of the Jacobian is wanted, what fits it, and how large it must be for an error."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from ooc_ntk.errors import InputError, unknown_name
+
+#: Kinds of projection; the first is the default.
+KINDS: Final = ("sjlt", "shift", "rademacher", "gaussian", "tensorsketch")
+
+#: Kinds whose matrix has a few non-zeros per parameter, one in each of as many blocks of rows.
+SPARSE_KINDS: Final = ("sjlt", "shift", "tensorsketch")
+
+#: Kinds whose entries are signs: their variance lacks the squares of single parameters.
+SIGN_KINDS: Final = ("sjlt", "shift", "rademacher")
+
+#: Heaviest parameters, whose gradients are kept beside the features for the error bars (measured on small networks:
+#: they have 98% to 99.9% of the sum of squared mean squares).
+HEAVY: Final = 256
+
+#: Non-zeros per parameter: four as Kane and Nelson's analysis suggests for the sparse kinds; 32 where the error bars
+#: come from the spread between blocks, which then have 31 degrees of freedom.
+NONZEROS: Final = {"sjlt": 4, "shift": 4, "rademacher": 0, "gaussian": 0, "tensorsketch": 32}
+
+#: Most non-zeros: the signs of a block-shift projection are the bits of one word.
+MOST_NONZEROS: Final = 32
+
+#: Rows of a block at least, so that two parameters seldom meet by the block's size alone (a choice).
+SMALLEST_BLOCK: Final = 4
+
+#: Rows of a block up to which twice the row and a sign fit 16 bits.
+SMALL_BLOCK: Final = 2**15
+
+#: A weight is sketched from its factors if it has this many times more parameters than the sketch has columns.
+STRUCTURED_RATIO: Final = 4
+
+#: Backends that may be asked for; ``auto`` takes the fastest that is there.
+BACKENDS: Final = ("auto", "numba", "torch", "cupy")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A random projection of the Jacobian, ``Φ = J·R`` with ``E[Φ Φᵀ] = J Jᵀ``: a kernel on the exact scale.
+
+    Attributes:
+        kind: ``sjlt`` (sparse, a few signs per parameter, one in each block of rows), ``shift`` (the same, blocks of
+            parameters shifted as a whole), ``rademacher`` (dense signs), ``gaussian`` (dense, near normal) or
+            ``tensorsketch`` (large linear layers sketched from their factors, everything else as ``sjlt``).
+        dim: columns of Φ; None has the plan choose them for ``target_error``.
+        seed: of the projection, up to 64 bits; the same seed and kind give the same R for any tiling or device.
+        nonzeros: signs per parameter of the sparse kinds; 0 takes the default (4; ``tensorsketch`` 32).
+        target_error: wanted relative error of the whole kernel in the Frobenius norm, in place of ``dim``.
+        backend: what computes it: ``auto``, ``numba``, ``torch`` or ``cupy``.
+
+    Raises:
+        InputError: for an unknown kind or backend, or a dim that does not fit the kind.
+
+    >>> Projection("sjlt", dim=10_240).block
+    2560
+    >>> Projection.parse("rademacher:512").dim
+    512
+    """
+
+    kind: str = KINDS[0]
+    dim: int | None = None
+    seed: int = 0
+    nonzeros: int = 0
+    target_error: float | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check names and numbers, and fill the default of ``nonzeros``."""
+        if self.kind not in KINDS:
+            raise unknown_name("projection", str(self.kind), KINDS)
+        if self.backend not in BACKENDS:
+            raise unknown_name("backend", str(self.backend), BACKENDS)
+        for name, value, smallest in (("seed", self.seed, 0), ("nonzeros", self.nonzeros, 0), ("dim", self.dim, 1)):
+            if value is None and name == "dim":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**64:
+                raise InputError(f"projection {name} must be a whole number from {smallest} on, got {value!r}")
+        if self.dim is None and self.target_error is None:
+            raise InputError(
+                f"projection {self.kind!r} needs a size: write {self.kind}:4096 (dim=4096), or ask for an error with "
+                "target_error=0.02 (--target-error)"
+            )
+        if self.dim is not None and self.target_error is not None:
+            raise InputError(f"give either dim={self.dim} or target_error={self.target_error}, not both")
+        if self.target_error is not None and not 0 < float(self.target_error) < 1:
+            raise InputError(f"target_error must lie between 0 and 1, got {self.target_error}")
+        if self.kind not in SPARSE_KINDS and self.nonzeros:
+            raise InputError(f"a {self.kind} projection is dense and has no nonzeros, got nonzeros={self.nonzeros}")
+        if self.nonzeros > MOST_NONZEROS:
+            raise InputError(f"nonzeros must be at most {MOST_NONZEROS}, got {self.nonzeros}")
+        if not self.nonzeros:
+            object.__setattr__(self, "nonzeros", NONZEROS[self.kind])
+        if self.dim is not None and self.dim != fitting_dim(self.kind, self.dim, self.nonzeros):
+            near = fitting_dim(self.kind, self.dim, self.nonzeros)
+            raise InputError(
+                f"a {self.kind} projection with {self.nonzeros} non-zeros has a dim that is a multiple of "
+                f"{self.nonzeros}, at least {SMALLEST_BLOCK * self.nonzeros}, got {self.dim}; the nearest is {near}"
+            )
+
+    @property
+    def block(self) -> int:
+        """Rows of one block of the sparse kinds."""
+        assert self.dim is not None
+        return self.dim // max(1, self.nonzeros)
+
+    @property
+    def text(self) -> str:
+        """How it is written on the command line.
+
+        >>> Projection("gaussian", 64).text
+        'gaussian:64'
+        """
+        return self.kind if self.dim is None else f"{self.kind}:{self.dim}"
+
+    @property
+    def identity(self) -> str:
+        """Everything that decides what R is, as text."""
+        size = f"error {self.target_error}" if self.dim is None else self.dim
+        return f"{self.kind} {size} seed {self.seed} nonzeros {self.nonzeros}"
+
+    @classmethod
+    def parse(cls, text: str, **options: object) -> Projection:
+        """Read ``kind:dim``, ``kind`` or ``dim``.
+
+        Args:
+            text: for example ``sjlt:10240``; a number alone takes the default kind.
+            options: further fields.
+
+        Raises:
+            InputError: if it is neither.
+        """
+        return cls(**{**parsed_fields(text), **options})  # type: ignore[arg-type]
+
+
+def parsed_fields(text: str) -> dict[str, object]:
+    """Kind and dim of ``kind:dim``, ``kind`` or ``dim``.
+
+    Raises:
+        InputError: if it is neither.
+
+    >>> parsed_fields("gaussian:64"), parsed_fields("4096")
+    ({'kind': 'gaussian', 'dim': 64}, {'kind': 'sjlt', 'dim': 4096})
+    """
+    match = re.fullmatch(r"\s*([A-Za-z][A-Za-z_-]*)?\s*:?\s*(\d[\d_]*)?\s*", text)
+    if match is None or not any(match.groups()):
+        raise InputError(f"cannot read the projection {text!r}; write kind:dim, for example sjlt:4096")
+    fields: dict[str, object] = {"kind": (match.group(1) or KINDS[0]).lower()}
+    if match.group(2):
+        fields["dim"] = int(match.group(2).replace("_", ""))
+    return fields
+
+
+def fitting_dim(kind: str, dim: int, nonzeros: int) -> int:
+    """The size nearest to ``dim`` that fits a kind.
+
+    >>> fitting_dim("sjlt", 1023, 4), fitting_dim("gaussian", 1023, 0), fitting_dim("sjlt", 3, 4)
+    (1024, 1023, 16)
+    """
+    if kind not in SPARSE_KINDS:
+        return dim
+    return max(SMALLEST_BLOCK, round(dim / nonzeros)) * nonzeros
+
+
+def check_smaller(dim: int, columns: int) -> None:
+    """Refuse a projection that is not smaller than the Jacobian.
+
+    Raises:
+        InputError: saying that the exact kernel is cheaper.
+    """
+    if dim >= columns:
+        raise InputError(
+            f"a projection to {dim:,} columns is not smaller than the {columns:,} parameters: the exact kernel is "
+            "cheaper and has no error; leave the projection out, or choose a smaller dim"
+        )
+
+
+def sketch_digest(projection: Projection, structured: tuple[str, ...], names: tuple[str, ...], model: str) -> str:
+    """Digest of what two sets of features must share to be multiplied with each other.
+
+    Args:
+        projection: with its dim.
+        structured: names of the weights that are sketched from their factors.
+        names: names of the parameters.
+        model: digest of model and output function.
+
+    Returns:
+        32 hex digits.
+    """
+    text = "\n".join((projection.identity, *structured, "", *names, model))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class PilotMoments:
+    """What the size of a sketch depends on, from some samples (DESIGN: projection).
+
+    Attributes:
+        blocks: mean over samples of the C × C blocks ``F_ii``, squared Frobenius norm of that mean.
+        own_blocks: mean over samples of ``‖F_ii‖²_F``.
+        diagonal_traces: mean of ``tr F_ii²``.
+        other_traces: mean of ``tr F_ij²`` over different samples.
+        diagonal_squares: mean of ``K_ii²``.
+        other_squares: mean of ``K_ij²`` over different samples.
+        samples: samples that were looked at.
+        inflation: how much larger the variance of the sketch is than the formula's, as measured.
+        heavy_diagonal: mean of ``Σ_p (Σ_c J_icp²)²``, of which signs lack twice.
+        heavy_others: the same of different samples.
+    """
+
+    blocks: float
+    own_blocks: float
+    diagonal_traces: float
+    other_traces: float
+    diagonal_squares: float
+    other_squares: float
+    samples: int
+    inflation: float = 1.0
+    heavy_diagonal: float = 0.0
+    heavy_others: float = 0.0
+
+    def relative_variance(self, samples: int) -> float:
+        """``Σ_ij SE_ij²·dim / ‖K‖²_F`` of a kernel of so many samples: divided by dim, the squared relative error.
+
+        ``(‖Σ_i F_ii‖²_F + Σ_ij tr F_ij²) / ‖K‖²_F``, diagonal and off-diagonal means extrapolated to ``samples``, less
+        what signs lack.
+        """
+        n = float(samples)
+        # ‖Σ F_ii‖² = n²‖mean‖² but for the spread between samples, which the mean over few of them contains once.
+        m = float(self.samples)
+        mean = self.blocks if m <= 1 else max(0.0, (self.blocks * m - self.own_blocks) / (m - 1))
+        first = n * (n - 1) * mean + n * self.own_blocks
+        second = n * self.diagonal_traces + n * (n - 1) * self.other_traces
+        lacking = 2 * (n * self.heavy_diagonal + n * (n - 1) * self.heavy_others)
+        norm = n * self.diagonal_squares + n * (n - 1) * self.other_squares
+        return self.inflation * max(0.0, first + second - lacking) / norm if norm > 0 else 0.0
+
+    def error(self, dim: int, samples: int) -> float:
+        """Expected relative Frobenius error of a kernel of so many samples under a sketch of ``dim`` columns."""
+        return float((self.relative_variance(samples) / dim) ** 0.5)
+
+    def dim_for(self, projection: Projection, samples: int) -> int:
+        """Smallest dim that fits the kind and keeps the expected error below the target."""
+        assert projection.target_error is not None
+        wanted = self.relative_variance(samples) / projection.target_error**2
+        step = max(1, projection.nonzeros)
+        dim = -(-max(1, int(wanted + 0.999)) // step) * step
+        return max(dim, SMALLEST_BLOCK * step if projection.kind in SPARSE_KINDS else 1)
