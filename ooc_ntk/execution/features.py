@@ -17,7 +17,7 @@ from ooc_ntk.compute.gradients import GradientPiece, contiguous_pieces, gradient
 from ooc_ntk.compute.jacobian import METHODS, ModelBatch, ModelFunction
 from ooc_ntk.compute.projection.backends import load_backend
 from ooc_ntk.compute.projection.entries import Outer
-from ooc_ntk.compute.projection.sketch import Sketch
+from ooc_ntk.compute.projection.sketch import FLOAT32_PARTS, Sketch
 from ooc_ntk.compute.rules.base import OuterRule
 from ooc_ntk.planning.memory import gathered_rows, slab_rows
 from ooc_ntk.planning.plan import Plan
@@ -77,7 +77,8 @@ class Projector:
         self._ruled = [] if capture is None else [name for layer in capture.layers for name in layer.parameters]
         self._item_bytes = item_bytes(precision)
         outers = {name: outer_of(function, starts, name) for name in structured}
-        self.sketch = Sketch(projection, starts, load_backend(projection.backend), outers, heavy=heavy)
+        parts = 1 if precision == "bf16" else FLOAT32_PARTS
+        self.sketch = Sketch(projection, starts, load_backend(projection.backend), outers, heavy=heavy, parts=parts)
 
     def project(self, batch: ModelBatch, rows: int, phase: Phase | None = None, samples: str = "") -> Tensor:
         """Features of a batch.

@@ -96,7 +96,7 @@ def measure_sketch(
     columns_seconds, making = _timed(projection, engine, columns, derivation.batch_size, prepared)
     seconds, plain, chosen = 0.0, columns, []
     for block in blocks:
-        name, share = block.parameters[0], block.columns / columns
+        name, part = block.parameters[0], block.columns / columns
         if name in structured:
             assert block.factors is not None
             whole = (

@@ -143,9 +143,7 @@ class CupyBackend:
         n = len(index)
         out = torch.empty(projection.nonzeros, n, dtype=torch.int32, device=index.device)
         place = np.int64(outer.start), np.uint32(side)
-        _launch(
-            "factor_table", *_along(n), index, np.int64(n), *place, *_shape(projection), *_key(projection), out
-        )
+        _launch("factor_table", *_along(n), index, np.int64(n), *place, *_shape(projection), *_key(projection), out)
         return out
 
     def scatter(self, values: Tensor, table: Tensor, projection: Projection, total: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,12 @@ from ooc_ntk.planning.projection import SPARSE_KINDS, Projection
 
 from .backends import Backend
 from .entries import Outer
+
+#: Parts of 8 bits that hold the 24 bits of a float32.
+FLOAT32_PARTS: Final = 3
+
+#: Whether torch multiplies bfloat16 into float32 (on CUDA, from 2.8 on).
+MIXED_PRODUCTS: Final = hasattr(torch.ops.aten.mm, "dtype")
 
 
 class Sketch:
@@ -32,6 +38,7 @@ class Sketch:
         outers: Mapping[str, Outer] | None = None,
         *,
         heavy: Sequence[int] = (),
+        parts: int = FLOAT32_PARTS,
     ) -> None:
         """Project onto ``projection.dim`` columns.
 
@@ -41,12 +48,15 @@ class Sketch:
             backend: what computes it.
             outers: weights that are sketched from their factors, by name.
             heavy: global indices of parameters whose gradients are wanted as they are, in ascending order.
+            parts: bfloat16 numbers that a gradient is split into where tensor cores multiply it with a dense R; one
+                rounds it, :data:`FLOAT32_PARTS` keep it.
         """
         assert projection.dim is not None
         self.projection, self.dim = projection, projection.dim
         self._starts, self._backend, self._outers = starts, backend, dict(outers or {})
         self._total = torch.empty(0, dtype=torch.float64)
         self._table_before: tuple[tuple[object, ...] | None, Tensor] = None, torch.empty(0)
+        self._parts = parts
         self._wanted = torch.tensor(list(heavy), dtype=torch.int64)
         #: Where wanted parameters are in a piece, and among the wanted ones, by parameter and place.
         self._found: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
@@ -124,9 +134,14 @@ class Sketch:
         step = max(1, SKETCH_TILE_BYTES // (self.dim * values.element_size()))
         samples, rows, _ = values.shape
         for first in range(0, len(p), step):
-            tile = self._backend.tile(self.projection, p[first : first + step], values.dtype)
-            product = (values[:, :, first : first + step].reshape(samples * rows, -1) @ tile).view(samples, rows, -1)
-            _add_to(total, product)
+            part = values[:, :, first : first + step].reshape(samples * rows, -1)
+            tile = self._backend.tile(self.projection, p[first : first + step], self._tile_dtype(values))
+            _add_to(total, _exact_product(part, tile, self._parts).view(samples, rows, -1))
+
+    def _tile_dtype(self, values: Tensor) -> torch.dtype:
+        """What a part of a dense R is made in: bfloat16 holds it exactly, and tensor cores are fast in it."""
+        fast = values.device.type == "cuda" and values.dtype == torch.float32 and MIXED_PRODUCTS
+        return torch.bfloat16 if fast else values.dtype
 
     def add_factors(self, name: str, tile: Tile, *, transposed: bool) -> None:
         """Add a weight from its factors, never forming its gradient (Pham and Pagh 2013, tensor sketch).
@@ -173,6 +188,31 @@ class Sketch:
         if kind in SPARSE_KINDS:
             return self._total.div_(self.projection.nonzeros**0.5)
         return self._total.div_((8 * self.dim) ** 0.5 if kind == "gaussian" else self.dim**0.5)
+
+
+def split_bfloat16(values: Tensor, parts: int) -> list[Tensor]:
+    """Float32 as a sum of bfloat16 numbers: three hold all 24 bits.
+
+    >>> values = torch.tensor([1.2345678, -3.0e-5])
+    >>> bool((sum(part.float() for part in split_bfloat16(values, 3)) == values).all())
+    True
+    """
+    found, rest = [], values
+    for _ in range(parts):
+        found.append(rest.bfloat16())
+        rest = rest - found[-1].float()
+    return found
+
+
+def _exact_product(values: Tensor, tile: Tensor, parts: int) -> Tensor:
+    """``values @ tile``; with a bfloat16 tile part by part on tensor cores, summed in float32."""
+    if tile.dtype == values.dtype:
+        return values @ tile
+    products = [torch.mm(part, tile, out_dtype=values.dtype) for part in split_bfloat16(values, parts)]
+    total = products[0]
+    for product in products[1:]:
+        total += product
+    return total
 
 
 def _add_to(total: Tensor, block: Tensor) -> None:
