@@ -100,7 +100,7 @@ def measure_sketch(
         if name in structured:
             assert block.factors is not None
             whole = (
-                rows * columns_seconds * share + making * share / derivation.batch_size + (block.expand_seconds or 0.0)
+                rows * columns_seconds * part + making * part / derivation.batch_size + (block.expand_seconds or 0.0)
             )
             factored = _timed_factors(projection, engine, block.factors, rows, prepared)
             if factored < whole:
