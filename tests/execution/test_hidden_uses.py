@@ -187,3 +187,45 @@ def test_what_holds_for_a_few_samples_only_falls_back(kind, left, compute):
     assert names == (left or {name for name, _ in job.model.named_parameters()})
     assert any("not for a whole batch" in note for note in found.plan.notes)
     assert oracle.error(found, oracle.kernel(oracle.jacobian(job.model, tokens), 20)) <= FLOAT64
+
+
+class DeadSum(nn.Module):
+    """A bare parameter that every sample has for itself, but for a use that is dead on all samples but one."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.head, self.bare = how, nn.Linear(4, 2), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        gate = x[:, :1]
+        again = {
+            "sum": lambda: torch.relu(gate) * self.bare.sum(),
+            "sum, out of reach": lambda: torch.relu(gate - 500) * self.bare.sum(),
+            "where": lambda: torch.where(gate > 500, self.bare[1], gate),
+            "order": lambda: torch.relu(gate) * self.bare.softmax(0),
+        }[self.how]()
+        return self.head(torch.tanh(x + self.bare + again))
+
+
+@pytest.mark.parametrize("how", ["sum", "sum, out of reach", "where", "order"])
+def test_a_bare_parameter_with_a_use_that_is_dead_on_the_probes_samples(how, compute):
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = -x[:, 0].abs()
+    x[5, 0] = 2.5 if how in ("sum", "order") else 502.5  # neither compared with the first ones nor by the check
+    job = Job(DeadSum(how).eval(), x, precision="float64", device="cpu")
+    found = compute(job)
+    assert oracle.error(found, oracle.kernel(oracle.jacobian(job.model, x), 12)) <= FLOAT64
+    assert next(block for block in found.plan.blocks if "bare" in block.parameters).source == "torch.func"
+
+
+def test_a_bare_parameter_that_every_sample_has_for_itself_has_a_rule(compute):
+    class Harmless(DeadSum):
+        def forward(self, x):
+            return self.head(torch.tanh(x + self.bare + torch.relu(x[:, :1] - 500) * self.bare))
+
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    job = Job(Harmless("").eval(), x, precision="float64", device="cpu")
+    found = compute(job)
+    assert all(block.source == "rule" for block in found.plan.blocks)
+    assert oracle.error(found, oracle.kernel(oracle.jacobian(job.model, x), 12)) <= FLOAT64
