@@ -178,9 +178,7 @@ def with_matches(
         The blocks, those of embeddings with their matches.
     """
     tables = {
-        block.parameters[0]: block.factors
-        for block in blocks
-        if block.factors is not None and (block.factors.kind == "tokens" or block.factors.lookups)
+        block.parameters[0]: block.factors for block in blocks if block.factors is not None and block.factors.embedding
     }
     if not tables:
         return tuple(blocks)

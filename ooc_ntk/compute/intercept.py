@@ -189,6 +189,16 @@ def _projected_whole(
     """The packed projections of attention as linear layers of the whole weight, of whose outputs a part is used.
 
     So the weight is used as it is, once per different input: gradients of the unused outputs are zero.
+
+    Args:
+        query: (..., width), as key and value are, each with leading axes of its own.
+        key: likewise.
+        value: likewise.
+        weight: (3 · width, width), the projections of query, key and value one after the other.
+        bias: (3 · width,) or None.
+
+    Returns:
+        The projections of query, key and value, each of the shape of its input.
     """
     width = query.shape[-1]
     known: dict[int, Tensor] = {}

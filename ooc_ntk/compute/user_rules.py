@@ -37,6 +37,15 @@ def user_gradients(
 ) -> Mapping[str, Tensor]:
     """What a user's rule says of a module's parameters.
 
+    Args:
+        function: model and chosen parameters.
+        name: name of the module.
+        inputs: its positional inputs, each (samples, ...).
+        gradient: gradient of its output for one Jacobian row of every sample, (samples, ...).
+
+    Returns:
+        Gradients by the parameters' names within the module, as the rule gave them: their shapes are not checked.
+
     Raises:
         InputError: if it fails or returns no mapping.
     """

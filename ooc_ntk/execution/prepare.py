@@ -399,7 +399,7 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
     found = []
     for block in blocks:
         factors = block.factors
-        if factors is None or factors.kind == "tokens" or (factors.positions == 1 and not factors.lookups):
+        if factors is None or factors.kind == "tokens" or factors.single:
             found.append(block)
             continue
         pairs = max(1.0, samples / 2)

@@ -94,6 +94,8 @@ class _PassRows:
         source = {name: block.source for block in plan.blocks for name in block.parameters}
         self._ruled = [name for name in self._columns.names if source[name] == "rule"]
         self._others = [name for name in self._columns.names if source[name] != "rule"]
+        ruled = [block for block in plan.blocks if not set(self._ruled).isdisjoint(block.parameters)]
+        self._step = rule_samples(expanded_items(ruled, plan.rows_per_sample) * item_bytes(plan.precision))
         self._factored = {
             span.index: plan.blocks[span.block]
             for span in plan.layout.pass_spans(plan, task.generation)
@@ -157,12 +159,10 @@ class _PassRows:
         context, plan, columns = self._context, self._context.plan, self._columns
         wanted = dict(zip(columns.names, columns.wanted, strict=True))
         rows = plan.rows_per_sample
-        ruled = [block for block in plan.blocks if not set(self._ruled).isdisjoint(block.parameters)]
-        step = rule_samples(expanded_items(ruled, rows) * item_bytes(plan.precision))
         if not self._others:
-            for start in range(0, len(batch), step):
+            for start in range(0, len(batch), self._step):
                 with context.phase("expand"):
-                    found = self._by_rules(captured, slice(start, min(start + step, len(batch))), wanted)
+                    found = self._by_rules(captured, slice(start, min(start + self._step, len(batch))), wanted)
                 yield [found[name] for name in columns.names]
             return
         width = sum(part.stop - part.start for name, part in wanted.items() if name in self._others)
@@ -177,8 +177,8 @@ class _PassRows:
                 yield group
                 continue
             count = group[0].shape[0] // rows
-            for start in range(0, count, step):
-                stop = min(start + step, count)
+            for start in range(0, count, self._step):
+                stop = min(start + self._step, count)
                 with context.phase("expand"):
                     found = self._by_rules(captured, slice(sample + start, sample + stop), wanted)
                 parts = (part[start * rows : stop * rows] for part in group)

@@ -436,7 +436,18 @@ def logical_dtype(plan: Plan) -> dict[str, str]:
 
 
 def factors_of(plan: Plan, block: PlannedBlock, tile: Tile) -> held.Tile:
-    """The factors that a tile of a block holds; views."""
+    """The factors that a tile of a block holds; views.
+
+    Args:
+        plan: the plan.
+        block: a block that the plan holds as factors.
+        tile: its matrices: inputs (samples, input items) and gradients (samples, rows · gradient items).
+
+    Returns:
+        Inputs (samples, input items), or (samples, positions · inputs) if rows are looked up as well, and gradients
+        (samples, positions, rows, outputs); then the digits of the rows that are looked up (samples, lookups, digits)
+        and their gradients (samples, lookups, rows, inputs), if there are any.
+    """
     assert block.factors is not None  # the plan holds no other block as factors
     inputs, gradients = (as_tensor(matrix) for matrix in tile)
     return held.as_tile(block.factors, inputs, gradients, plan.rows_per_sample, block.contraction)

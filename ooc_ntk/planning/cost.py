@@ -166,7 +166,7 @@ def pair_seconds(workload: Workload, block: ParameterBlock, choice: Choice, rate
     if choice.contraction == "pairwise" and block.pairwise_seconds is not None:
         return block.pairwise_seconds
     flops = factors.pairwise_pair_flops(rows, entries)
-    sub = edge * entries if factors.positions == 1 and not factors.lookups else PAIRWISE_POSITIONS
+    sub = edge * entries if factors.single else PAIRWISE_POSITIONS
     seconds = rates.gemm_seconds(1, 1, flops // 2, workload.precision, edge=sub)
     return seconds + rates.element_seconds(factors.pairwise_elements(entries))
 

@@ -116,6 +116,16 @@ class LayerFactors:
         return self.positions * self.outputs + self.lookups * self.inputs
 
     @property
+    def single(self) -> bool:
+        """Whether a sample has one position and looks nothing up, so that a pair of samples is one pair of vectors."""
+        return self.positions == 1 and not self.lookups
+
+    @property
+    def embedding(self) -> bool:
+        """Whether rows of the weight are looked up: it is an embedding, tied to a linear layer or not."""
+        return self.kind == "tokens" or self.lookups > 0
+
+    @property
     def columns(self) -> int:
         """Parameters of the block."""
         return (self.inputs + self.bias) * self.outputs

@@ -359,12 +359,15 @@ def expanded_items(blocks: Iterable[ParameterBlock | PlannedBlock], rows: int) -
     Args:
         blocks: the blocks, all by a rule and held dense.
         rows: Jacobian rows per sample.
+
+    Returns:
+        Elements per sample, of all its rows.
     """
     whole, largest = 0, 0
     for block in blocks:
         columns, factors = block.stop - block.start, block.factors
         copied = columns
-        if factors is not None and (factors.kind == "tokens" or factors.lookups):
+        if factors is not None and factors.embedding:
             copied += factors.lookups * factors.inputs if factors.lookups else factors.gradient_items
         whole, largest = whole + columns, max(largest, copied)
     return rows * (whole + largest)

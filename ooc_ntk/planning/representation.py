@@ -50,7 +50,7 @@ def allowed_choices(block: ParameterBlock | PlannedBlock, wanted: str | None = N
     if wanted is not None:
         return (FACTORED,) if wanted == "factored" else (PAIRWISE,)
     # Rows that are looked up in the same weight are positions, too.
-    return (PAIRWISE,) if factors.positions == 1 and not factors.lookups else (DENSE, FACTORED, PAIRWISE)
+    return (PAIRWISE,) if factors.single else (DENSE, FACTORED, PAIRWISE)
 
 
 def choose(
