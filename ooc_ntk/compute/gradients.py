@@ -128,10 +128,11 @@ def _expanded(
         values = found.view(samples, part.rows.stop - part.rows.start, -1)
         whole = part.channels == slice(0, factors.inputs) and type(rule).weight_columns is OuterRule.weight_columns
         start = part.outputs.start * factors.inputs if whole and not rule.transposed else None
-        key = (part.channels.start, part.channels.stop, part.outputs.start, part.outputs.stop)
-        if (*whose, *key) not in capture.places:
-            capture.places[(*whose, *key)] = _places(rule, call, factors, part, gradients.device)
-        outer, inner = capture.places[(*whose, *key)]
+        # With the number of the use: two uses of one weight may have its rows and columns the other way round.
+        key = (whose[1], part.channels.start, part.channels.stop, part.outputs.start, part.outputs.stop)
+        if (whose[0], *key) not in capture.places:
+            capture.places[(whose[0], *key)] = _places(rule, call, factors, part, gradients.device)
+        outer, inner = capture.places[(whose[0], *key)]
         yield GradientPiece(slice(0, samples), part.rows, values, outer, inner, key, start)
 
 

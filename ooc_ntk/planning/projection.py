@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -251,5 +252,5 @@ class PilotMoments:
         assert projection.target_error is not None
         wanted = self.relative_variance(samples) / projection.target_error**2
         step = max(1, projection.nonzeros)
-        dim = -(-max(1, int(wanted + 0.999)) // step) * step
+        dim = -(-max(1, math.ceil(wanted)) // step) * step
         return max(dim, SMALLEST_BLOCK * step if projection.kind in SPARSE_KINDS else 1)

@@ -27,7 +27,7 @@ MIXED_PRODUCTS: Final = hasattr(torch.ops.aten.mm, "dtype")
 class Sketch:
     """Sums the projections of a batch's gradients, in float64 across pieces.
 
-    The same pieces in the same order give the same bits.
+    The same pieces in the same order and under the same number of threads give the same bits.
     """
 
     def __init__(
