@@ -163,7 +163,7 @@ static __device__ __forceinline__ void write_signs(u32 bits, i64 columns, T* out
 static __device__ __forceinline__ void write_numbers(Words words, i64 columns, float* out) {
     uint4 made = make_uint4(number_bits(words.x), number_bits(words.y), number_bits(words.z), number_bits(words.w));
     if (columns >= 4 && aligned(out, 16)) {
-        *reinterpret_cast<uint4*>(out) = made;
+        __stwb(reinterpret_cast<uint4*>(out), made);
         return;
     }
     out[0] = __uint_as_float(made.x);
@@ -175,7 +175,7 @@ static __device__ __forceinline__ void write_numbers(Words words, i64 columns, b
     u32 x = number_bits(words.x) >> 16, y = number_bits(words.y) >> 16;
     u32 z = number_bits(words.z) >> 16, w = number_bits(words.w) >> 16;
     if (columns >= 4 && aligned(out, 8)) {
-        *reinterpret_cast<uint2*>(out) = make_uint2(x | y << 16, z | w << 16);
+        __stwb(reinterpret_cast<uint2*>(out), make_uint2(x | y << 16, z | w << 16));
         return;
     }
     out[0] = (bf16)x;
