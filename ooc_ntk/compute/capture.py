@@ -132,8 +132,8 @@ class Capture:
         self.calls = structure.calls
         self.branches = bool(structure.branches)
         self._rooms: dict[str, Tile] = {}
-        #: Places in the weight of expanded pieces, by parameter, use and piece: the same for every batch.
-        self.places: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        #: Places in the weight of expanded pieces, by parameter and use: the same for every batch.
+        self.places: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}
 
     def run(self, batch: ModelBatch, destination: Destination = lambda name: None) -> Captured:  # noqa: ARG005
         """Derive one batch.

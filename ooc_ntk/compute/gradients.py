@@ -122,17 +122,18 @@ def _expanded(
         pieces(factors, rows, whole_rows=whole_rows),
         key=lambda part: (part.channels.start, part.outputs.start, part.rows.start),
     )
+    # All at once: small tensors that stay, made between large ones that go, would cut the heap to pieces.
+    known = (*whose, whole_rows)
+    if known not in capture.places:
+        capture.places[known] = [_places(rule, call, factors, part, gradients.device) for part in parts]
     buffer = gradients.new_empty(samples * max(part.items(factors) for part in parts))
-    for part in parts:
+    for part, (outer, inner) in zip(parts, capture.places[known], strict=True):
         found = expand_piece(factors, tile, part, buffer)
         values = found.view(samples, part.rows.stop - part.rows.start, -1)
         whole = part.channels == slice(0, factors.inputs) and type(rule).weight_columns is OuterRule.weight_columns
         start = part.outputs.start * factors.inputs if whole and not rule.transposed else None
         # With the number of the use: two uses of one weight may have its rows and columns the other way round.
         key = (whose[1], part.channels.start, part.channels.stop, part.outputs.start, part.outputs.stop)
-        if (whose[0], *key) not in capture.places:
-            capture.places[(whose[0], *key)] = _places(rule, call, factors, part, gradients.device)
-        outer, inner = capture.places[(whose[0], *key)]
         yield GradientPiece(slice(0, samples), part.rows, values, outer, inner, key, start)
 
 

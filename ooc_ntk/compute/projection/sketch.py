@@ -59,7 +59,7 @@ class Sketch:
         self._parts = parts
         self._wanted = torch.tensor(list(heavy), dtype=torch.int64)
         #: Where wanted parameters are in a piece, and among the wanted ones, by parameter and place.
-        self._found: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._found: dict[tuple[object, ...], tuple[Tensor, Tensor] | None] = {}
         self.heavy = torch.empty(0, dtype=torch.float64)
 
     def begin(self, samples: int, rows: int, device: str | torch.device = "cpu") -> None:
@@ -92,17 +92,18 @@ class Sketch:
         if not len(self._wanted):
             return
         key = None if piece.key is None else (name, *piece.key)
-        known = None if key is None else self._found.get(key)
-        if known is None:
+        if key is None or key not in self._found:
             p = piece.columns + self._starts[name]
             wanted = self._wanted.to(p.device)
             place = torch.searchsorted(wanted, p).clamp(max=len(wanted) - 1)
             here = (wanted[place] == p).nonzero()[:, 0]
-            known = here, place[here]
+            known = (here, place[here]) if len(here) else None
             if key is not None:
                 self._found[key] = known
-        here, place = known
-        if len(here):
+        else:
+            known = self._found[key]
+        if known is not None:
+            here, place = known
             heavy.index_add_(2, place, piece.values[:, :, here].to(heavy.dtype))
 
     def _table(self, name: str, piece: GradientPiece) -> Tensor:
