@@ -17,7 +17,7 @@ from torch import Tensor
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.factors import LayerFactors
 
-from .expand import expand
+from .expand import Piece, expand
 from .held import Tile, as_tile, some_samples, split_digits
 from .intercept import Interceptor, module_hooks
 from .jacobian import ModelBatch, ModelFunction, plain_layers
@@ -132,8 +132,8 @@ class Capture:
         self.calls = structure.calls
         self.branches = bool(structure.branches)
         self._rooms: dict[str, Tile] = {}
-        #: Places in the weight of expanded pieces, by parameter and use: the same for every batch.
-        self.places: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}
+        #: Pieces in which a weight is expanded and their places in it, by parameter and use: the same for every batch.
+        self.places: dict[tuple[str, int], tuple[list[Piece], list[tuple[Tensor, Tensor]]]] = {}
 
     def run(self, batch: ModelBatch, destination: Destination = lambda name: None) -> Captured:  # noqa: ARG005
         """Derive one batch.

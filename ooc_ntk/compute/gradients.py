@@ -123,11 +123,12 @@ def _expanded(
         key=lambda part: (part.channels.start, part.outputs.start, part.rows.start),
     )
     # All at once: small tensors that stay, made between large ones that go, would cut the heap to pieces.
-    known = (*whose, whole_rows)
-    if known not in capture.places:
-        capture.places[known] = [_places(rule, call, factors, part, gradients.device) for part in parts]
+    cut, places = capture.places.get(whose, ([], []))
+    if cut != parts:
+        places = [_places(rule, call, factors, part, gradients.device) for part in parts]
+        capture.places[whose] = parts, places
     buffer = gradients.new_empty(samples * max(part.items(factors) for part in parts))
-    for part, (outer, inner) in zip(parts, capture.places[known], strict=True):
+    for part, (outer, inner) in zip(parts, places, strict=True):
         found = expand_piece(factors, tile, part, buffer)
         values = found.view(samples, part.rows.stop - part.rows.start, -1)
         whole = part.channels == slice(0, factors.inputs) and type(rule).weight_columns is OuterRule.weight_columns
