@@ -86,14 +86,18 @@ def _factor(features: Features, ridge: float) -> NDArray[np.float64]:
         rows = features.read(panel).reshape(-1, features.dim).astype(np.float64)
         matrix += rows.T @ rows
     mean = float(matrix.diagonal().mean())
+    singular = (
+        f"ΦᵀΦ + {ridge:g}·I is not positive definite: there are fewer train rows than columns, or they depend on each "
+        f"other; raise the ridge, for example to {1e-6 * (mean or 1.0):.3g}"
+    )
+    if ridge == 0 and features.train_samples * features.outputs < features.dim:
+        # Rounding may let its factorisation pass.
+        raise InputError(singular)
     matrix[np.diag_indices(features.dim)] += ridge
     try:
         found = scipy.linalg.cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError as error:
-        raise InputError(
-            f"ΦᵀΦ + {ridge:g}·I is not positive definite ({error}): there are fewer train rows than columns, or they "
-            f"depend on each other; raise the ridge, for example to {1e-6 * (mean or 1.0):.3g}"
-        ) from error
+        raise InputError(singular) from error
     return np.asarray(found)
 
 

@@ -51,6 +51,9 @@ def external_features(
     """
     if not path.is_file():
         raise InputError(f"there is no file of features {path}")
+    for name, value in (("dim", dim), ("outputs", outputs)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
     found = _mapped(path, dim, outputs, dtype)
     if found.ndim == 3:
         outputs = found.shape[1]

@@ -320,7 +320,8 @@ def index_numbers(index: Any, size: int) -> NDArray[np.int64]:
         raise IndexError(f"indices are whole numbers, slices or masks, got {index!r}")
     found = found.astype(np.int64).reshape(-1)
     if found.size and (found.min() < -size or found.max() >= size):
-        raise IndexError(f"index {int(found.max())} is out of range for {size} rows")
+        wrong = found[(found < -size) | (found >= size)]
+        raise IndexError(f"index {int(wrong[0])} is out of range for {size} rows")
     return np.where(found < 0, found + size, found)
 
 

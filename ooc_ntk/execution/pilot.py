@@ -87,8 +87,8 @@ def measure_sketch(
     dim = asked.dim or found.dim_for(asked, len(prepared.reader.train) * entries)
     if dim >= columns:
         raise InputError(
-            f"an error of {asked.target_error:.1%} needs {dim:,} columns, no fewer than the {columns:,} parameters: "
-            "the exact kernel is cheaper; leave the projection out, or accept a larger error"
+            f"an error of {100 * (asked.target_error or 0):.3g}% needs {dim:,} columns, no fewer than the {columns:,} "
+            "parameters: the exact kernel is cheaper; leave the projection out, or accept a larger error"
         )
     projection = replace(asked, dim=dim, target_error=None, backend=backend)
     structured = structured_weights(projection, blocks, structure, prepared)

@@ -91,8 +91,10 @@ class Projection:
             )
         if self.dim is not None and self.target_error is not None:
             raise InputError(f"give either dim={self.dim} or target_error={self.target_error}, not both")
-        if self.target_error is not None and not 0 < float(self.target_error) < 1:
-            raise InputError(f"target_error must lie between 0 and 1, got {self.target_error}")
+        error = self.target_error
+        number = isinstance(error, int | float) and not isinstance(error, bool)
+        if error is not None and not (number and 0 < error < 1):
+            raise InputError(f"target_error must be a number between 0 and 1, got {error!r}")
         if self.kind not in SPARSE_KINDS and self.nonzeros:
             raise InputError(f"a {self.kind} projection is dense and has no nonzeros, got nonzeros={self.nonzeros}")
         if self.nonzeros > MOST_NONZEROS:
