@@ -312,8 +312,9 @@ def open_features(
     """
     path = Path(path)
     if path.is_dir():
-        features = Kernel(path).features
-        return Kernel.of_features(path, features)
+        kernel = Kernel(path)
+        _ = kernel.features  # refuses an exact kernel
+        return kernel
     return Kernel.of_features(
         path,
         external_features(

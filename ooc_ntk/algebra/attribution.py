@@ -115,6 +115,17 @@ def _pieces(features: Features, samples: range) -> list[range]:
 
 
 def _forget(folder: Path) -> None:
-    """Delete scores that were there."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Delete scores that were there, and nothing else.
+
+    Raises:
+        InputError: if something else is there.
+    """
+    if not folder.exists():
+        return
+    try:
+        scores = "scores" in zarr.open_array(folder, mode="r").attrs
+    except (FileNotFoundError, ValueError, KeyError, OSError):
+        scores = False
+    if not scores:
+        raise InputError(f"{folder} is there and holds no scores; choose another folder for them, nothing was changed")
+    shutil.rmtree(folder)

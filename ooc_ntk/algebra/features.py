@@ -159,6 +159,12 @@ class Features:
                 f"{self.name} and {other.name} are not features of one projection (digest {mine}; {theirs}): model, "
                 "parameters, outputs, kind, dim and seed must be the same. Make both with the same settings"
             )
+        for what in ("outputs", "full", "divisor", "cosine"):
+            if getattr(self, what) != getattr(other, what):
+                raise RunConflictError(
+                    f"{self.name} and {other.name} are kernels of different kinds ({what} {getattr(self, what)} and "
+                    f"{getattr(other, what)}): kernel, scale and normalize must be the same"
+                )
         return FeatureProduct(self, other, other.train_samples)
 
     def errors(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:

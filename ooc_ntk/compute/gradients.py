@@ -97,6 +97,8 @@ def contiguous_pieces(values: Tensor, samples: slice) -> Iterator[GradientPiece]
         Pieces of at most :data:`EXPANDED_ITEMS` places.
     """
     rows, size = values.shape[1:]
+    if values.stride(-1) != 1:  # as products of groups may come
+        values = values.contiguous()
     for start in range(0, size, EXPANDED_ITEMS):
         stop = min(start + EXPANDED_ITEMS, size)
         outer = torch.full((1,), start, dtype=torch.int64, device=values.device)

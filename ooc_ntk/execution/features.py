@@ -186,7 +186,7 @@ class ProjectedRows:
         self._tile = plan.sample_grid.rows(task.row)
         self._projector = context.projector()
         self._position = 0
-        self._heavy: list[Tensor] = []
+        self._heavy: StagedFile | None = None
         self.norms: np.ndarray | None = None
         if plan.features_only or not plan.sample_grid.is_train(task.row):
             self.norms = np.zeros(len(self._tile) * plan.rows_per_sample)
@@ -207,24 +207,36 @@ class ProjectedRows:
             if not math.isfinite(float(features.sum())):
                 self._blame(features, samples)
             self._store(features)
-            self._heavy.append(self._projector.sketch.heavy.flatten(0, 1).cpu())
+            self._keep_heavy()
+
+    def _keep_heavy(self) -> None:
+        """Append the gradients of the heaviest parameters to their file."""
+        plan = self._context.plan
+        if not plan.heavy:
+            return
+        array = heavy_array(self._context.directory.root, plan)
+        if self._heavy is None:
+            place = array.chunk_path((self._tile.start // plan.tile_samples, 0))
+            self._heavy = StagedFile(self._context.directory.root, place)
+        found = self._projector.sketch.heavy.flatten(0, 1).cpu().numpy()
+        self._heavy.append(np.ascontiguousarray(found, dtype=array.dtype))
 
     def finish(self) -> list[StagedFile]:
-        """Stage the gradients of the heaviest parameters of the tile, padded to a whole one."""
-        context, plan = self._context, self._context.plan
-        if not plan.heavy:
+        """The gradients of the heaviest parameters of the tile, padded to a whole one."""
+        if self._heavy is None:
             return []
-        array = heavy_array(context.directory.root, plan)
-        chunk = np.full(array.chunks, np.nan, dtype=array.dtype)
-        found = torch.cat(self._heavy)
-        chunk[: len(found)] = found.numpy()
-        file = StagedFile(context.directory.root, array.chunk_path((self._tile.start // plan.tile_samples, 0)))
-        try:
-            file.append(chunk)
-        except BaseException:
-            file.discard()
-            raise
-        return [file]
+        plan = self._context.plan
+        array = heavy_array(self._context.directory.root, plan)
+        missing = (plan.tile_samples - len(self._tile)) * plan.rows_per_sample
+        for _ in range(missing):
+            self._heavy.append(np.full(array.chunks[1], np.nan, dtype=array.dtype))
+        found, self._heavy = self._heavy, None
+        return [found]
+
+    def discard(self) -> None:
+        """Give up what was written."""
+        if self._heavy is not None:
+            self._heavy.discard()
 
     def _store(self, features: Tensor) -> None:
         """Round the features and write them, span by span."""

@@ -160,7 +160,9 @@ def _pilot(
     blank = Projection(kind, PILOT_DIM, asked.seed, nonzeros=0, backend=backend)
     size = fitting_dim(kind, PILOT_DIM, nonzeros or blank.nonzeros)
     projection = replace(blank, dim=size, nonzeros=nonzeros or blank.nonzeros)
-    structured = structured_weights(projection, blocks, structure, prepared)
+    # The weights that the run will sketch from their factors, where its size is known.
+    sized = projection if asked.dim is None else asked
+    structured = structured_weights(sized, blocks, structure, prepared)
     projector = _projector(prepared, projection, structured, blocks, structure, derivation, rows, heavy)
     train = len(prepared.reader.train)
     count = min(train, PILOT_SAMPLES, max(2, PILOT_ROWS // rows))

@@ -73,6 +73,8 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         return Outcome([*staged, diagonal], digest=digest.hexdigest(), replaces=replaces)
     except BaseException:
         writer.discard()
+        if isinstance(rows, ProjectedRows):
+            rows.discard()
         for file in staged:
             file.discard()
         raise

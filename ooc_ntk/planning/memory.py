@@ -11,7 +11,7 @@ from ooc_ntk.units import format_bytes
 
 from .factors import LayerFactors
 from .layout import Layout
-from .projection import SPARSE_KINDS, Projection
+from .projection import HEAVY, SIGN_KINDS, SPARSE_KINDS, Projection
 from .spans import FACTORED
 from .workload import ParameterBlock, Workload
 
@@ -174,14 +174,15 @@ def sketch_terms(projection: Projection, batch: int, rows: int, item_bytes: int,
         item_bytes: bytes of a gradient's element.
         columns: parameters.
 
-    >>> sketch_terms(Projection("sjlt", 4096), 16, 1, 4, 10**6)["features of one batch"]
+    >>> sketch_terms(Projection("gaussian", 4096), 16, 1, 4, 10**6)["features of one batch"]
     786432
     """
     assert projection.dim is not None
     features = batch * rows * projection.dim
     terms = {
         # The sum in float64, and what is stored of it.
-        "features of one batch": features * (8 + item_bytes),
+        "features of one batch": features * (8 + item_bytes)
+        + (batch * rows * HEAVY * (8 + item_bytes) if projection.kind in SIGN_KINDS else 0),
         # A piece of them, and a copy in another order.
         "gradients being projected": 2 * batch * min(rows * columns, EXPANDED_ITEMS) * item_bytes,
     }

@@ -227,7 +227,8 @@ class Plan:
         covered = {name: getattr(self, name) for name in _DIGESTED}
         if self.projection is not None:
             projected = [self.projection.identity, self.projection.backend, *self.structured, "", *self.from_factors]
-            covered["projection"] = [*projected, "features only" if self.features_only else "kernel"]
+            kept = [list(self.heavy), self.heavy_share, "features only" if self.features_only else "kernel"]
+            covered["projection"] = [*projected, *kept]
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
         covered["blocks"] = [
             [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction, b.source, _shape(b.factors)]
@@ -364,8 +365,11 @@ class Plan:
                 f"features of {format_bytes(self.feature_bytes)}{', no kernel' if self.features_only else ''}",
             )
         ]
+        before = ", before normalisation" if self.normalize else ""
         if self.expected_error is not None:
-            lines.append(("error", f"{self.expected_error:.2%} of the kernel expected (relative Frobenius norm)"))
+            lines.append(
+                ("error", f"{self.expected_error:.2%} of the kernel expected (relative Frobenius norm{before})")
+            )
         return lines
 
     def _jacobian(self) -> str:

@@ -181,6 +181,7 @@ def _key(projection: Projection) -> NDArray[np.uint64]:
 
 def _flat(matrix: Tensor) -> tuple[NDArray[Any], int]:
     """The memory behind a matrix, from its first element to its last, and the distance between its rows."""
+    assert matrix.shape[1] == 1 or matrix.stride(1) == 1  # the loops step through memory
     stride = matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]
     size = (len(matrix) - 1) * stride + matrix.shape[1]
     return matrix.as_strided((size,), (1,)).numpy(), stride
