@@ -30,9 +30,6 @@ NONZEROS: Final = {"sjlt": 4, "shift": 4, "rademacher": 0, "gaussian": 0, "tenso
 #: Most non-zeros: the signs of a block-shift projection are the bits of one word.
 MOST_NONZEROS: Final = 32
 
-#: Blocks of a tensor sketch at least, whose spread is its error bar (a choice: of 8, Student's t widens it by a fifth).
-LEAST_BLOCKS: Final = 8
-
 #: Rows of a block at least, so that two parameters seldom meet by the block's size alone (a choice).
 SMALLEST_BLOCK: Final = 4
 
@@ -97,16 +94,11 @@ class Projection:
         error = self.target_error
         number = isinstance(error, int | float) and not isinstance(error, bool)
         if error is not None and not (number and 0 < error < 1):
-            raise InputError(f"target_error must be a number between 0 and 1, got {error!r}")
+            raise InputError(f"target_error must lie between 0 and 1, got {error!r}")
         if self.kind not in SPARSE_KINDS and self.nonzeros:
             raise InputError(f"a {self.kind} projection is dense and has no nonzeros, got nonzeros={self.nonzeros}")
         if self.nonzeros > MOST_NONZEROS:
             raise InputError(f"nonzeros must be at most {MOST_NONZEROS}, got {self.nonzeros}")
-        if self.kind == "tensorsketch" and 0 < self.nonzeros < LEAST_BLOCKS:
-            raise InputError(
-                f"a tensorsketch has at least {LEAST_BLOCKS} nonzeros, as the spread between as many blocks is its "
-                f"error; got {self.nonzeros}"
-            )
         if not self.nonzeros:
             object.__setattr__(self, "nonzeros", NONZEROS[self.kind])
         if self.dim is not None and self.dim != fitting_dim(self.kind, self.dim, self.nonzeros):
