@@ -58,25 +58,35 @@ def attribution_scores(features: Features, ridge: float, root: Path, name: str) 
     _forget(root / name)
     array.create({"ridge": ridge, "sketch": features.sketch, "scores": "phi (Phi^T Phi + ridge I)^-1 Phi^T"})
     for top in range(0, shape[0], TILE):
-        rows = range(top, min(top + TILE, shape[0]))
-        left = np.concatenate([_solved(features, factor, panel) for panel in _pieces(features, rows)])
-        for start in range(0, shape[1], TILE):
-            columns = range(start, min(start + TILE, shape[1]))
-            tile = np.full((TILE, TILE), np.nan, dtype="<f4")
-            position = 0
-            for panel in _pieces(features, columns):
-                right = features.read(panel).reshape(len(panel), -1)
-                tile[: len(rows), position : position + len(panel)] = left @ right.T
-                position += len(panel)
-            file = StagedFile(root, array.chunk_path((top // TILE, start // TILE)))
-            try:
-                file.append(tile)
-                file.seal()
-                file.publish()
-            except BaseException:
-                file.discard()
-                raise
+        _write_rows(features, factor, array, range(top, min(top + TILE, shape[0])))
     return array.open()
+
+
+def _write_rows(features: Features, factor: NDArray[np.float64], array: TileArray, rows: range) -> None:
+    """Score one row of tiles, some samples at a time, and append them to the files of all its tiles."""
+    width = array.shape[1]
+    files = [
+        StagedFile(array.root, array.chunk_path((rows.start // TILE, number))) for number in range(-(-width // TILE))
+    ]
+    try:
+        for panel in _pieces(features, rows):
+            left = _solved(features, factor, panel)
+            for number, file in enumerate(files):
+                stripe = np.full((len(panel), TILE), np.nan, dtype="<f4")
+                start = number * TILE
+                for columns in _pieces(features, range(start, min(start + TILE, width))):
+                    right = features.read(columns).reshape(len(columns), -1)
+                    stripe[:, columns.start - start : columns.stop - start] = left @ right.T
+                file.append(stripe)
+        for file in files:
+            for _ in range(TILE - len(rows)):
+                file.append(np.full(TILE, np.nan, dtype="<f4"))
+            file.seal()
+            file.publish()
+    except BaseException:
+        for file in files:
+            file.discard()
+        raise
 
 
 def _factor(features: Features, ridge: float) -> NDArray[np.float64]:

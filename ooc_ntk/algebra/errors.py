@@ -109,28 +109,49 @@ def standard_errors(left: Panel, right: Panel, shape: SketchShape, *, cosine: bo
         own_blocks(left.features),
         own_blocks(right.features),
     )
-    flat, flat_one, flat_other = (each.reshape(*each.shape[:-2], -1) for each in (between, one, other))
-    turned = between.transpose(0, 1, 3, 2).reshape(flat.shape)
-    variance = flat_one @ flat_other.T + (flat * turned).sum(-1)
-    heavy = _heavy_terms(left, right, shape.share)
-    least = LEAST_VARIANCE * variance
-    variance = np.maximum(variance - 2 * heavy.squares, least)
-    if cosine:
-        entry = np.trace(between, axis1=2, axis2=3)
-        a = np.trace(one, axis1=1, axis2=2)[:, None]
-        b = np.trace(other, axis1=1, axis2=2)[None]
+    terms = _Terms(between, one, other)
+    normal = _HeavyTerms.none(len(one), len(other))
+    variance = terms.variance(normal, cosine=cosine)
+    if left.heavy is not None and right.heavy is not None and shape.share:
+        signs = terms.variance(_heavy_terms(left.heavy, right.heavy, shape.share), cosine=cosine)
+        variance = np.maximum(signs, LEAST_VARIANCE * variance)
+    return np.asarray(np.sqrt(np.maximum(variance, 0) / shape.dim))
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Blocks of the full kernel that the variance of entries is made of.
+
+    Attributes:
+        between: ``F_ij``, (rows, columns, outputs, outputs).
+        one: ``F_ii`` of the rows, (rows, outputs, outputs).
+        other: of the columns.
+    """
+
+    between: NDArray[np.float64]
+    one: NDArray[np.float64]
+    other: NDArray[np.float64]
+
+    def variance(self, heavy: _HeavyTerms, *, cosine: bool) -> NDArray[np.float64]:
+        """Variance times dim of entries or of cosines, less what signs lack: (rows, columns)."""
+        flat, one, other = (each.reshape(*each.shape[:-2], -1) for each in (self.between, self.one, self.other))
+        turned = self.between.transpose(0, 1, 3, 2).reshape(flat.shape)
+        variance = one @ other.T + (flat * turned).sum(-1) - 2 * heavy.squares
+        if not cosine:
+            return np.asarray(variance)
+        entry = np.trace(self.between, axis1=2, axis2=3)
+        a = np.trace(self.one, axis1=1, axis2=2)[:, None]
+        b = np.trace(self.other, axis1=1, axis2=2)[None]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = entry / np.sqrt(a * b)
-            own_one = (flat_one**2).sum(-1) - heavy.own_left
-            own_other = (flat_other**2).sum(-1) - heavy.own_right
+            own_one, own_other = (one**2).sum(-1) - heavy.own_left, (other**2).sum(-1) - heavy.own_right
             own = 2 * (own_one[:, None] / a**2 + own_other[None] / b**2) / 4
             both = 2 * ((flat**2).sum(-1) - heavy.between) / (2 * a * b)
-            with_one = np.einsum("ijk,ik->ij", turned, flat_one) - heavy.with_left
-            with_other = np.einsum("ijk,jk->ij", flat, flat_other) - heavy.with_right
+            with_one = np.einsum("ijk,ik->ij", turned, one) - heavy.with_left
+            with_other = np.einsum("ijk,jk->ij", flat, other) - heavy.with_right
             mixed = 2 * (with_one / a + with_other / b)
             variance = variance / (a * b) + ratio**2 * (own + both) - ratio / np.sqrt(a * b) * mixed
-        variance = np.nan_to_num(variance, nan=0.0, posinf=0.0, neginf=0.0)
-    return np.asarray(np.sqrt(np.maximum(variance, 0) / shape.dim))
+        return np.asarray(np.nan_to_num(variance, nan=0.0, posinf=0.0, neginf=0.0))
 
 
 @dataclass(frozen=True)
@@ -153,19 +174,28 @@ class _HeavyTerms:
     with_left: NDArray[np.float64]
     with_right: NDArray[np.float64]
 
+    @classmethod
+    def none(cls, rows: int, columns: int) -> _HeavyTerms:
+        """Nothing is lacking: normal entries, or parameters that are not known."""
+        pairs = [np.zeros((rows, columns)) for _ in range(4)]
+        return cls(pairs[0], np.zeros(rows), np.zeros(columns), *pairs[1:])
 
-def _heavy_terms(left: Panel, right: Panel, share: float) -> _HeavyTerms:
-    """Sums over the heaviest parameters, a few of them at a time; zeros if they are not known or are not lacking."""
-    rows, columns = len(left.features), len(right.features)
-    pair = np.zeros((rows, columns))
-    found = _HeavyTerms(pair, np.zeros(rows), np.zeros(columns), pair.copy(), pair.copy(), pair.copy())
-    if left.heavy is None or right.heavy is None or not share:
-        return found
-    one, other = (np.square(each).sum(1) for each in (left.heavy, right.heavy))
+
+def _heavy_terms(left: Rows, right: Rows, share: float) -> _HeavyTerms:
+    """Sums over the heaviest parameters, a few of them at a time.
+
+    Args:
+        left: their gradients in the rows, (samples, outputs, parameters).
+        right: in the columns.
+        share: of all parameters.
+    """
+    rows, columns = len(left), len(right)
+    found = _HeavyTerms.none(rows, columns)
+    one, other = np.square(left).sum(1), np.square(right).sum(1)
     step = max(1, HEAVY_NUMBERS // (rows * columns))
     for start in range(0, one.shape[1], step):
         part = slice(start, start + step)
-        a = np.matmul(left.heavy[:, :, part].transpose(2, 0, 1), right.heavy[:, :, part].transpose(2, 1, 0))
+        a = np.matmul(left[:, :, part].transpose(2, 0, 1), right[:, :, part].transpose(2, 1, 0))
         found.squares[...] += np.square(a).sum(0)
         found.with_left[...] += np.einsum("pij,ip->ij", a, one[:, part])
         found.with_right[...] += np.einsum("pij,jp->ij", a, other[:, part])
@@ -205,7 +235,7 @@ def _entries(left: Rows, right: Rows) -> NDArray[np.float64]:
     return np.asarray(left.reshape(len(left), -1) @ right.reshape(len(right), -1).T)
 
 
-def moments(panel: Panel, shape: SketchShape) -> PilotMoments:
+def moments(panel: Panel, shape: SketchShape, *, outputs: int = 1, cosine: bool = False) -> PilotMoments:
     """What the error of a whole kernel depends on, from the features of some samples.
 
     Squares of estimates are too large by their own variance, which is taken off.
@@ -213,36 +243,69 @@ def moments(panel: Panel, shape: SketchShape) -> PilotMoments:
     Args:
         panel: the samples.
         shape: of the sketch that made them.
+        outputs: how many neighbours in the panel are outputs of one sample (a full kernel), whose pairs say little of
+            those of different samples.
+        cosine: whether entries are divided by the roots of the diagonal.
 
     Returns:
         The moments, of the exact kernel as far as the features tell.
     """
     rows, count = panel.features, len(panel.features)
+    sample = np.arange(count) // outputs
+    off = sample[:, None] != sample[None]
+    if cosine:
+        return _cosine_moments(panel, shape, off)
     one, between = own_blocks(rows), gram_blocks(rows, rows)
     flat = one.reshape(count, -1)
     entry = np.trace(between, axis1=2, axis2=3)
-    diagonal_parts = np.einsum("ijcc->ijc", between)
-    variance = flat @ flat.T + np.einsum("ijcd,ijdc->ij", between, between)
+    inner, raw_traces = flat @ flat.T, np.einsum("ijcd,ijdc->ij", between, between)
+    variance = inner + raw_traces
     squares = entry**2 - variance / shape.dim
-    traces = np.einsum("ijcd,ijdc->ij", between, between)
-    traces = traces - (flat @ flat.T + diagonal_parts.sum(2) ** 2) / shape.dim
-    own = (flat**2).sum(1) - (np.trace(one, axis1=1, axis2=2) ** 2 + (flat**2).sum(1)) / shape.dim
+    traces = raw_traces - (inner + np.einsum("ijcc->ij", between) ** 2) / shape.dim
+    own = inner.diagonal() - (np.trace(one, axis1=1, axis2=2) ** 2 + inner.diagonal()) / shape.dim
+    blocks = inner - (entry**2 + raw_traces) / shape.dim
     inflation = 1.0
     if shape.blocks:
         measured = np.square(_spread(rows, rows, shape.blocks, cosine=False) / _widening(shape.blocks))
         inflation = float(measured.sum() / (variance.sum() / shape.dim))
-    heavy = _heavy_terms(panel, panel, shape.share).squares
-    off = ~np.eye(count, dtype=bool)
-    others = count > 1
+    heavy = np.zeros((count, count))
+    if panel.heavy is not None and shape.share:
+        heavy = _heavy_terms(panel.heavy, panel.heavy, shape.share).squares
     return PilotMoments(
-        blocks=float(np.square(one.mean(0)).sum()),
+        blocks=_mean(blocks, off),
         own_blocks=float(own.mean()),
         diagonal_traces=float(traces.diagonal().mean()),
-        other_traces=float(traces[off].mean()) if others else 0.0,
+        other_traces=_mean(traces, off),
         diagonal_squares=float(squares.diagonal().mean()),
-        other_squares=float(squares[off].mean()) if others else 0.0,
+        other_squares=_mean(squares, off),
         samples=count,
         inflation=inflation,
         heavy_diagonal=float(heavy.diagonal().mean()),
-        heavy_others=float(heavy[off].mean()) if others else 0.0,
+        heavy_others=_mean(heavy, off),
     )
+
+
+def _cosine_moments(panel: Panel, shape: SketchShape, off: NDArray[np.bool_]) -> PilotMoments:
+    """Moments of cosines: their variance by the delta method stands in for that of entries; the diagonal has none."""
+    rows = panel.features
+    entries = _entries(rows, rows)
+    roots = np.sqrt(entries.diagonal())
+    inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
+    ratio = entries * inverse[:, None] * inverse[None]
+    variance = np.square(standard_errors(panel, panel, shape, cosine=True))
+    if shape.blocks:
+        variance = variance / _widening(shape.blocks) ** 2
+    return PilotMoments(
+        blocks=0.0,
+        own_blocks=0.0,
+        diagonal_traces=0.0,
+        other_traces=_mean(variance, off) * shape.dim,
+        diagonal_squares=float(np.square(ratio.diagonal()).mean()),
+        other_squares=_mean(np.square(ratio) - variance, off),
+        samples=len(rows),
+    )
+
+
+def _mean(values: NDArray[np.float64], chosen: NDArray[np.bool_]) -> float:
+    """Mean of chosen entries, 0 of none."""
+    return float(values[chosen].mean()) if chosen.any() else 0.0

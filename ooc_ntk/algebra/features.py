@@ -34,7 +34,7 @@ class Features:
     """Projected Jacobian rows on the exact kernel's scale, read when they are asked for.
 
     Attributes:
-        array: (samples · outputs, dim) on disk: a Zarr array or a memory map.
+        array: (samples · outputs, dim) on disk, indexed by a slice or by numbers of rows: tiles or a memory map.
         outputs: Jacobian rows per sample.
         train_samples: samples with kernel columns.
         test_samples: further samples.
@@ -113,8 +113,7 @@ class Features:
         else:
             index = np.asarray(samples, dtype=np.int64)
             places = (index[:, None] * self.outputs + np.arange(self.outputs)).reshape(-1)
-            oindex = getattr(array, "oindex", None)
-            found = np.asarray(array[places] if oindex is None else oindex[places])
+            found = np.asarray(array[places])
         return found.reshape(-1, self.outputs, array.shape[1])
 
     def panel(self, samples: NDArray[np.int64]) -> Panel:
@@ -200,10 +199,10 @@ class Features:
         count = min(self.train_samples, max(2, SUMMARY_ROWS // self.outputs), 256)
         chosen = np.sort(np.random.default_rng(seed).choice(self.train_samples, count, replace=False))
         every = (chosen[:, None] * self.entries + np.arange(self.entries)).reshape(-1)
-        return moments(self._kernel_rows(every), self.shape)
+        return moments(self._kernel_rows(every), self.shape, outputs=self.entries, cosine=self.cosine)
 
     def expected_error(self) -> float:
-        """Relative Frobenius error to be expected of the train square, before normalisation."""
+        """Relative Frobenius error to be expected of the train square."""
         return self.moments().error(self.dim, self.kernel_shape[1])
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ooc_ntk.errors import IncompleteRunError, InputError, StorageError
 from ooc_ntk.planning.plan import Plan
-from ooc_ntk.storage.arrays import open_tile_array
+from ooc_ntk.storage.arrays import TileRows, open_tile_array
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
 
@@ -192,7 +192,7 @@ class Kernel:
         return self.features.errors(chosen[0], chosen[1])
 
     def expected_error(self) -> float:
-        """Relative Frobenius error to be expected of a projected kernel's train square, before normalisation.
+        """Relative Frobenius error to be expected of a projected kernel's train square.
 
         From the features of up to 256 train samples, extrapolated to all of them.
 
@@ -274,8 +274,8 @@ def run_features(path: Path, plan: Plan) -> Features:
         path: the run directory.
         plan: its plan.
     """
-    array = open_tile_array(path, "features.zarr")
-    heavy = open_tile_array(path, "heavy.zarr") if plan.heavy else None
+    array = TileRows(path, "features.zarr")
+    heavy = TileRows(path, "heavy.zarr") if plan.heavy else None
     assert plan.projection is not None
     return Features(
         array=array,
@@ -287,6 +287,6 @@ def run_features(path: Path, plan: Plan) -> Features:
         divisor=float(plan.outputs) if plan.scale == "mean" else 1.0,
         cosine=plan.normalize == "cosine",
         heavy=heavy,
-        sketch=str(array.attrs.get("sketch") or ""),
+        sketch=str(array.attributes.get("sketch") or ""),
         name=str(path),
     )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ooc_ntk.compute.capture import Capture, Captured
@@ -32,6 +31,7 @@ from .stores import RowWriter, as_tensor, heavy_array, slab_norms
 
 if TYPE_CHECKING:
     from .context import RunContext
+    from .prepare import PreparedJob
 
 #: Counts the time of the body under a name.
 Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
@@ -105,29 +105,40 @@ class Projector:
             self._add_others(batch, rows, phase, samples)
         return self.sketch.result()
 
-    def mean_squares(self, batch: ModelBatch) -> NDArray[np.float64]:
-        """Mean over a batch's samples of the squared gradients of every parameter, summed over rows.
+    def squares(self, prepared: PreparedJob, samples: Sequence[int], batch: int) -> Tensor:
+        """Sum over some samples of the squared gradients of every parameter.
+
+        Args:
+            prepared: the job.
+            samples: their numbers.
+            batch: samples derived together.
 
         Returns:
-            By global index, float64; of a weight that is used several times the uses' squares are added up.
+            By global index, float32 on the host; of a weight that is used several times the uses' squares are added up.
         """
         size = sum(parameter.numel() for parameter in self._function.module.parameters())
-        found = torch.zeros(size, dtype=torch.float64)
+        found = torch.zeros(size)
 
         def add(name: str, pieces: Iterable[GradientPiece]) -> None:
             for piece in pieces:
-                squares = piece.values.square().sum((0, 1)).double().cpu()
-                found.index_add_(0, piece.columns.cpu() + self._starts[name], squares)
+                squares = piece.values.square().sum((0, 1)).float().cpu()
+                if piece.start is None:
+                    found.index_add_(0, piece.columns.cpu() + self._starts[name], squares)
+                else:
+                    first = self._starts[name] + piece.start
+                    found[first : first + len(squares)] += squares
 
-        if self._capture is not None:
-            captured = self._capture.run(batch)
-            for name in self._ruled:
-                add(name, gradient_pieces(self._capture, captured, name))
-        if self._others:
-            for group in METHODS[self._method](self._function).derive(batch, self._others):
-                for name, values in zip(self._others, group, strict=True):
-                    add(name, contiguous_pieces(values[:, None], slice(0, len(values))))
-        return (found / len(batch)).numpy()
+        for start in range(0, len(samples), batch):
+            some = prepared.batch_of(samples[start : start + batch])
+            if self._capture is not None:
+                captured = self._capture.run(some)
+                for name in self._ruled:
+                    add(name, gradient_pieces(self._capture, captured, name))
+            if self._others:
+                for group in METHODS[self._method](self._function).derive(some, self._others):
+                    for name, values in zip(self._others, group, strict=True):
+                        add(name, contiguous_pieces(values[:, None], slice(0, len(values))))
+        return found
 
     def _add(self, name: str, captured: Captured) -> None:
         """Add a parameter that rules derive."""

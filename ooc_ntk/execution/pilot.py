@@ -48,6 +48,9 @@ PILOT_ROWS: Final = 1024
 #: Samples from which the heaviest parameters are found.
 HEAVY_SAMPLES: Final = 16
 
+#: Share of the heaviest parameters from which on their squares are taken off (a choice).
+SMALLEST_SHARE: Final = 0.3
+
 #: Columns of the pilot's own sketch; what its error adds to the squares is taken off.
 PILOT_DIM: Final = 4096
 
@@ -178,9 +181,13 @@ def _pilot(
         bad = chosen[int(np.flatnonzero(~np.isfinite(every).all((1, 2)))[0])]
         raise InputError(f"the gradient of train sample {bad} is NaN or infinite; check that sample and the weights")
     panel = Panel(every, heaviest if heavy else None)
-    if prepared.job.kernel == "full":
-        panel = panel.by_rows()
-    return moments(panel, sketch_shape(projection, share))
+    full = prepared.job.kernel == "full"
+    return moments(
+        panel.by_rows() if full else panel,
+        sketch_shape(projection, share),
+        outputs=rows if full else 1,
+        cosine=prepared.job.normalize == "cosine",
+    )
 
 
 def _heaviest(
@@ -191,16 +198,21 @@ def _heaviest(
     derivation: Derivation,
     rows: int,
 ) -> tuple[tuple[int, ...], float]:
-    """Parameters with the largest mean squared gradients over a few samples, and their share of those squared."""
+    """Parameters with the largest mean squared gradients over a few samples, and their share of those squared.
+
+    They are chosen by one half of the samples; products of both halves' means are unbiased for the squares.
+    """
     smallest = Projection("sjlt", SMALLEST_BLOCK * 4, backend=backend)
     projector = _projector(prepared, smallest, (), blocks, structure, derivation, rows, ())
-    chosen = _spread(len(prepared.reader.train), min(HEAVY_SAMPLES, derivation.batch_size))
-    squares = projector.mean_squares(prepared.batch_of(chosen))
-    count = min(HEAVY, int((squares > 0).sum()))
-    found = np.sort(np.argpartition(-squares, count - 1)[:count]) if count else np.empty(0, dtype=np.int64)
-    total = float(np.square(squares).sum())
-    share = float(np.square(squares[found]).sum()) / total if total else 0.0
-    return tuple(int(index) for index in found), share
+    chosen = _spread(len(prepared.reader.train), HEAVY_SAMPLES)
+    halves = [projector.squares(prepared, half, derivation.batch_size) for half in (chosen[::2], chosen[1::2]) if half]
+    first, second = halves[0], halves[-1]
+    count = min(HEAVY, int((first > 0).sum()))
+    found = first.topk(count).indices.sort().values
+    total = float(first @ second)
+    share = float(first[found] @ second[found]) / total if total > 0 else 0.0
+    # Where they have little of it there is little to take off, and scaling it up would only add noise.
+    return (tuple(found.tolist()), min(1.0, share)) if share >= SMALLEST_SHARE else ((), 0.0)
 
 
 def _projector(

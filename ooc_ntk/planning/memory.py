@@ -69,6 +69,12 @@ RULE_BYTES: Final = 64 * 2**20
 #: the way of what is projected (a choice: 2,048 parameters at 4,096 columns).
 SKETCH_TILE_BYTES: Final = 2**25
 
+#: Bytes of the signs of a block-shift projection that are kept from batch to batch (a choice).
+KEPT_SIGNS_BYTES: Final = 2**27
+
+#: Bytes of what torch makes a dense R from.
+TORCH_WORD_BYTES: Final = 2**25
+
 #: Bytes of the spectra that a tensor sketch holds at a time (a choice).
 SPECTRUM_BYTES: Final = 2**26
 
@@ -194,10 +200,15 @@ def sketch_terms(projection: Projection, batch: int, rows: int, item_bytes: int,
             terms["rows and signs of R"] += (
                 max(batch * rows, min(columns, EXPANDED_ITEMS)) * projection.block * item_bytes
             )
+        if projection.kind == "shift" and projection.backend == "numba":
+            signs = columns * projection.nonzeros * item_bytes
+            terms["rows and signs of R"] += min(signs, KEPT_SIGNS_BYTES) + min(columns, EXPANDED_ITEMS) * 16
         if projection.kind == "tensorsketch":
             terms["spectra"] = 4 * SPECTRUM_BYTES
     else:
         terms["a part of R and its product"] = 2 * SKETCH_TILE_BYTES + features * item_bytes
+        if projection.backend == "torch":
+            terms["a part of R and its product"] += TORCH_WORD_BYTES
     return terms
 
 

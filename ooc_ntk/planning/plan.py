@@ -365,11 +365,8 @@ class Plan:
                 f"features of {format_bytes(self.feature_bytes)}{', no kernel' if self.features_only else ''}",
             )
         ]
-        before = ", before normalisation" if self.normalize else ""
         if self.expected_error is not None:
-            lines.append(
-                ("error", f"{self.expected_error:.2%} of the kernel expected (relative Frobenius norm{before})")
-            )
+            lines.append(("error", f"{self.expected_error:.2%} of the kernel expected (relative Frobenius norm)"))
         return lines
 
     def _jacobian(self) -> str:

@@ -99,6 +99,8 @@ class Projection:
             raise InputError(f"a {self.kind} projection is dense and has no nonzeros, got nonzeros={self.nonzeros}")
         if self.nonzeros > MOST_NONZEROS:
             raise InputError(f"nonzeros must be at most {MOST_NONZEROS}, got {self.nonzeros}")
+        if self.kind == "tensorsketch" and self.nonzeros == 1:
+            raise InputError("a tensorsketch needs at least 2 nonzeros: the spread of its blocks is its error; got 1")
         if not self.nonzeros:
             object.__setattr__(self, "nonzeros", NONZEROS[self.kind])
         if self.dim is not None and self.dim != fitting_dim(self.kind, self.dim, self.nonzeros):
@@ -206,7 +208,7 @@ class PilotMoments:
     """What the size of a sketch depends on, from some samples (DESIGN: projection).
 
     Attributes:
-        blocks: mean over samples of the C × C blocks ``F_ii``, squared Frobenius norm of that mean.
+        blocks: mean of ``⟨F_ii, F_jj⟩_F`` over different samples.
         own_blocks: mean over samples of ``‖F_ii‖²_F``.
         diagonal_traces: mean of ``tr F_ii²``.
         other_traces: mean of ``tr F_ij²`` over different samples.
@@ -236,10 +238,7 @@ class PilotMoments:
         what signs lack.
         """
         n = float(samples)
-        # ‖Σ F_ii‖² = n²‖mean‖² but for the spread between samples, which the mean over few of them contains once.
-        m = float(self.samples)
-        mean = self.blocks if m <= 1 else max(0.0, (self.blocks * m - self.own_blocks) / (m - 1))
-        first = n * (n - 1) * mean + n * self.own_blocks
+        first = n * (n - 1) * self.blocks + n * self.own_blocks
         second = n * self.diagonal_traces + n * (n - 1) * self.other_traces
         lacking = 2 * (n * self.heavy_diagonal + n * (n - 1) * self.heavy_others)
         norm = n * self.diagonal_squares + n * (n - 1) * self.other_squares

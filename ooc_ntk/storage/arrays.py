@@ -110,3 +110,60 @@ def open_tile_array(root: Path, name: str) -> zarr.Array[Any]:
         StorageError: if it is not there.
     """
     return TileArray(root, name, (), (), "<f4").open()
+
+
+class TileRows:
+    """Rows of a two-dimensional array of tiles, read from the raw chunk files without the rest of their chunks.
+
+    Attributes:
+        shape: (rows, columns).
+        dtype: of the elements.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        """Open an array.
+
+        Args:
+            root: run directory.
+            name: name of the array in it.
+
+        Raises:
+            StorageError: if it is not there.
+        """
+        array = open_tile_array(root, name)
+        self.attributes: Mapping[str, Any] = dict(array.attrs)
+        self.shape: tuple[int, int] = (array.shape[0], array.shape[1])
+        self.dtype = np.dtype(array.dtype)
+        self._tiles = TileArray(root, name, array.shape, array.chunks, self.dtype.str)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All rows in memory."""
+        if copy is False:
+            raise ValueError("rows on disk cannot become an array without a copy")
+        return np.asarray(self[:], dtype=dtype)
+
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """Some rows, (rows, columns), by a slice or by numbers from 0 on.
+
+        Raises:
+            StorageError: if a tile is missing or cannot be read.
+        """
+        numbers = np.arange(*index.indices(self.shape[0])) if isinstance(index, slice) else np.asarray(index)
+        found = np.empty((len(numbers), self.shape[1]), dtype=self.dtype)
+        height, width = self._tiles.chunks
+        for tile in np.unique(numbers // height):
+            here = numbers // height == tile
+            for number in range(-(-self.shape[1] // width)):
+                path = self._tiles.root / self._tiles.chunk_path((int(tile), number))
+                try:
+                    chunk = np.memmap(path, dtype=self.dtype, mode="r", shape=(height, width))
+                except (OSError, ValueError) as error:
+                    raise StorageError(
+                        f"cannot read the tile {path} ({error}); run again: it is computed anew"
+                    ) from error
+                columns = slice(number * width, min((number + 1) * width, self.shape[1]))
+                found[here, columns] = chunk[numbers[here] - tile * height, : columns.stop - columns.start]
+        return found

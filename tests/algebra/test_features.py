@@ -656,3 +656,42 @@ def test_a_projected_run_is_opened_by_its_features(computed):
     assert oracle.error(kernel, np.asarray(run, dtype=np.float64)) <= CLOSE
     assert oracle.error(kernel.diagonal(), run.diagonal()) <= CLOSE
     np.testing.assert_allclose(kernel.errors(2, [1, 3]), run.errors(2, [1, 3]))
+
+
+def test_scores_replace_nothing_but_scores(tmp_path):
+    features, _ = made("trace")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    kernel = Kernel.of_features(tmp_path, features)
+    with pytest.raises(InputError, match="holds no scores"):
+        kernel.attribution(1.0, out=folder)
+    assert (folder / "mine.txt").read_text() == "mine"
+    first = np.asarray(kernel.attribution(1.0, out=tmp_path / "scores")[:])
+    second = np.asarray(kernel.attribution(2.0, out=tmp_path / "scores")[:])
+    assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize("options", [{"divisor": 3.0}, {"cosine": True}, {"full": True}])
+def test_kernels_of_other_scales_are_not_crossed(options):
+    one, _ = made("trace", sketch="same")
+    other, _ = made("trace", sketch="same")
+    with pytest.raises(RunConflictError, match="kernels of different kinds"):
+        one.cross(dataclasses.replace(other, **options))
+    assert one.cross(other).shape == (SAMPLES, COLUMNS)
+
+
+def test_the_expected_error_of_cosines_is_that_of_many_sketches():
+    """Signs of many seeds on real gradients, cosines of the train square."""
+    rows = oracle.case_jacobian("relu-mlp")[:TRAIN]
+    exact = oracle.kernel(rows, TRAIN, normalize="cosine")
+    errors, expected = [], []
+    for seed in range(40):
+        signs = np.sign(np.random.default_rng(seed).standard_normal((rows.shape[2], 256))) / 16
+        sketched = rows @ signs
+        features = Features(sketched.reshape(-1, 256), rows.shape[1], TRAIN, 0, SketchShape(256), cosine=True)
+        errors.append(oracle.error(features.kernel()[:], exact))
+        expected.append(features.expected_error())
+    assert np.mean(expected) == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=0.15)
+    # Entries themselves have a far larger error: what is promised of cosines is not theirs.
+    assert dataclasses.replace(features, cosine=False).expected_error() > 1.2 * np.mean(expected)

@@ -162,9 +162,9 @@ def test_features_are_the_projected_jacobian(name, kind, kernel, compute):
         ("shift", {"normalize": "cosine", "scale": "mean", "kernel": "full"}),
         ("tensorsketch", {"scale": "mean", "kernel": "full"}),
         ("rademacher", {"scale": "mean", "kernel": "pseudo"}),
-        *((kind, {"precision": "float64"}) for kind in KINDS),
+        *((kind, {"precision": "float64"}) for kind in ("sjlt", "gaussian", "tensorsketch")),
         ("sjlt", {"precision": "float64", "kernel": "full", "normalize": "cosine"}),
-        *((kind, {"precision": "bf16"}) for kind in KINDS),
+        *((kind, {"precision": "bf16"}) for kind in ("shift", "rademacher", "tensorsketch")),
         ("sjlt", {"precision": "bf16", "kernel": "full"}),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value.values()),
@@ -198,7 +198,6 @@ def test_output_functions(kind, outputs, compute):
 @pytest.mark.parametrize(
     ("kind", "method", "batch_size"),
     [
-        ("sjlt", "loop", 1),
         ("sjlt", "loop", 7),
         ("sjlt", "vmap", 4),
         ("shift", "vmap", 100),
@@ -220,7 +219,7 @@ def test_without_layer_rules(kind, method, batch_size, compute):
 @pytest.mark.parametrize(
     ("patterns", "kind"),
     [
-        *(("encoder.*", kind) for kind in KINDS),
+        *(("encoder.*", kind) for kind in ("shift", "gaussian", "tensorsketch")),
         (["!encoder.*", "!qkv.weight"], "sjlt"),
         (["!encoder.*", "!qkv.weight"], "tensorsketch"),
         (["head.bias", "mix.*"], "shift"),
@@ -237,12 +236,14 @@ def test_chosen_parameters_keep_their_global_indices(patterns, kind, compute):
         match = [name.startswith(part.rstrip("*")) for part in wanted] or [True]
         return any(match) and not any(name.startswith(part.rstrip("*")) for part in out)
 
-    job = chosen.job(parameters=patterns, projection=projection(kind, 128, nonzeros=4 if kind == "tensorsketch" else 0))
+    job = chosen.job(parameters=patterns, projection=projection(kind, 128, nonzeros=8 if kind == "tensorsketch" else 0))
     jacobian = oracle.case_jacobian("attention")[:, :, places(chosen.module, inside)]
     check(compute(job, tile_samples=12), jacobian, chosen.module, chosen=inside)
 
 
-@pytest.mark.parametrize(("kind", "layer_rules"), [*((kind, True) for kind in KINDS), ("shift", False)])
+@pytest.mark.parametrize(
+    ("kind", "layer_rules"), [*((kind, True) for kind in ("sjlt", "gaussian", "tensorsketch")), ("shift", False)]
+)
 def test_features_of_a_subset_and_of_the_rest_add_up(kind, layer_rules, compute):
     chosen, patterns = case("smooth-mlp"), (None, "3.*", "!3.*")
     # Weights of the same place, whether they are large enough for a tensor sketch of their factors or not.
@@ -290,7 +291,9 @@ def test_samples_that_depend_on_their_batch_are_projected_alone(kind, compute):
     check(found, oracle.jacobian(module, images), module)
 
 
-@pytest.mark.parametrize(("kind", "kernel"), [*((kind, "trace") for kind in KINDS), ("sjlt", "full")])
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [*((kind, "trace") for kind in ("shift", "rademacher", "tensorsketch")), ("sjlt", "full")]
+)
 def test_tokens_and_a_tied_embedding(kernel, kind, compute):
     torch.manual_seed(5)
     module, tokens = TiedTokens(60, 12).eval(), torch.randint(0, 60, (15, 6))
@@ -309,16 +312,13 @@ def test_tokens_and_a_tied_embedding(kernel, kind, compute):
     ("name", "kind"),
     [
         ("mobilenet", "sjlt"),
-        ("autoencoder", "shift"),
         ("gpt", "tensorsketch"),
         ("bags", "sjlt"),
         ("bare", "shift"),
         ("twice", "tensorsketch"),
         ("uncovered", "sjlt"),
-        ("uncovered", "rademacher"),
         ("uncovered", "tensorsketch"),
         ("frozen", "sjlt"),
-        ("dictionaries", "tensorsketch"),
         ("tied matrix", "sjlt"),
         ("lstm", "gaussian"),
         ("unused", "shift"),
@@ -330,7 +330,7 @@ def test_layers_of_the_zoo(name, kind, compute):
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     size = sum(value.numel() for key, value in module.named_parameters() if key in trained)
     # Two to four times fewer columns than the smaller networks have parameters, so that weights are taken from factors.
-    small = projection(kind, 16, nonzeros=4) if kind == "tensorsketch" else projection(kind, min(64, size // 8 * 4))
+    small = projection(kind, 32, nonzeros=8) if kind == "tensorsketch" else projection(kind, min(64, size // 8 * 4))
     found = compute(chosen.job(kernel="full", projection=small), tile_samples=7)
     check(found, zoo.jacobian(name), module, max(CLOSE, chosen.bound), chosen=lambda key: key in trained)
     if name == "uncovered":
@@ -344,8 +344,7 @@ def test_a_model_that_vmap_refuses(compute):
     check(found, oracle.jacobian(module, images), module)
 
 
-@pytest.mark.parametrize("name", ["smooth-mlp", "attention"])
-@pytest.mark.parametrize("kernel", ["trace", "full"])
+@pytest.mark.parametrize(("name", "kernel"), [("smooth-mlp", "full"), ("attention", "trace")])
 def test_a_tensor_sketch_from_factors_is_that_from_gradients(name, kernel, tmp_path, rates):
     chosen = case(name)
     job = chosen.job(kernel=kernel, projection=projection("tensorsketch", seed=2))
@@ -358,7 +357,7 @@ def test_a_tensor_sketch_from_factors_is_that_from_gradients(name, kernel, tmp_p
         check(found, oracle.case_jacobian(name), chosen.module)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sjlt", "gaussian", "tensorsketch"])
 def test_the_torch_backend_projects_with_the_same_matrix(kind, compute):
     chosen = case("smooth-mlp")
     found = compute(chosen.job(projection=projection(kind, backend="torch", seed=11), kernel="full"))
@@ -500,7 +499,9 @@ def test_a_killed_process_leaves_what_goes_on_to_the_same_bits(tmp_path):
 LAYOUTS = [(33, 160, 26), (3, 100, 1), (7, 9, 3)]
 
 
-@pytest.mark.parametrize(("kind", "layer_rules"), [*((kind, True) for kind in KINDS), ("shift", False)])
+@pytest.mark.parametrize(
+    ("kind", "layer_rules"), [*((kind, True) for kind in ("sjlt", "rademacher", "tensorsketch")), ("shift", False)]
+)
 def test_other_tilings_and_batches_agree(kind, layer_rules, compute):
     job = case("attention").job(kernel="trace", projection=projection(kind))
     first = None
@@ -605,9 +606,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "rules"), [("sjlt", "torch.func"), ("rademacher", "rules"), ("tensorsketch", "rules")]
-)
+@pytest.mark.parametrize(("kind", "rules"), [("sjlt", "torch.func"), ("rademacher", "rules")])
 def test_peak_stays_below_the_promise(kind, rules, tmp_path):
     done = child(MEASURED, tmp_path / "run", "900MiB", kind, rules, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -653,9 +652,7 @@ def rms(values) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-@pytest.mark.parametrize(
-    ("kind", "kernel"), [*((kind, "trace") for kind in KINDS), ("sjlt", "full"), ("gaussian", "pseudo")]
-)
+@pytest.mark.parametrize(("kind", "kernel"), [*((kind, "trace") for kind in KINDS), ("sjlt", "full")])
 def test_the_expected_error_is_that_of_many_seeds(kind, kernel, compute):
     job = case("smooth-mlp").job(kernel=kernel, projection=projection(kind))
     found = compute(job)
@@ -682,7 +679,7 @@ def test_the_expected_error_is_that_of_many_runs(compute):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kernel"), [*((kind, "trace") for kind in KINDS), ("sjlt", "full"), ("gaussian", "pseudo")]
+    ("kind", "kernel"), [("shift", "trace"), ("gaussian", "pseudo"), ("tensorsketch", "trace"), ("sjlt", "full")]
 )
 def test_a_target_error_gets_the_columns_that_it_needs(kind, kernel, rates):
     target = 0.025 if kind == "tensorsketch" else 0.12  # below it, the smallest tensor sketch has a smaller error
@@ -719,7 +716,7 @@ def test_the_plan_says_what_projecting_saves(rates):
     assert "projected trace kernel" in text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sjlt", "tensorsketch"])
 def test_a_projected_plan_survives_json(kind, tmp_path):
     plan = tiled_plan(kind, features_only=True)
     assert ooc_ntk.Plan.from_json(plan.to_json()) == plan
@@ -758,7 +755,9 @@ def test_the_digest_covers_what_changes_the_result(rates):
 # --- audits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "kernel"), [*((kind, "trace") for kind in KINDS), ("sjlt", "full")])
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("sjlt", "full"), ("shift", "trace"), ("gaussian", "trace"), ("tensorsketch", "trace")]
+)
 def test_a_projected_run_verifies(kind, kernel, compute):
     job = case("attention").job(kernel=kernel, projection=projection(kind, seed=8))
     found = compute(job, tile_samples=10)

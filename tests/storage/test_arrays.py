@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 from ooc_ntk.errors import StorageError
-from ooc_ntk.storage.arrays import TileArray, open_tile_array
+from ooc_ntk.storage.arrays import TileArray, TileRows, open_tile_array
 from ooc_ntk.storage.atomic import write_whole
 
 
@@ -100,3 +100,23 @@ def test_an_array_that_is_not_there(tmp_path):
 def test_opened_arrays_cannot_be_written(array):
     with pytest.raises(ValueError, match=r"read-only|read only"):
         array.open()[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    "index", [np.s_[:], np.s_[2:4], np.s_[4:1:-1], np.array([4, 0, 0, 3]), np.array([], dtype=int)]
+)
+def test_rows_are_read_without_their_chunks(array, index):
+    whole = fill(array)
+    rows = TileRows(array.root, "kernel.zarr")
+    assert (rows.shape, rows.dtype, len(rows)) == (whole.shape, whole.dtype, 5)
+    np.testing.assert_array_equal(rows[index], whole[index])
+    assert rows.attributes["kernel"] == "trace"
+
+
+def test_rows_of_a_missing_tile_are_an_error(array):
+    fill(array)
+    (array.root / array.chunk_path((1, 0))).unlink()
+    rows = TileRows(array.root, "kernel.zarr")
+    assert np.isfinite(rows[:3]).all()
+    with pytest.raises(StorageError, match="cannot read the tile"):
+        rows[2:4]

@@ -15,8 +15,8 @@ from ooc_ntk.planning.projection import Projection
 from .entries import Outer, factor_hash, rows_and_signs
 from .philox import key_of, philox, split
 
-#: Parameters whose entries of R are made at a time by torch: 4,096 × 4,096 words stay within 128 MiB.
-TORCH_WORDS: Final = 2**24
+#: Entries of a dense R that torch makes at a time: a few copies of them in int64 stay within 32 MiB.
+TORCH_WORDS: Final = 2**20
 
 
 class Backend(Protocol):

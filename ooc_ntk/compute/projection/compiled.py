@@ -15,6 +15,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ooc_ntk.planning.memory import KEPT_SIGNS_BYTES
 from ooc_ntk.planning.projection import SMALL_BLOCK, Projection
 
 from .entries import FACTORS, GAUSSIAN, SHIFT_SIGNS, SHIFTS, SIGNS, SJLT, Outer
@@ -26,9 +27,6 @@ _MASK, _32, _1 = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(1)
 
 #: Parameters that one thread makes at a time.
 _CHUNK: Final = 4096
-
-#: Bytes of signs of shifted runs that are kept from batch to batch.
-_KEPT_SIGNS: Final = 2**27
 
 
 @njit(inline="always")
@@ -268,7 +266,7 @@ class NumbaBackend:
             table = self.table(projection, torch.arange(start, start + n), ()).numpy()
             signs = 1 - 2 * (table & 1).astype(np.float64 if dtype == torch.float64 else np.float32)
             places = (table[:, edges[:-1]] >> 1).astype(np.int64)
-            if sum(each[-1].nbytes for each in self._known_runs.values()) > _KEPT_SIGNS:
+            if sum(each[-1].nbytes for each in self._known_runs.values()) > KEPT_SIGNS_BYTES:
                 self._known_runs.clear()
             self._known_runs[key] = edges[:-1], edges[1:], places, signs
         return self._known_runs[key]

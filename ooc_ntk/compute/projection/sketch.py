@@ -157,19 +157,28 @@ class Sketch:
         """
         outer, gradients = self._outers[name], tile[1]
         _, positions, rows, _ = gradients.shape
-        step = max(1, SPECTRUM_BYTES // (16 * positions * (rows + 1) * self.dim))
-        blocks, block = self.projection.nonzeros, self.projection.block
+        vectors = max(1, SPECTRUM_BYTES // (16 * (rows + 1) * self.dim))
+        step, block = max(1, vectors // positions), self.projection.block
         tables = [self._hashes(outer, side, gradients.device) for side in ((1, 0) if transposed else (0, 1))]
         for first in range(0, len(gradients), step):
             here = slice(first, min(first + step, len(gradients)))
             inputs, some = some_samples(tile[:2], here)
-            count = len(some)
-            left = self._spectrum(some.reshape(count * positions * rows, -1), tables[0])
-            right = self._spectrum(inputs.reshape(count * positions, -1), tables[1])
-            left = left.view(count, positions, rows, blocks, -1)
-            right = right.view(count, positions, 1, blocks, -1)
-            product = torch.fft.irfft((left * right).sum(1), n=block, dim=-1)
+            inputs = inputs.view(len(some), positions, -1)
+            # Long sequences some positions at a time: spectra add up.
+            spectrum = sum(
+                self._spectra(some[:, start : start + vectors], inputs[:, start : start + vectors], tables)
+                for start in range(0, positions, vectors)
+            )
+            product = torch.fft.irfft(cast("Tensor", spectrum), n=block, dim=-1)
             _add_to(self._total[here], product.flatten(2))
+
+    def _spectra(self, gradients: Tensor, inputs: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """Products of both sides' spectra, summed over positions: (samples, rows, blocks, frequencies)."""
+        count, positions, rows, _ = gradients.shape
+        left = self._spectrum(gradients.reshape(count * positions * rows, -1), tables[0])
+        right = self._spectrum(inputs.reshape(count * positions, -1), tables[1])
+        left = left.view(count, positions, rows, self.projection.nonzeros, -1)
+        return (left * right.view(count, positions, 1, self.projection.nonzeros, -1)).sum(1)
 
     def _hashes(self, outer: Outer, side: int, device: torch.device) -> Tensor:
         """Rows and signs of one side of a weight."""
