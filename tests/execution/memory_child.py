@@ -55,7 +55,7 @@ def make_job(case: str) -> ooc_ntk.Job:
         return ooc_ntk.Job(model=nn.Linear(6, 3), train=images(40, 6), device="cpu")
     if case == "full":
         return ooc_ntk.Job(
-            model=mlp(64, 512, 10), train=images(125, 64), test=images(15, 64, 1), kernel="full", device="cpu"
+            model=mlp(64, 512, 10), train=images(140, 64), test=images(15, 64, 1), kernel="full", device="cpu"
         )
     if case.startswith("factors-"):
         count = int(case.removeprefix("factors-"))

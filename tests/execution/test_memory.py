@@ -17,7 +17,7 @@ CHILD = Path(__file__).with_name("memory_child.py")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache that holds rates, so that the children do not calibrate."""
+    """A cache that holds rates, so that the children do not calibrate; rates are kept per count of threads."""
     folder = tmp_path_factory.mktemp("rates")
     code = (
         "import sys, dataclasses; from ooc_ntk.execution.calibration import rates_path; "
@@ -26,7 +26,9 @@ def cache(tmp_path_factory):
     text = UNCALIBRATED.to_json().replace('"measured": false', '"measured": true')
     assert '"measured": true' in text
     environment = {**os.environ, "OOC_NTK_CACHE": str(folder)}
-    subprocess.run([sys.executable, "-c", code], input=text, text=True, check=True, env=environment)
+    for threads in ({}, {"OMP_NUM_THREADS": "1"}):
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, input=text, text=True, check=True, env={**environment, **threads})
     return folder
 
 
@@ -92,7 +94,9 @@ def test_peak_stays_below_the_promise_with_layer_factors(tmp_path, cache, datafl
 
 @pytest.mark.slow
 def test_the_planner_goes_out_of_core_by_itself_with_a_full_kernel(tmp_path, cache):
-    found = measure("full", "any", "510MiB", tmp_path / "run", cache, OMP_NUM_THREADS="1")
+    # What the process holds before the first task differs by up to 40 MiB from one start to the next, and the least
+    # that a plan needs with it (499 to 546 MiB were seen).
+    found = measure("full", "any", "570MiB", tmp_path / "run", cache, OMP_NUM_THREADS="1")
     assert found["jacobian"] >= 3 * found["budget"]
     assert found["dataflow"] in ("spill", "recompute")
     check_promises(found)
