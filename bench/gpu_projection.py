@@ -25,7 +25,7 @@ from ooc_ntk.compute.model import choose_parameters
 from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.projection.backends import Backend, backend_name, load_backend
 from ooc_ntk.compute.projection.entries import Outer, dense_columns, factor_hash, rows_and_signs
-from ooc_ntk.compute.projection.sketch import FLOAT32_PARTS, MIXED_PRODUCTS, split_bfloat16
+from ooc_ntk.compute.projection.sketch import FLOAT32_PARTS, exact_product, tile_dtype
 from ooc_ntk.execution.features import Projector, parameter_starts
 from ooc_ntk.planning.projection import KINDS, SPARSE_KINDS, Projection
 
@@ -61,7 +61,7 @@ class Setting:
     backend: str
     smoke: bool
     dim: int = 10_240
-    batch: int = 128
+    batch: int = 256
     span: int = 65_536
     rows: tuple[int, ...] = (1024, 4096)
     width: int = 2**21
@@ -159,30 +159,11 @@ def product(backend: Backend, projection: Projection, values: Tensor, start: int
     assert projection.dim is not None
     p = torch.arange(start, start + values.shape[1], device=values.device)
     if projection.kind not in SPARSE_KINDS:
-        return mixed_product(values, backend.tile(projection, p, tile_dtype(values)), FLOAT32_PARTS).double()
+        return exact_product(values, backend.tile(projection, p, tile_dtype(values)), FLOAT32_PARTS).double()
     total = torch.zeros(len(values), projection.dim, dtype=torch.float64, device=values.device)
     if projection.kind != "shift" or not backend.shifted(values, start, projection, total):
         backend.scatter(values, backend.table(projection, p, ()), projection, total)
     return total
-
-
-def tile_dtype(values: Tensor) -> torch.dtype:
-    """What a part of a dense R is made in, as sketches have it."""
-    return torch.bfloat16 if values.device.type == "cuda" and MIXED_PRODUCTS else values.dtype
-
-
-def mixed_product(values: Tensor, tile: Tensor, parts: int) -> Tensor:
-    """``values @ tile`` in float32, with a bfloat16 tile for so many bfloat16 parts of the values."""
-    if tile.dtype == values.dtype:
-        return values @ tile
-    return sum_products([torch.mm(part, tile, out_dtype=torch.float32) for part in split_bfloat16(values, parts)])
-
-
-def sum_products(products: Sequence[Tensor]) -> Tensor:
-    """Add products up into the first."""
-    for other in products[1:]:
-        products[0].add_(other)
-    return products[0]
 
 
 def check_products(backend: Backend, setting: Setting) -> dict[str, float]:
@@ -310,6 +291,12 @@ class Clock:
         """Whether the limit has passed."""
         return time.perf_counter() - self._begin > LIMIT_SECONDS
 
+    def left_out(self, what: str) -> bool:
+        """Whether there is no time left for something, which is noted."""
+        if self.late:
+            self.add(f"{what}: left out, {LIMIT_SECONDS:.0f} s have passed", np.nan, "")
+        return self.late
+
     def add(self, what: str, seconds: float, rate: str, ratio: str = "") -> None:
         """Note a time."""
         self.lines.append(Line(what, seconds * 1e3, rate, ratio))
@@ -397,7 +384,7 @@ def time_dense(backend: Backend, setting: Setting, clock: Clock, rate: float) ->
         for parts in range(1, FLOAT32_PARTS + 1) if dtype == torch.bfloat16 else (FLOAT32_PARTS,):
 
             def project(values: Tensor = values, dtype: torch.dtype = dtype, parts: int = parts) -> Tensor:
-                return mixed_product(values, backend.tile(projection, p, dtype), parts)
+                return exact_product(values, backend.tile(projection, p, dtype), parts)
 
             error = relative_error(project()[:, : exact.shape[1]].double().cpu().numpy(), exact.cpu().numpy())
             seconds = clock.seconds(project)
@@ -431,11 +418,23 @@ def time_network(backend: Backend, setting: Setting, clock: Clock) -> None:
         ("features as runs make them, shift", run_features(setting, net, replace(projection, kind="shift"))),
     ]
     for what, work in ways:
-        if clock.late:
-            clock.add(f"{what}: left out, {LIMIT_SECONDS:.0f} s have passed", np.nan, "")
-            continue
-        seconds = clock.seconds(work)
-        clock.add(what, seconds, f"{setting.batch / seconds:,.0f} gradients/s", f"{seconds / alone:.1f} × capture")
+        if not clock.left_out(what):
+            seconds = clock.seconds(work)
+            clock.add(what, seconds, f"{setting.batch / seconds:,.0f} gradients/s", f"{seconds / alone:.1f} × capture")
+
+
+def time_dense_network(setting: Setting, clock: Clock) -> None:
+    """The same with dense signs, which are made for one batch of many samples at a time."""
+    samples = setting.rows[0]
+    what = f"features as runs make them, rademacher, {samples:,} samples"
+    if clock.left_out(what):
+        return
+    net = network(setting, samples)
+    seconds = clock.seconds(run_features(setting, net, Projection("rademacher", setting.dim)))
+    flops = 2 * samples * sum(net.function.sizes.values()) * setting.dim
+    clock.add(
+        what, seconds, f"{samples / seconds:,.0f} gradients/s", f"{flops / seconds / 1e12:,.1f} TFLOP/s, one part"
+    )
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -478,6 +477,7 @@ def measure(setting: Setting) -> str:
         time_sparse(backend, setting, clock, rate)
         time_network(backend, setting, clock)
         time_dense(backend, setting, clock, rate)
+        time_dense_network(setting, clock)
     cells = [("what", "ms", "rate", "beside")]
     cells += [(line.what, f"{line.milliseconds:,.3f}", line.rate, line.ratio) for line in clock.lines]
     return "\n".join(aligned(cells))

@@ -2,13 +2,17 @@
 
 import dataclasses
 import gc
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import ooc_ntk
+from ooc_ntk.cli import app
 from ooc_ntk.execution.calibration import rates_path
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
 
@@ -28,6 +32,39 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, rates: MachineRates) ->
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             rates_path(device).write_text(rates.to_json())
         yield folder
+
+
+@pytest.fixture(scope="module")
+def one_thread(_own_cache: Path, rates: MachineRates) -> Iterator[None]:
+    """One thread: on a machine that others use too, BLAS threads that wait for each other cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rates_path("cpu").write_text(rates.to_json())
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: a run syncs hundreds of times, and here no power is lost."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None, prefix="ooc-ntk-") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def memory_path(memory_folder: Path) -> Path:
+    """A folder of the test's own in memory."""
+    return Path(tempfile.mkdtemp(dir=memory_folder))
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., object]:
+    """``cli(*arguments)``: run a command in a folder that holds the module's ``NETS`` as ``nets.py``."""
+    (tmp_path / "nets.py").write_text(request.module.NETS)
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(autouse=True)

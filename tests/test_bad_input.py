@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +16,13 @@ from torch.utils.data import Dataset
 import ooc_ntk
 from ooc_ntk.api import BudgetError, InputError, OocNtkError, RunConflictError
 from ooc_ntk.errors import DataChangedError, NonFiniteError, RunLockedError, StorageError
-from ooc_ntk.execution import calibration
-from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.storage.directory import RunDirectory
 
 BUDGET = ooc_ntk.Budget("16GiB", disk="1GiB")
 SPILL = ooc_ntk.Preferences(dataflow="spill", tile_samples=6, span_columns=40)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_rates(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("OOC_NTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    calibration.rates_path("cpu").write_text(replace(UNCALIBRATED, measured=True).to_json())
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net(*extra: nn.Module) -> nn.Module:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import ooc_ntk
-from ooc_ntk.cli import app
 
 NETS = """
 import torch
@@ -34,15 +32,6 @@ class Centred(torch.nn.Module):
 def centred():
     return Centred()
 """
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    """Run a command in a folder that holds ``nets.py``."""
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    runner = CliRunner()
-    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 
 
 JOB = ("--model", "nets.py:small", "--train", "digits[0:60]", "--test", "digits[60:80]", "--device", "cpu")

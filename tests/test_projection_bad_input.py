@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import ooc_ntk
 from ooc_ntk.api import InputError, RunConflictError
-from ooc_ntk.cli import app
 from ooc_ntk.errors import IncompleteRunError, NonFiniteError
 from ooc_ntk.execution.pilot import PILOT_SAMPLES
 from ooc_ntk.inputs.jobfile import read_job_file
@@ -28,23 +24,12 @@ BUDGET = ooc_ntk.Budget("16GiB", device="16GiB", disk="1GiB")
 PARAMETERS = 75
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def tmp_path(tmp_path):
-    """A folder in memory where there is one: runs sync, and here no power is lost."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory, prefix="ooc-ntk-") as folder:
-        yield Path(folder)
+def tmp_path(memory_path):
+    return memory_path
 
 
 def net() -> nn.Module:
@@ -78,12 +63,9 @@ JOB = ("--model", "nets.py:net", "--train", "data.npy", "--device", "cpu")
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch) -> Callable:
-    (tmp_path / "nets.py").write_text(NETS)
+def cli(cli, tmp_path) -> Callable:
     np.save(tmp_path / "data.npy", inputs().numpy())
-    monkeypatch.chdir(tmp_path)
-    runner = CliRunner()
-    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
+    return cli
 
 
 def one_line(result, *named: str) -> None:

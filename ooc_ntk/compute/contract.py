@@ -22,7 +22,7 @@ from .held import Tile, as_tile, split_digits
 from .machine import best_seconds
 from .matching import contract_matching
 from .pairwise import contract_crossed, contract_pairwise, looked_up, sum_positions
-from .products import PRODUCT_COLUMNS, multiply
+from .products import multiply
 
 #: What models and their gradients are computed in.
 TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
@@ -111,7 +111,7 @@ class KernelAccumulator:
                 continue
             b = a if right is None else right[:, start : start + step]
             with tf32(self._tf32):
-                multiply(a, b, self._product, PRODUCT_COLUMNS if self._on_cpu else step)
+                multiply(a, b, self._product, None if self._on_cpu else step)
             self._add_to(self._sum, self._product)
 
     def _add_gram(self, rows: Tensor) -> None:

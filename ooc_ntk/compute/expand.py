@@ -98,7 +98,15 @@ def rows_first(tile: Tile) -> bool:
     return tile[1].stride(1) == 1
 
 
-def expand_piece(factors: LayerFactors, tile: Tile, piece: Piece, out: Tensor, *, by_rows: bool = True) -> Tensor:
+def expand_piece(
+    factors: LayerFactors,
+    tile: Tile,
+    piece: Piece,
+    out: Tensor,
+    *,
+    by_rows: bool = True,
+    unfolded_bytes: int = UNFOLDED_BYTES,
+) -> Tensor:
     """Expand one piece into a buffer.
 
     Args:
@@ -107,6 +115,7 @@ def expand_piece(factors: LayerFactors, tile: Tile, piece: Piece, out: Tensor, *
         piece: what to expand.
         out: flat buffer with room for it.
         by_rows: whether the rows of a sample come first; any order will do for a trace kernel, see :func:`rows_first`.
+        unfolded_bytes: of the buffer of unfolded inputs (at least one sample's).
 
     Returns:
         (samples, rows · outputs · channels · taps) of the piece, or (samples, channels · taps · rows · outputs); a view
@@ -134,7 +143,7 @@ def expand_piece(factors: LayerFactors, tile: Tile, piece: Piece, out: Tensor, *
             _add_lookups(tile, piece, found, by_rows=by_rows)
         return found.view(samples, -1)
     pixels = inputs.view(samples, *window.size, factors.channels)[..., piece.channels]
-    step = max(1, UNFOLDED_BYTES // (positions * width * inputs.element_size()))
+    step = max(1, unfolded_bytes // (positions * width * inputs.element_size()))
     unfolded = torch.empty(min(step, samples), positions, taps, width // taps, dtype=inputs.dtype, device=inputs.device)
     for start in range(0, samples, step):
         stop = min(start + step, samples)

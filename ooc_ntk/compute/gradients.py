@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ooc_ntk.planning.factors import LayerFactors
-from ooc_ntk.planning.memory import EXPANDED_ITEMS, rule_samples
+from ooc_ntk.planning.memory import HOST_CHUNKS, SketchChunks, rule_samples
 
 from .capture import Capture, Captured
 from .expand import Piece, expand_piece, pieces
@@ -47,7 +47,12 @@ class GradientPiece:
 
 
 def gradient_pieces(
-    capture: Capture, captured: Captured, name: str, *, whole_rows: bool = False
+    capture: Capture,
+    captured: Captured,
+    name: str,
+    *,
+    whole_rows: bool = False,
+    chunks: SketchChunks = HOST_CHUNKS,
 ) -> Iterator[GradientPiece]:
     """Yield the gradients of a parameter that layer rules derive; what several pieces have at one place adds up.
 
@@ -56,13 +61,14 @@ def gradient_pieces(
         captured: what it gave.
         name: the parameter.
         whole_rows: whether pieces hold all rows of a sample, where making their part of a projection is dear.
+        chunks: what is worked on at a time.
 
     Yields:
-        Pieces of a few MiB.
+        Pieces of a few MiB (on a device, more).
     """
     every, rows = slice(0, captured.samples), slice(0, capture.rows)
     if name in captured.rows:
-        yield from contiguous_pieces(captured.rows[name], every)
+        yield from contiguous_pieces(captured.rows[name], every, chunks)
         return
     if any(name in layer.parameters for layer in capture.modules.values()):  # never called: no gradient by its rule
         return
@@ -70,7 +76,7 @@ def gradient_pieces(
     tiles = captured.factors[layer.parameters[0]]
     if name != layer.parameters[0]:
         for tile in tiles:
-            yield from contiguous_pieces(tile[1].sum(1), every)
+            yield from contiguous_pieces(tile[1].sum(1), every, chunks)
         return
     for number, (use, tile) in enumerate(zip(layer.uses, tiles, strict=False)):
         shapes = layer.factors or use.factors
@@ -78,29 +84,30 @@ def gradient_pieces(
         assert isinstance(use.rule, OuterRule)
         call = captured.calls[use.number]
         if use.rule.groups(call) > 1:
-            yield from _grouped(captured, use, call, shapes, tile, capture.function.sizes[name] * capture.rows)
+            yield from _grouped(captured, use, call, shapes, tile, capture.function.sizes[name] * capture.rows, chunks)
         elif shapes.kind == "tokens":
             yield from _looked_up(shapes, tile, rows)
         else:
             known = (name, number)
-            yield from _expanded(capture, known, use.rule, call, shapes, tile, whole_rows=whole_rows)
+            yield from _expanded(capture, known, use.rule, call, shapes, tile, chunks, whole_rows=whole_rows)
 
 
-def contiguous_pieces(values: Tensor, samples: slice) -> Iterator[GradientPiece]:
+def contiguous_pieces(values: Tensor, samples: slice, chunks: SketchChunks = HOST_CHUNKS) -> Iterator[GradientPiece]:
     """Whole gradients of a parameter, in its own order, cut into pieces.
 
     Args:
         values: (samples, rows, numel).
         samples: which samples of the batch they are of.
+        chunks: what is worked on at a time.
 
     Yields:
-        Pieces of at most :data:`EXPANDED_ITEMS` places.
+        Pieces of as many places as are worked on at a time.
     """
     rows, size = values.shape[1:]
     if values.stride(-1) != 1:  # as products of groups may come
         values = values.contiguous()
-    for start in range(0, size, EXPANDED_ITEMS):
-        stop = min(start + EXPANDED_ITEMS, size)
+    for start in range(0, size, chunks.items):
+        stop = min(start + chunks.items, size)
         outer = torch.full((1,), start, dtype=torch.int64, device=values.device)
         inner = torch.arange(stop - start, device=values.device)
         yield GradientPiece(samples, slice(0, rows), values[:, :, start:stop], outer, inner, (start, stop), start)
@@ -113,6 +120,7 @@ def _expanded(
     call: Call,
     factors: LayerFactors,
     tile: Tile,
+    chunks: SketchChunks,
     *,
     whole_rows: bool,
 ) -> Iterator[GradientPiece]:
@@ -121,7 +129,7 @@ def _expanded(
     samples, _, rows, _ = gradients.shape
     # Rows last: pieces that differ in nothing else have the same places, and the same part of a projection.
     parts = sorted(
-        pieces(factors, rows, whole_rows=whole_rows),
+        pieces(factors, rows, whole_rows=whole_rows, items=chunks.items),
         key=lambda part: (part.channels.start, part.outputs.start, part.rows.start),
     )
     # All at once: small tensors that stay, made between large ones that go, would cut the heap to pieces.
@@ -131,7 +139,7 @@ def _expanded(
         capture.places[whose] = parts, places
     buffer = gradients.new_empty(samples * max(part.items(factors) for part in parts))
     for part, (outer, inner) in zip(parts, places, strict=True):
-        found = expand_piece(factors, tile, part, buffer)
+        found = expand_piece(factors, tile, part, buffer, unfolded_bytes=chunks.unfolded_bytes)
         values = found.view(samples, part.rows.stop - part.rows.start, -1)
         whole = part.channels == slice(0, factors.inputs) and type(rule).weight_columns is OuterRule.weight_columns
         start = part.outputs.start * factors.inputs if whole and not rule.transposed else None
@@ -165,7 +173,7 @@ def _looked_up(factors: LayerFactors, tile: Tile, rows: slice) -> Iterator[Gradi
 
 
 def _grouped(
-    captured: Captured, use: Use, call: Call, factors: LayerFactors, tile: Tile, items: int
+    captured: Captured, use: Use, call: Call, factors: LayerFactors, tile: Tile, items: int, chunks: SketchChunks
 ) -> Iterator[GradientPiece]:
     """Weights of layers with groups, expanded whole for some samples at a time."""
     rule = use.rule
@@ -176,4 +184,4 @@ def _grouped(
         samples = slice(start, min(start + step, captured.samples))
         inputs, gradients = some_samples(tile, samples)
         windows = rule.unfolded(call, inputs.view(-1, *shape), factors)
-        yield from contiguous_pieces(rule.grouped(call, windows, gradients), samples)
+        yield from contiguous_pieces(rule.grouped(call, windows, gradients), samples, chunks)

@@ -51,9 +51,14 @@ CAPTURE_BYTES: Final = 160 * 2**20
 #: takes 12 s for its rows at 19 samples, 15 to 20 s at 32, where fresh memory is slow).
 ROOM_BYTES: Final = 256 * 2**20
 
-#: Fewest and most samples of a captured batch that are chosen without being asked for.
+#: The same of both on a device, which has no such cache, and which small batches leave idle (guessed).
+DEVICE_CAPTURE_BYTES: Final = 8 * 2**30
+
+#: Fewest and most samples of a captured batch that are chosen without being asked for, and most where each batch makes
+#: a dense R again on a device.
 SMALLEST_CAPTURE: Final = 4
 LARGEST_CAPTURE: Final = 512
+LARGEST_PROJECTED: Final = 1024
 
 #: Seconds after which a timing is not repeated.
 ENOUGH_SECONDS: Final = 0.2
@@ -85,6 +90,7 @@ def probe(
     batch_size: int | None = None,
     chain_names: Sequence[str] = (),
     structure: Structure | None = None,
+    largest: int = LARGEST_CAPTURE,
 ) -> Probe:
     """Measure how rows of ``function`` are derived fastest.
 
@@ -99,6 +105,7 @@ def probe(
         chain_names: parameters of the earliest block that no rule covers, whose derivation alone costs the chain of a
             backward pass.
         structure: what layer rules cover; None for nothing.
+        largest: samples of a captured batch at most, where none is asked for.
 
     Returns:
         The measurements.
@@ -125,7 +132,7 @@ def probe(
     if structure is not None and ruled:
         capture = Capture(function, structure, ruled, rows)
         try:
-            captured = _measure_capture(capture, fetch, available, free_bytes, activation_bytes, batch_size)
+            captured = _measure_capture(capture, fetch, available, free_bytes, activation_bytes, batch_size, largest)
         except (OocNtkError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -182,6 +189,7 @@ def _measure_capture(
     free_bytes: int,
     activation_bytes: int,
     batch_size: int | None,
+    largest: int,
 ) -> Derivation:
     """Choose a batch size for layer rules and time it, on fewer samples if a whole batch would take long."""
     item = next(iter(capture.function.parameters.values())).element_size()
@@ -191,8 +199,10 @@ def _measure_capture(
     sizes = {factors: factors.held_bytes(capture.rows, item) for factors in merged.values()}
     # What is smaller as gradients will be held so, and its factors only until the next batch.
     rooms = sum(sizes[f] for f in merged.values() if capture.rows * f.columns * item <= sizes[f])
-    fitting = min(CAPTURE_BYTES // max(1, activation_bytes), ROOM_BYTES // max(1, rooms))
-    wanted = batch_size or max(SMALLEST_CAPTURE, min(LARGEST_CAPTURE, fitting))
+    on_cpu = next(iter(capture.function.parameters.values())).device.type == "cpu"
+    activations, room = (CAPTURE_BYTES, ROOM_BYTES) if on_cpu else (DEVICE_CAPTURE_BYTES, DEVICE_CAPTURE_BYTES)
+    fitting = min(activations // max(1, activation_bytes), room // max(1, rooms))
+    wanted = batch_size or max(SMALLEST_CAPTURE, min(largest, fitting))
     affordable = int(BATCH_SHARE * max(0, free_bytes)) // max(1, per_sample)
     size = max(1, min(wanted, available, batch_size or affordable))
     if not batch_size:

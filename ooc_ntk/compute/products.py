@@ -11,19 +11,26 @@ from torch import Tensor
 #: processor; others sum any length as well as this).
 PRODUCT_COLUMNS: Final = 4096
 
+#: The same where one side has fewer rows than this: then torch sums each entry in one chain (measured without AVX-512,
+#: 12 × 9 entries: 6e-7 with 4,096 columns, 3e-7 with 1,024).
+NARROW_ROWS: Final = 16
+NARROW_COLUMNS: Final = 1024
 
-def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, columns: int = PRODUCT_COLUMNS) -> Tensor:
+
+def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, columns: int | None = None) -> Tensor:
     """``left @ right.T``, summed over blocks of columns in the dtype of ``out``.
 
     Args:
         left: (rows, depth).
         right: (columns, depth).
         out: (rows, columns) to fill, contiguous rows; allocated if None.
-        columns: depth of a block.
+        columns: depth of a block; None for what keeps the digits on a CPU.
 
     Returns:
         The product.
     """
+    if columns is None:
+        columns = NARROW_COLUMNS if min(len(left), len(right)) < NARROW_ROWS else PRODUCT_COLUMNS
     total = torch.mm(left[:, :columns], right[:, :columns].T, out=out)
     for start in range(columns, left.shape[1], columns):
         total.addmm_(left[:, start : start + columns], right[:, start : start + columns].T)

@@ -18,7 +18,7 @@ from ooc_ntk.compute.projection.backends import load_backend
 from ooc_ntk.compute.projection.entries import Outer
 from ooc_ntk.compute.projection.sketch import FLOAT32_PARTS, Sketch
 from ooc_ntk.compute.rules.base import OuterRule
-from ooc_ntk.planning.memory import gathered_rows, slab_rows
+from ooc_ntk.planning.memory import SketchChunks, gathered_rows, slab_rows
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.projection import SPARSE_KINDS, Projection
 from ooc_ntk.planning.tasks import Task
@@ -78,7 +78,18 @@ class Projector:
         self._item_bytes = item_bytes(precision)
         outers = {name: outer_of(function, starts, name) for name in structured}
         parts = 1 if precision == "bf16" else FLOAT32_PARTS
-        self.sketch = Sketch(projection, starts, load_backend(projection.backend), outers, heavy=heavy, parts=parts)
+        self._device = next(iter(function.parameters.values())).device
+        self._chunks = SketchChunks.of(self._device.type)
+        self.sketch = Sketch(
+            projection,
+            starts,
+            load_backend(projection.backend),
+            outers,
+            heavy=heavy,
+            parts=parts,
+            chunks=self._chunks,
+            columns=sum(function.sizes[name] for name in (*self._ruled, *others)),
+        )
 
     def project(self, batch: ModelBatch, rows: int, phase: Phase | None = None, samples: str = "") -> Tensor:
         """Features of a batch.
@@ -93,7 +104,7 @@ class Projector:
             (samples, rows, dim) float64, on the device.
         """
         phase = phase or _uncounted
-        self.sketch.begin(len(batch), rows, next(iter(self._function.parameters.values())).device)
+        self.sketch.begin(len(batch), rows, self._device)
         self.captured: Captured | None = None
         if self._capture is not None:
             with phase("capture"), failing_on(samples):
@@ -133,11 +144,11 @@ class Projector:
             if self._capture is not None:
                 captured = self._capture.run(some)
                 for name in self._ruled:
-                    add(name, gradient_pieces(self._capture, captured, name))
+                    add(name, gradient_pieces(self._capture, captured, name, chunks=self._chunks))
             if self._others:
                 for group in METHODS[self._method](self._function).derive(some, self._others):
                     for name, values in zip(self._others, group, strict=True):
-                        add(name, contiguous_pieces(values[:, None], slice(0, len(values))))
+                        add(name, contiguous_pieces(values[:, None], slice(0, len(values)), self._chunks))
         return found
 
     def _add(self, name: str, captured: Captured) -> None:
@@ -151,7 +162,7 @@ class Projector:
                 sketch.add_factors(name, tile, transposed=use.rule.transposed)
             return
         dense = self._projection.kind not in SPARSE_KINDS
-        sketch.add(name, gradient_pieces(capture, captured, name, whole_rows=dense))
+        sketch.add(name, gradient_pieces(capture, captured, name, whole_rows=dense, chunks=self._chunks))
 
     def _add_others(self, batch: ModelBatch, rows: int, phase: Phase, samples: str) -> None:
         """Add what torch.func derives, some rows at a time."""

@@ -14,12 +14,12 @@ from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.machine import best_seconds, return_free_memory
 from ooc_ntk.compute.projection.backends import Backend, backend_name, load_backend
 from ooc_ntk.compute.projection.entries import Outer
-from ooc_ntk.compute.projection.sketch import Sketch
+from ooc_ntk.compute.projection.sketch import FLOAT32_PARTS, Sketch, exact_product, tile_dtype
 from ooc_ntk.compute.rules.base import OuterRule
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.factors import LayerFactors
-from ooc_ntk.planning.memory import EXPANDED_ITEMS, SKETCH_TILE_BYTES
+from ooc_ntk.planning.memory import SketchChunks
 from ooc_ntk.planning.projection import (
     HEAVY,
     SIGN_KINDS,
@@ -255,8 +255,9 @@ def _timed(
         return 0.0, 0.0
     like = next(iter(prepared.function.parameters.values()))
     count = min(max(2, batch), TIMED_ROWS)
+    chunks = SketchChunks.of(prepared.device)
     if projection.kind in SPARSE_KINDS:
-        size = min(columns, EXPANDED_ITEMS)
+        size = min(columns, chunks.items)
         values = torch.ones(count, size, dtype=like.dtype, device=like.device)
         p = torch.arange(size, device=like.device)
         total = torch.zeros(count, projection.dim, dtype=torch.float64, device=like.device)
@@ -264,13 +265,17 @@ def _timed(
         first = torch.zeros(1, dtype=torch.int64, device=like.device)
         making = _seconds(lambda: backend.table_at(projection, 0, first, p, ()))
         adding = _seconds(lambda: backend.scatter(values, table, projection, total))
+        if chunks.table_bytes >= 8 * projection.nonzeros * columns:
+            making = 0.0  # once, for all batches
         return adding / count * columns / size, making * columns / size
-    size = min(columns, max(1, SKETCH_TILE_BYTES // (projection.dim * like.element_size())))
+    dtype = tile_dtype(like)
+    size = min(columns, max(1, chunks.tile_bytes // (projection.dim * dtype.itemsize)))
     values = torch.ones(count, size, dtype=like.dtype, device=like.device)
     p = torch.arange(size, device=like.device)
-    tile = backend.tile(projection, p, like.dtype)
-    making = _seconds(lambda: backend.tile(projection, p, like.dtype))
-    adding = _seconds(lambda: values @ tile)
+    tile = backend.tile(projection, p, dtype)
+    making = _seconds(lambda: backend.tile(projection, p, dtype))
+    parts = 1 if prepared.job.precision == "bf16" else FLOAT32_PARTS
+    adding = _seconds(lambda: exact_product(values, tile, parts))
     return adding / count * columns / size, making * columns / size
 
 

@@ -29,7 +29,7 @@ from ooc_ntk.compute.machine import (
 )
 from ooc_ntk.compute.model import check_finite_state, check_mode, choose_parameters, model_digest, parameter_blocks
 from ooc_ntk.compute.outputs import OutputRows
-from ooc_ntk.compute.probe import CaptureFailed, Probe, look_at, probe
+from ooc_ntk.compute.probe import LARGEST_CAPTURE, LARGEST_PROJECTED, CaptureFailed, Probe, look_at, probe
 from ooc_ntk.compute.rules.table import registered_rules
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import DataChangedError, InputError
@@ -39,7 +39,7 @@ from ooc_ntk.planning.budget import Limits, Resources
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.plan import Plan
-from ooc_ntk.planning.projection import sketch_digest
+from ooc_ntk.planning.projection import SPARSE_KINDS, sketch_digest
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import ParameterBlock, Workload
 
@@ -218,11 +218,13 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         if layer_rules:
             function.structure = structure_of(prepared, look.rows_per_sample)
         batch_size = 1 if job.allow_batch_dependence else job.batch_size
+        dense = job.sketch is not None and job.sketch.kind not in SPARSE_KINDS
+        largest = LARGEST_PROJECTED if dense and not on_cpu else LARGEST_CAPTURE
         while True:
             blocks = parameter_blocks(prepared.module, function.names, function.structure)
             others = next((block.parameters for block in blocks if block.source != "rule"), ())
             try:
-                found = probe(function, fetch, train, free, machine, batch_size, others, function.structure)
+                found = probe(function, fetch, train, free, machine, batch_size, others, function.structure, largest)
                 break
             except CaptureFailed as failure:
                 function.structure = _without_guesses(function.structure, str(failure))

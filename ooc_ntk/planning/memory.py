@@ -65,9 +65,52 @@ PAIRWISE_BLOCKS: Final = 5
 #: Bytes of the dense gradients that layer rules expand before storing them; more than one sample only below it.
 RULE_BYTES: Final = 64 * 2**20
 
-#: Bytes of the part of a dense projection matrix that is made at a time: it is read once per product and stays out of
-#: the way of what is projected (a choice: 2,048 parameters at 4,096 columns).
-SKETCH_TILE_BYTES: Final = 2**25
+
+@dataclass(frozen=True)
+class SketchChunks:
+    """How much is projected at a time: on a CPU what its caches hold, on a device enough to keep it busy.
+
+    Attributes:
+        items: elements of one sample's gradients that are expanded at a time.
+        unfolded_bytes: of the buffer of unfolded convolution inputs.
+        tile_bytes: of the part of a dense R that is made at a time: it is read once per product.
+        table_bytes: rows and signs of a sparse R that are kept from batch to batch, at most.
+    """
+
+    items: int
+    unfolded_bytes: int
+    tile_bytes: int
+    table_bytes: int
+
+    @staticmethod
+    def of(device: str) -> SketchChunks:
+        """Of a torch device.
+
+        >>> SketchChunks.of("cpu").table_bytes, SketchChunks.of("cuda:0").table_bytes
+        (0, 1073741824)
+        """
+        return HOST_CHUNKS if device.partition(":")[0] == "cpu" else DEVICE_CHUNKS
+
+    def kept_bytes(self, projection: Projection, columns: int) -> int:
+        """Bytes of rows and signs that are kept for so many parameters, each also in the order of rows.
+
+        >>> DEVICE_CHUNKS.kept_bytes(Projection("sjlt", 4096), 10**7)
+        387108864
+        """
+        if projection.kind not in SPARSE_KINDS:
+            return 0
+        return min(self.table_bytes, 8 * projection.nonzeros * columns + STARTS_BYTES)
+
+
+#: On a CPU: see :data:`EXPANDED_ITEMS` and :data:`UNFOLDED_BYTES`; of R 2,048 parameters at 4,096 columns (a choice).
+#: Making rows and signs again takes a few percent of multiplying with them.
+HOST_CHUNKS: Final = SketchChunks(EXPANDED_ITEMS, UNFOLDED_BYTES, 2**25, 0)
+
+#: On a device every step costs a launch of some microseconds, and sorting rows more than multiplying (guessed).
+DEVICE_CHUNKS: Final = SketchChunks(2**18, 2**29, 2**29, 2**30)
+
+#: Bytes of where the parameters of each row begin in kept tables, beside the tables (guessed).
+STARTS_BYTES: Final = 2**26
 
 #: Bytes of the signs of a block-shift projection that are kept from batch to batch (a choice).
 KEPT_SIGNS_BYTES: Final = 2**27
@@ -170,7 +213,9 @@ def gathered_rows(columns: int, item_bytes: int) -> int:
     return max(1, GATHERED_BYTES // max(1, columns * item_bytes))
 
 
-def sketch_terms(projection: Projection, batch: int, rows: int, item_bytes: int, columns: int) -> dict[str, int]:
+def sketch_terms(
+    projection: Projection, batch: int, rows: int, item_bytes: int, columns: int, chunks: SketchChunks
+) -> dict[str, int]:
     """Bytes that projecting a batch takes beside its gradients and factors.
 
     Args:
@@ -179,8 +224,9 @@ def sketch_terms(projection: Projection, batch: int, rows: int, item_bytes: int,
         rows: Jacobian rows per sample.
         item_bytes: bytes of a gradient's element.
         columns: parameters.
+        chunks: what is worked on at a time.
 
-    >>> sketch_terms(Projection("gaussian", 4096), 16, 1, 4, 10**6)["features of one batch"]
+    >>> sketch_terms(Projection("gaussian", 4096), 16, 1, 4, 10**6, HOST_CHUNKS)["features of one batch"]
     786432
     """
     assert projection.dim is not None
@@ -190,23 +236,22 @@ def sketch_terms(projection: Projection, batch: int, rows: int, item_bytes: int,
         "features of one batch": features * (8 + item_bytes)
         + (batch * rows * HEAVY * (8 + item_bytes) if projection.kind in SIGN_KINDS else 0),
         # A piece of them, and a copy in another order.
-        "gradients being projected": 2 * batch * min(rows * columns, EXPANDED_ITEMS) * item_bytes,
+        "gradients being projected": 2 * batch * min(rows * columns, chunks.items) * item_bytes,
     }
     if projection.kind in SPARSE_KINDS:
         # Places of a piece's parameters, their rows and signs.
-        terms["rows and signs of R"] = min(columns, EXPANDED_ITEMS) * (16 + 8 * projection.nonzeros)
+        piece = min(columns, chunks.items)
+        terms["rows and signs of R"] = piece * (16 + 8 * projection.nonzeros) + chunks.kept_bytes(projection, columns)
         if projection.backend == "torch":
             # Part of R as a matrix, or what is added up in its place on a CPU.
-            terms["rows and signs of R"] += (
-                max(batch * rows, min(columns, EXPANDED_ITEMS)) * projection.block * item_bytes
-            )
+            terms["rows and signs of R"] += max(batch * rows, piece) * projection.block * item_bytes
         if projection.kind == "shift" and projection.backend == "numba":
             signs = columns * projection.nonzeros * item_bytes
-            terms["rows and signs of R"] += min(signs, KEPT_SIGNS_BYTES) + min(columns, EXPANDED_ITEMS) * 16
+            terms["rows and signs of R"] += min(signs, KEPT_SIGNS_BYTES) + piece * 16
         if projection.kind == "tensorsketch":
             terms["spectra"] = 4 * SPECTRUM_BYTES
     else:
-        terms["a part of R and its product"] = 2 * SKETCH_TILE_BYTES + features * item_bytes
+        terms["a part of R and its product"] = 2 * chunks.tile_bytes + features * item_bytes
         if projection.backend == "torch":
             terms["a part of R and its product"] += TORCH_WORD_BYTES
     return terms

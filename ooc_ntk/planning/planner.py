@@ -209,13 +209,17 @@ def make_plan(
 
 def _planned(workload: Workload, layout: Layout, block: ParameterBlock, choice: Choice) -> PlannedBlock:
     """A block with what its choice holds and spends, beside what dense gradients would."""
-    dense_bytes = workload.samples * workload.rows_per_sample * workload.held_item_bytes * block.columns
-    held = dense_bytes
+    held = workload.samples * workload.rows_per_sample * workload.held_item_bytes * block.columns
     if choice.representation != "dense" and block.factors is not None:
         held = workload.samples * block.factors.held_bytes(workload.rows_per_sample, workload.held_item_bytes)
     grid = layout.sample_grid(workload)
     # Every kernel tile expands its two panels, a diagonal one only one.
     panels = sum(len(grid.rows(i)) + (0 if i == j else len(grid.columns(j))) for i, j in grid.kernel_tiles())
+    return _beside_dense(workload, block, choice, held, block_flops(workload, block, choice, panels))
+
+
+def _beside_dense(job: Workload, block: ParameterBlock, choice: Choice, held: int, flops: int) -> PlannedBlock:
+    """A block that holds so many bytes and spends so many operations, beside what dense gradients would."""
     return PlannedBlock(
         name=block.name,
         parameters=block.parameters,
@@ -224,12 +228,12 @@ def _planned(workload: Workload, layout: Layout, block: ParameterBlock, choice: 
         representation=choice.representation,
         contraction=choice.contraction,
         held_bytes=held,
-        flops=block_flops(workload, block, choice, panels),
+        flops=flops,
         source=block.source,
         reason=block.reason,
         factors=block.factors,
-        dense_bytes=dense_bytes,
-        dense_flops=block_flops(workload, block, DENSE),
+        dense_bytes=job.samples * job.rows_per_sample * job.held_item_bytes * block.columns,
+        dense_flops=block_flops(job, block, DENSE),
     )
 
 
@@ -278,24 +282,10 @@ def _projected(job: Workload, block: ParameterBlock) -> PlannedBlock:
     """A block of a projected job, beside what dense gradients would hold and spend."""
     assert job.sketch is not None
     projection, rows = job.sketch.projection, job.samples * job.rows_per_sample
+    if from_factors(block, job.sketch):
+        return _beside_dense(job, block, TENSOR_SKETCHED, 0, rows * job.sketch.dim * 16)
     each = 2 * projection.nonzeros if projection.kind in SPARSE_KINDS else 2 * job.sketch.dim
-    structured = from_factors(block, job.sketch)
-    choice = TENSOR_SKETCHED if structured else PROJECTED
-    return PlannedBlock(
-        name=block.name,
-        parameters=block.parameters,
-        start=block.start,
-        stop=block.stop,
-        representation=choice.representation,
-        contraction=choice.contraction,
-        held_bytes=0,
-        flops=rows * block.columns * each if not structured else rows * job.sketch.dim * 16,
-        source=block.source,
-        reason=block.reason,
-        factors=block.factors,
-        dense_bytes=rows * job.held_item_bytes * block.columns,
-        dense_flops=block_flops(job, block, DENSE),
-    )
+    return _beside_dense(job, block, PROJECTED, 0, rows * block.columns * each)
 
 
 def tolerance(workload: Workload) -> float:

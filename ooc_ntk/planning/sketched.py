@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .cost import expand_seconds
-from .memory import RULE_BYTES, UNFOLDED_BYTES, gathered_rows, sketch_terms
+from .memory import RULE_BYTES, SketchChunks, gathered_rows, sketch_terms
 from .rates import MachineRates
 from .workload import ParameterBlock, Sketched, Workload
 
@@ -55,12 +55,13 @@ def _batch_terms(workload: Workload, sketch: Sketched) -> dict[str, int]:
     """Bytes that one batch takes while it is projected, by term."""
     rows, item, batch = workload.rows_per_sample, workload.item_bytes, workload.derivation.batch_size
     factors = [block.factors for block in workload.blocks if block.factors is not None]
-    terms = sketch_terms(sketch.projection, batch, rows, item, workload.columns)
+    chunks = SketchChunks.of(workload.device)
+    terms = sketch_terms(sketch.projection, batch, rows, item, workload.columns, chunks)
     kept = sum(each.held_bytes(rows, item) for each in factors)
     plain = sum(block.columns for block in workload.blocks if block.source == "rule" and block.factors is None)
     terms["factors of one batch"] = batch * (kept + rows * plain * item)
     if any(each.window is not None for each in factors):
-        terms["unfolded inputs"] = 2 * UNFOLDED_BYTES
+        terms["unfolded inputs"] = 2 * chunks.unfolded_bytes
     others = sum(block.columns for block in workload.blocks if block.source != "rule")
     if others and workload.derivation.method == "loop":
         terms["gathered rows"] = (gathered_rows(others, item) + 1) * others * item

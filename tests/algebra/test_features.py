@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import zarr
 from torch import nn
 
@@ -222,24 +219,11 @@ def test_errors_of_a_cosine(variant):
     assert (square[off] > 0).all()
 
 
-@pytest.fixture(scope="module")
-def folder():
-    """A folder in memory where there is one: runs sync, and here no power is lost."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None, prefix="ooc-ntk-") as made:
-        yield Path(made)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def computed(folder, rates):
+def computed(memory_folder, rates):
     """``computed(job, features_only=False)``: a run, made once for each name."""
     budget, known = ooc_ntk.Budget(host="16GiB", device="16GiB", disk="1GiB"), {}
 
@@ -247,7 +231,7 @@ def computed(folder, rates):
         if name not in known:
             preferences = ooc_ntk.Preferences(tile_samples=10, features_only=features_only)
             plan = ooc_ntk.plan(job, budget, preferences=preferences, rates=rates)
-            known[name] = ooc_ntk.run(job, folder / name.replace(" ", "-"), plan=plan, progress=False)
+            known[name] = ooc_ntk.run(job, memory_folder / name.replace(" ", "-"), plan=plan, progress=False)
         return known[name]
 
     return compute

@@ -1,6 +1,7 @@
 """Pieces of gradients and their places, against whole gradients: every layer and way to use one."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -12,13 +13,13 @@ from ooc_ntk.compute import gradients
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.check import checked_structure
 from ooc_ntk.compute.discover import find_structure
-from ooc_ntk.compute.expand import pieces
 from ooc_ntk.compute.gradients import contiguous_pieces, gradient_pieces
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.model import choose_parameters
 from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.projection.backends import load_backend
 from ooc_ntk.compute.projection.sketch import Sketch
+from ooc_ntk.planning.memory import HOST_CHUNKS
 from ooc_ntk.planning.projection import Projection
 from tests import oracle
 from tests.zoo import NAMES, TRAPS, zoo_case
@@ -63,12 +64,11 @@ def zoo_capture(name):
 
 def small_pieces(monkeypatch, items):
     """Cut gradients as if caches were that small."""
-    monkeypatch.setattr(gradients, "EXPANDED_ITEMS", items)
-    monkeypatch.setattr(gradients, "pieces", functools.partial(pieces, items=items))
     monkeypatch.setattr(gradients, "rule_samples", lambda sample_bytes: 2)
+    return dataclasses.replace(HOST_CHUNKS, items=items, unfolded_bytes=1)
 
 
-def check(capture, batch, whole_rows=False, places=None):
+def check(capture, batch, whole_rows=False, places=None, chunks=HOST_CHUNKS):
     """Add up the pieces of every parameter and compare them with its dense gradients.
 
     Args:
@@ -76,6 +76,7 @@ def check(capture, batch, whole_rows=False, places=None):
         batch: the samples.
         whole_rows: whether pieces must hold all rows.
         places: of pieces that had a key, by parameter and key, in this batch and earlier ones.
+        chunks: what is worked on at a time.
 
     Returns:
         How many pieces there were, by parameter.
@@ -85,7 +86,7 @@ def check(capture, batch, whole_rows=False, places=None):
     for name in (name for layer in capture.layers for name in layer.parameters):
         dense = capture.dense(captured, name, slice(None))
         found, counts[name] = torch.zeros_like(dense), 0
-        for piece in gradient_pieces(capture, captured, name, whole_rows=whole_rows):
+        for piece in gradient_pieces(capture, captured, name, whole_rows=whole_rows, chunks=chunks):
             counts[name] += 1
             columns = piece.columns
             here = found[piece.samples, piece.rows]
@@ -111,12 +112,11 @@ def check(capture, batch, whole_rows=False, places=None):
 def test_pieces_add_up_to_the_gradients(name, items, whole_rows, monkeypatch):
     """Of two batches of different size, whose pieces of one key have the same places."""
     capture, chosen = zoo_capture(name), zoo_case(name)
-    if items is not None:
-        small_pieces(monkeypatch, items)
+    chunks = HOST_CHUNKS if items is None else small_pieces(monkeypatch, items)
     assert capture.layers, "rules cover something"
     places = {}
     for part in (FIRST, SECOND):
-        counts = check(capture, batch_of(chosen.inputs, part), whole_rows, places)
+        counts = check(capture, batch_of(chosen.inputs, part), whole_rows, places, chunks)
     largest = max(counts, key=capture.function.sizes.__getitem__)
     assert items is None or capture.function.sizes[largest] < 4 * items or counts[largest] > 2, "it is cut"
 
@@ -154,17 +154,16 @@ def test_places_that_do_not_follow_each_other_have_no_start(monkeypatch):
     capture = capture_of(module, batch)
     captured = capture.run(batch)
     assert all(piece.start is None for piece in gradient_pieces(capture, captured, "0.weight"))
-    small_pieces(monkeypatch, 7)
-    cut = list(gradient_pieces(capture, captured, "3.weight", whole_rows=True))
+    chunks = small_pieces(monkeypatch, 7)
+    cut = list(gradient_pieces(capture, captured, "3.weight", whole_rows=True, chunks=chunks))
     assert all(len(piece.inner) < 12 for piece in cut), "every row of the weight is cut"
     assert all(piece.start is None for piece in cut)
 
 
 @pytest.mark.parametrize("items", [10, 7, 100])
-def test_contiguous_pieces(items, monkeypatch):
-    monkeypatch.setattr(gradients, "EXPANDED_ITEMS", items)
+def test_contiguous_pieces(items):
     values = torch.randn(4, 3, 25)
-    found = list(contiguous_pieces(values, slice(2, 6)))
+    found = list(contiguous_pieces(values, slice(2, 6), dataclasses.replace(HOST_CHUNKS, items=items)))
     assert len(found) == -(-25 // items)
     assert torch.equal(torch.cat([piece.values for piece in found], 2), values)
     assert torch.equal(torch.cat([piece.columns for piece in found]), torch.arange(25))

@@ -17,6 +17,7 @@ from ooc_ntk.compute.projection.backends import TorchBackend, backend_name, load
 from ooc_ntk.compute.projection.entries import Outer, dense_columns, factor_hash, rows_and_signs
 from ooc_ntk.compute.projection.sketch import Sketch
 from ooc_ntk.errors import InputError
+from ooc_ntk.planning.memory import DEVICE_CHUNKS, HOST_CHUNKS
 from ooc_ntk.planning.projection import KINDS, SPARSE_KINDS, Projection
 from tests.compute.test_philox import plain_philox
 
@@ -315,7 +316,7 @@ def test_shifted_runs(rows, parameters, dim, start, dtype):
 
 def test_runs_that_are_kept_are_given_up_when_there_are_many(monkeypatch):
     compiled = pytest.importorskip("ooc_ntk.compute.projection.compiled", exc_type=ImportError)
-    monkeypatch.setattr(compiled, "_KEPT_SIGNS", 2000)
+    monkeypatch.setattr(compiled, "KEPT_SIGNS_BYTES", 2000)
     backend, projection = compiled.NumbaBackend(), Projection("shift", 28)
     for start in (0, 100, 200, 0, 300, 100):
         values, total = torch.randn(2, 50), torch.zeros(2, 28, dtype=torch.float64)
@@ -414,10 +415,10 @@ def cut_pieces(values, columns, rows, samples, order, keyed):
 def test_any_cut_into_pieces_gives_the_same(kind, name, columns, rows, samples, order, keyed, tile_bytes):
     projection, values = SKETCHED[kind], gradients()
     whole = sketched(sketch_of(projection, name), contiguous_pieces(values, slice(0, SAMPLES)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ooc_ntk.compute.projection.sketch.SKETCH_TILE_BYTES", tile_bytes)
-        pieces = cut_pieces(values, columns, rows, samples, order, keyed)
-        found = sketched(sketch_of(projection, name), pieces)
+    chunks = dataclasses.replace(HOST_CHUNKS, tile_bytes=tile_bytes)
+    found = sketched(
+        sketch_of(projection, name, chunks=chunks), cut_pieces(values, columns, rows, samples, order, keyed)
+    )
     assert error(found, whole) < 1e-6
 
 
@@ -468,6 +469,45 @@ def test_parts_of_r_that_are_kept_give_the_same_bits(name, kind):
     whole = sketched(sketch_of(SKETCHED[kind], name), contiguous_pieces(both, slice(0, SAMPLES)))
     assert torch.equal(found[2][:, :, :2], both[:, :, [9, 709]].double())
     assert error(found[2][:, :, 2:], whole) < 1e-6
+
+
+class Counting:
+    """A backend that counts the parameters whose part of a sparse R it makes."""
+
+    def __init__(self, backend):
+        self._backend, self.made = backend, 0
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def table_at(self, projection, start, outer, inner, outers):
+        self.made += len(outer) * len(inner)
+        return self._backend.table_at(projection, start, outer, inner, outers)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2], ids=["none", "some", "all"])
+@pytest.mark.parametrize("name", LOCAL)
+def test_tables_are_kept_from_batch_to_batch_while_there_is_room(name, room):
+    projection = SKETCHED["sjlt"]
+    item = load_backend(name).table(projection, torch.arange(3), ()).element_size()
+    each = 2 * item * projection.nonzeros * NUMEL + 3 * 4 * (projection.dim + projection.nonzeros)
+    chunks = dataclasses.replace(DEVICE_CHUNKS, items=300, table_bytes=(0, each, 2 * each)[room])
+    counting = Counting(load_backend(name))
+    sketch = Sketch(projection, {"w": START, "v": START + NUMEL}, counting, chunks=chunks, columns=2 * NUMEL)
+    for batch in range(3):
+        sketch.begin(SAMPLES, ROWS)
+        for parameter in ("w", "v"):
+            sketch.add(parameter, contiguous_pieces(gradients(seed=batch), slice(0, SAMPLES), chunks))
+        both = torch.cat([gradients(seed=batch)] * 2, 2)
+        whole = sketched(sketch_of(projection, name), contiguous_pieces(both, slice(0, SAMPLES)))
+        assert error(sketch.result(), whole) < 1e-6
+    assert counting.made == (6, 4, 2)[room] * NUMEL
+
+
+def test_no_more_is_kept_than_is_promised():
+    assert HOST_CHUNKS.kept_bytes(Projection("sjlt", 4096), 10**8) == 0
+    assert DEVICE_CHUNKS.kept_bytes(Projection("sjlt", 4096), 10**8) == DEVICE_CHUNKS.table_bytes
+    assert DEVICE_CHUNKS.kept_bytes(Projection("rademacher", 4096), 10**8) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,9 @@ import pytest
 import torch
 import zarr
 from torch import nn
-from typer.testing import CliRunner
 
 import ooc_ntk
 from ooc_ntk.api import BudgetError, Observer
-from ooc_ntk.cli import app
 from ooc_ntk.compute.projection.entries import Outer, dense_columns
 from ooc_ntk.compute.projection.sketch import Sketch
 from ooc_ntk.errors import IncompleteRunError, InputError, RunInterrupted
@@ -45,24 +42,12 @@ BUDGET = ooc_ntk.Budget(host="16GiB", device="16GiB", disk="1GiB")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On a machine that others use too, BLAS threads that wait for each other cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def tmp_path(tmp_path):
-    """A folder in memory where there is one: runs sync, and here no power is lost."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory, prefix="ooc-ntk-") as folder:
-        yield Path(folder)
+def tmp_path(memory_path):
+    return memory_path
 
 
 def widened(array: np.ndarray) -> np.ndarray:
@@ -871,14 +856,6 @@ def small():
 """
 
 JOB = ("--model", "nets.py:small", "--train", "digits[0:60]", "--test", "digits[60:70]", "--device", "cpu")
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    runner = CliRunner()
-    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 
 
 def test_the_command_line_plans_runs_shows_and_verifies(cli):

@@ -10,7 +10,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -43,29 +42,12 @@ DATAFLOWS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cached_rates(tmp_path_factory):
-    """A cache of its own that already holds rates."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("OOC_NTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-    # One thread: on a machine that others use too, BLAS threads that wait for each other cost more than they bring.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    calibration.rates_path("cpu").write_text(replace(UNCALIBRATED, measured=True).to_json())
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def tmp_path(tmp_path):
-    """A folder in memory where there is one: a run syncs hundreds of times, and here no power is lost."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory, prefix="ooc-ntk-") as folder:
-        yield Path(folder)
+def tmp_path(memory_path):
+    return memory_path
 
 
 def make_model(seed: int = 0) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ooc_ntk.compute.gradients import GradientPiece, contiguous_pieces
 from ooc_ntk.compute.held import Tile, some_samples
-from ooc_ntk.planning.memory import SKETCH_TILE_BYTES, SPECTRUM_BYTES
+from ooc_ntk.planning.memory import HOST_CHUNKS, SPECTRUM_BYTES, SketchChunks
 from ooc_ntk.planning.projection import SPARSE_KINDS, Projection
 
 from .backends import Backend
@@ -39,6 +39,8 @@ class Sketch:
         *,
         heavy: Sequence[int] = (),
         parts: int = FLOAT32_PARTS,
+        chunks: SketchChunks = HOST_CHUNKS,
+        columns: int = 0,
     ) -> None:
         """Project onto ``projection.dim`` columns.
 
@@ -50,13 +52,17 @@ class Sketch:
             heavy: global indices of parameters whose gradients are wanted as they are, in ascending order.
             parts: bfloat16 numbers that a gradient is split into where tensor cores multiply it with a dense R; one
                 rounds it, :data:`FLOAT32_PARTS` keep it.
+            chunks: what is worked on at a time.
+            columns: parameters that are projected, whose part of R may be kept from batch to batch.
         """
         assert projection.dim is not None
         self.projection, self.dim = projection, projection.dim
         self._starts, self._backend, self._outers = starts, backend, dict(outers or {})
         self._total = torch.empty(0, dtype=torch.float64)
         self._table_before: tuple[tuple[object, ...] | None, Tensor] = None, torch.empty(0)
-        self._parts = parts
+        self._tables: dict[tuple[object, ...], Tensor] = {}
+        self._room = chunks.kept_bytes(projection, columns)
+        self._parts, self._chunks = parts, chunks
         self._wanted = torch.tensor(list(heavy), dtype=torch.int64)
         #: Where wanted parameters are in a piece, and among the wanted ones, by parameter and place.
         self._found: dict[tuple[object, ...], tuple[Tensor, Tensor] | None] = {}
@@ -110,11 +116,22 @@ class Sketch:
         """The part of R that a piece meets; pieces that differ in rows alone have the same."""
         key = None if piece.key is None else (name, *piece.key)
         if key is None or self._table_before[0] != key:
-            table = self._backend.table_at(
-                self.projection, self._starts[name], piece.outer, piece.inner, tuple(self._outers.values())
-            )
+            table = None if key is None else self._tables.get(key)
+            if table is None:
+                table = self._backend.table_at(
+                    self.projection, self._starts[name], piece.outer, piece.inner, tuple(self._outers.values())
+                )
+                if key is not None:
+                    self._keep(key, table)
             self._table_before = key, table
         return self._table_before[1]
+
+    def _keep(self, key: tuple[object, ...], table: Tensor) -> None:
+        """Keep a table, and what a backend makes of it, for the next batch, while there is room."""
+        taken = 2 * table.numel() * table.element_size() + 4 * (self.dim + self.projection.nonzeros)
+        if taken <= self._room:
+            self._room -= taken
+            self._tables[key] = table
 
     def add_rows(self, name: str, position: int, values: Tensor) -> None:
         """Add whole gradients of a parameter for consecutive rows of the batch, counted over its samples.
@@ -126,23 +143,19 @@ class Sketch:
         """
         rows = self._total.flatten(0, 1)[position : position + len(values), None]
         heavy = self.heavy.flatten(0, 1)[position : position + len(values), None]
-        for piece in contiguous_pieces(values[:, None], slice(0, len(values))):
+        for piece in contiguous_pieces(values[:, None], slice(0, len(values)), self._chunks):
             self._add_piece(name, piece, rows)
             self._pick(name, piece, heavy)
 
     def _add_dense(self, p: Tensor, values: Tensor, total: Tensor) -> None:
         """Products with a part of R at a time, which all rows share."""
-        step = max(1, SKETCH_TILE_BYTES // (self.dim * values.element_size()))
+        dtype = tile_dtype(values)
+        step = max(1, self._chunks.tile_bytes // (self.dim * dtype.itemsize))
         samples, rows, _ = values.shape
         for first in range(0, len(p), step):
             part = values[:, :, first : first + step].reshape(samples * rows, -1)
-            tile = self._backend.tile(self.projection, p[first : first + step], self._tile_dtype(values))
-            _add_to(total, _exact_product(part, tile, self._parts).view(samples, rows, -1))
-
-    def _tile_dtype(self, values: Tensor) -> torch.dtype:
-        """What a part of a dense R is made in: bfloat16 holds it exactly, and tensor cores are fast in it."""
-        fast = values.device.type == "cuda" and values.dtype == torch.float32 and MIXED_PRODUCTS
-        return torch.bfloat16 if fast else values.dtype
+            tile = self._backend.tile(self.projection, p[first : first + step], dtype)
+            _add_to(total, exact_product(part, tile, self._parts).view(samples, rows, -1))
 
     def add_factors(self, name: str, tile: Tile, *, transposed: bool) -> None:
         """Add a weight from its factors, never forming its gradient (Pham and Pagh 2013, tensor sketch).
@@ -214,7 +227,13 @@ def split_bfloat16(values: Tensor, parts: int) -> list[Tensor]:
     return found
 
 
-def _exact_product(values: Tensor, tile: Tensor, parts: int) -> Tensor:
+def tile_dtype(values: Tensor) -> torch.dtype:
+    """What a part of a dense R is made in: bfloat16 holds it exactly, and tensor cores are fast in it."""
+    fast = values.device.type == "cuda" and values.dtype == torch.float32 and MIXED_PRODUCTS
+    return torch.bfloat16 if fast else values.dtype
+
+
+def exact_product(values: Tensor, tile: Tensor, parts: int) -> Tensor:
     """``values @ tile``; with a bfloat16 tile part by part on tensor cores, summed in float32."""
     if tile.dtype == values.dtype:
         return values @ tile
