@@ -23,6 +23,7 @@ from ooc_ntk.compute.projection.entries import Outer, dense_columns
 from ooc_ntk.compute.projection.sketch import Sketch
 from ooc_ntk.errors import IncompleteRunError, InputError, RunInterrupted
 from ooc_ntk.execution.audit_features import FeatureReference
+from ooc_ntk.planning.memory import DEVICE_CHUNKS, SketchChunks
 from ooc_ntk.planning.projection import KINDS
 from ooc_ntk.planning.rates import UNCALIBRATED
 from tests import oracle, zoo
@@ -320,6 +321,16 @@ def test_layers_of_the_zoo(name, kind, compute):
     check(found, zoo.jacobian(name), module, max(CLOSE, chosen.bound), chosen=lambda key: key in trained)
     if name == "uncovered":
         assert {block.source for block in found.plan.blocks} == {"rule", "torch.func"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_device_works_on_at_a_time_gives_the_same_features(kind, compute, monkeypatch):
+    """The sizes of a device, on the CPU: pieces and what is kept are all that differs."""
+    job = case("cnn").job(projection=projection(kind, seed=3))
+    here = stored(compute(job, tile_samples=10, batch_size=4))
+    monkeypatch.setattr(SketchChunks, "of", staticmethod(lambda device: DEVICE_CHUNKS))
+    there = stored(compute(job, tile_samples=10, batch_size=4))
+    assert oracle.error(there, here) <= CLOSE
 
 
 def test_a_model_that_vmap_refuses(compute):
