@@ -2,8 +2,9 @@
 
 All outputs of a sample share R, so that the error of a trace entry depends on the C × C blocks ``F_ij`` of the full
 kernel: ``SE_ij² = (⟨F_ii, F_jj⟩ + tr F_ij²)/K`` for normal entries. Signs lack the squares of single parameters,
-``2 Σ_p (Σ_c J_icp J_jcp)²``, nearly all of which a few hundred of the heaviest parameters make up. A tensor sketch has
-no such formula in terms of features; its blocks of rows are independent sketches, and their spread is the error.
+``2 Σ_p (Σ_c J_icp J_jcp)²``; where a few hundred of the heaviest parameters make up much of it, their gradients are
+kept and it is taken off. A tensor sketch has no such formula in terms of features; its blocks of rows are independent
+sketches, and their spread is the error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import NDArray
 
-from ooc_ntk.planning.projection import SIGN_KINDS, PilotMoments, Projection
+from ooc_ntk.planning.projection import SIGN_KINDS, EntryMoments, PilotMoments, Projection
 
 #: (samples, outputs, dim) float64.
 Rows = NDArray[np.float64]
@@ -243,50 +244,55 @@ def moments(panel: Panel, shape: SketchShape, *, outputs: int = 1, cosine: bool 
     Args:
         panel: the samples.
         shape: of the sketch that made them.
-        outputs: how many neighbours in the panel are outputs of one sample (a full kernel), whose pairs say little of
-            those of different samples.
+        outputs: how many neighbours in the panel are outputs of one sample (a full kernel).
         cosine: whether entries are divided by the roots of the diagonal.
 
     Returns:
         The moments, of the exact kernel as far as the features tell.
     """
-    rows, count = panel.features, len(panel.features)
-    sample = np.arange(count) // outputs
-    off = sample[:, None] != sample[None]
+    rows, inflation = panel.features, 1.0
     if cosine:
-        return _cosine_moments(panel, shape, off)
+        variance, squares = _cosine_moments(panel, shape)
+    else:
+        variance, squares, formula = _entry_moments(panel, shape)
+        if shape.blocks and formula.sum() > 0:
+            measured = np.square(_spread(rows, rows, shape.blocks, cosine=False) / _widening(shape.blocks))
+            inflation = float(measured.sum() / (formula.sum() / shape.dim))
+    every = np.arange(len(rows))
+    sample = every // outputs
+    diagonal, same = every[:, None] == every[None], sample[:, None] == sample[None]
+
+    def mean(chosen: NDArray[np.bool_]) -> EntryMoments:
+        if not chosen.any():
+            return EntryMoments(0.0, 0.0)
+        return EntryMoments(float(variance[chosen].mean()), float(squares[chosen].mean()))
+
+    return PilotMoments(mean(diagonal), mean(~same), mean(same & ~diagonal), outputs, inflation)
+
+
+def _entry_moments(panel: Panel, shape: SketchShape) -> tuple[NDArray[np.float64], ...]:
+    """Of every entry: its variance in one column, its square, and the variance by the formula of normal entries.
+
+    The first two are debiased: products of two estimates are too large by their covariance over ``dim``.
+    """
+    rows, count = panel.features, len(panel.features)
     one, between = own_blocks(rows), gram_blocks(rows, rows)
     flat = one.reshape(count, -1)
     entry = np.trace(between, axis1=2, axis2=3)
-    inner, raw_traces = flat @ flat.T, np.einsum("ijcd,ijdc->ij", between, between)
-    variance = inner + raw_traces
-    squares = entry**2 - variance / shape.dim
-    traces = raw_traces - (inner + np.einsum("ijcc->ij", between) ** 2) / shape.dim
+    inner, traces = flat @ flat.T, np.einsum("ijcd,ijdc->ij", between, between)
+    formula = inner + traces
+    squares = entry**2 - formula / shape.dim
+    blocks = inner - (entry**2 + traces) / shape.dim
     own = inner.diagonal() - (np.trace(one, axis1=1, axis2=2) ** 2 + inner.diagonal()) / shape.dim
-    blocks = inner - (entry**2 + raw_traces) / shape.dim
-    inflation = 1.0
-    if shape.blocks:
-        measured = np.square(_spread(rows, rows, shape.blocks, cosine=False) / _widening(shape.blocks))
-        inflation = float(measured.sum() / (variance.sum() / shape.dim))
-    heavy = np.zeros((count, count))
+    np.fill_diagonal(blocks, own)
+    variance = blocks + traces - (inner + entry**2) / shape.dim
     if panel.heavy is not None and shape.share:
-        heavy = _heavy_terms(panel.heavy, panel.heavy, shape.share).squares
-    return PilotMoments(
-        blocks=_mean(blocks, off),
-        own_blocks=float(own.mean()),
-        diagonal_traces=float(traces.diagonal().mean()),
-        other_traces=_mean(traces, off),
-        diagonal_squares=float(squares.diagonal().mean()),
-        other_squares=_mean(squares, off),
-        samples=count,
-        inflation=inflation,
-        heavy_diagonal=float(heavy.diagonal().mean()),
-        heavy_others=_mean(heavy, off),
-    )
+        variance -= 2 * _heavy_terms(panel.heavy, panel.heavy, shape.share).squares
+    return variance, squares, formula
 
 
-def _cosine_moments(panel: Panel, shape: SketchShape, off: NDArray[np.bool_]) -> PilotMoments:
-    """Moments of cosines: their variance by the delta method stands in for that of entries; the diagonal has none."""
+def _cosine_moments(panel: Panel, shape: SketchShape) -> tuple[NDArray[np.float64], ...]:
+    """The same of cosines: their variance by the delta method; the diagonal has none."""
     rows = panel.features
     entries = _entries(rows, rows)
     roots = np.sqrt(entries.diagonal())
@@ -295,17 +301,5 @@ def _cosine_moments(panel: Panel, shape: SketchShape, off: NDArray[np.bool_]) ->
     variance = np.square(standard_errors(panel, panel, shape, cosine=True))
     if shape.blocks:
         variance = variance / _widening(shape.blocks) ** 2
-    return PilotMoments(
-        blocks=0.0,
-        own_blocks=0.0,
-        diagonal_traces=0.0,
-        other_traces=_mean(variance, off) * shape.dim,
-        diagonal_squares=float(np.square(ratio.diagonal()).mean()),
-        other_squares=_mean(np.square(ratio) - variance, off),
-        samples=len(rows),
-    )
-
-
-def _mean(values: NDArray[np.float64], chosen: NDArray[np.bool_]) -> float:
-    """Mean of chosen entries, 0 of none."""
-    return float(values[chosen].mean()) if chosen.any() else 0.0
+    np.fill_diagonal(variance, 0.0)
+    return variance * shape.dim, np.square(ratio) - variance

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ooc_ntk.compute.machine import free_host_bytes
 from ooc_ntk.errors import BudgetError, InputError, RunConflictError
 from ooc_ntk.planning.projection import PilotMoments
+from ooc_ntk.storage.arrays import index_numbers
 from ooc_ntk.units import format_bytes
 
 from .errors import Panel, SketchShape, moments, standard_errors
@@ -302,32 +303,6 @@ def _product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
     for start in range(0, left.shape[1], SUMMED_COLUMNS):
         total += left[:, start : start + SUMMED_COLUMNS] @ right[:, start : start + SUMMED_COLUMNS].T
     return total
-
-
-def index_numbers(index: Any, size: int) -> NDArray[np.int64]:
-    """An index along one axis as numbers.
-
-    Args:
-        index: a number, a slice, a list or a mask.
-        size: length of the axis.
-
-    Raises:
-        IndexError: for numbers out of range.
-    """
-    if isinstance(index, slice):
-        return np.arange(*index.indices(size), dtype=np.int64)
-    found = np.atleast_1d(np.asarray(index))
-    if found.dtype == bool:
-        if found.shape != (size,):
-            raise IndexError(f"a mask along this axis has {size} entries, got {found.shape}")
-        return np.flatnonzero(found)
-    if found.size and not np.issubdtype(found.dtype, np.integer):
-        raise IndexError(f"indices are whole numbers, slices or masks, got {index!r}")
-    found = found.astype(np.int64).reshape(-1)
-    if found.size and (found.min() < -size or found.max() >= size):
-        wrong = found[(found < -size) | (found >= size)]
-        raise IndexError(f"index {int(wrong[0])} is out of range for {size} rows")
-    return np.where(found < 0, found + size, found)
 
 
 def no_features(kernel: object) -> InputError:

@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ooc_ntk.errors import IncompleteRunError, InputError, StorageError
 from ooc_ntk.planning.plan import Plan
-from ooc_ntk.storage.arrays import TileRows, open_tile_array
+from ooc_ntk.storage.arrays import TileRows, index_numbers, open_tile_array
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
 
 from .attribution import attribution_scores
 from .errors import sketch_shape
-from .features import FeatureProduct, Features, index_numbers, no_features
+from .features import FeatureProduct, Features, no_features
 from .ridge import Solution, solve_ridge
 
 if TYPE_CHECKING:

@@ -200,17 +200,19 @@ def _heaviest(
 ) -> tuple[tuple[int, ...], float]:
     """Parameters with the largest mean squared gradients over a few samples, and their share of those squared.
 
-    They are chosen by one half of the samples; products of both halves' means are unbiased for the squares.
+    They are chosen by one half of the samples, which says nothing of their share; products of the means of both
+    quarters of the other half are unbiased for the squares.
     """
     smallest = Projection("sjlt", SMALLEST_BLOCK * 4, backend=backend)
     projector = _projector(prepared, smallest, (), blocks, structure, derivation, rows, ())
     chosen = _spread(len(prepared.reader.train), HEAVY_SAMPLES)
-    halves = [projector.squares(prepared, half, derivation.batch_size) for half in (chosen[::2], chosen[1::2]) if half]
-    first, second = halves[0], halves[-1]
+    parts = [part for part in (chosen[::2], chosen[1::4], chosen[3::4]) if part]
+    squares = [projector.squares(prepared, part, derivation.batch_size) for part in parts]
+    first, second, third = squares[0], squares[len(squares) > 1], squares[-1 if len(squares) > 2 else 0]
     count = min(HEAVY, int((first > 0).sum()))
     found = first.topk(count).indices.sort().values
-    total = float(first @ second)
-    share = float(first[found] @ second[found]) / total if total > 0 else 0.0
+    total = float(second @ third)
+    share = float(second[found] @ third[found]) / total if total > 0 else 0.0
     # Where they have little of it there is little to take off, and scaling it up would only add noise.
     return (tuple(found.tolist()), min(1.0, share)) if share >= SMALLEST_SHARE else ((), 0.0)
 

@@ -204,54 +204,57 @@ def sketch_digest(projection: Projection, structured: tuple[str, ...], names: tu
 
 
 @dataclass(frozen=True)
-class PilotMoments:
-    """What the size of a sketch depends on, from some samples (DESIGN: projection).
+class EntryMoments:
+    """Means over entries of one kind.
 
     Attributes:
-        blocks: mean of ``⟨F_ii, F_jj⟩_F`` over different samples.
-        own_blocks: mean over samples of ``‖F_ii‖²_F``.
-        diagonal_traces: mean of ``tr F_ii²``.
-        other_traces: mean of ``tr F_ij²`` over different samples.
-        diagonal_squares: mean of ``K_ii²``.
-        other_squares: mean of ``K_ij²`` over different samples.
-        samples: samples that were looked at.
-        inflation: how much larger the variance of the sketch is than the formula's, as measured.
-        heavy_diagonal: mean of ``Σ_p (Σ_c J_icp²)²``, of which signs lack twice.
-        heavy_others: the same of different samples.
+        variance: of a sketch of one column, ``dim`` times an entry's squared standard error (DESIGN: projection).
+        square: of the entry itself.
     """
 
-    blocks: float
-    own_blocks: float
-    diagonal_traces: float
-    other_traces: float
-    diagonal_squares: float
-    other_squares: float
-    samples: int
+    variance: float
+    square: float
+
+
+@dataclass(frozen=True)
+class PilotMoments:
+    """What the size of a sketch depends on, from some samples.
+
+    Attributes:
+        diagonal: of the diagonal.
+        others: of entries of different samples.
+        same: of a full kernel, entries of different outputs of one sample.
+        outputs: kernel rows of a sample.
+        inflation: how much larger the variance of the sketch is than the formula's, as measured.
+    """
+
+    diagonal: EntryMoments
+    others: EntryMoments
+    same: EntryMoments = EntryMoments(0.0, 0.0)
+    outputs: int = 1
     inflation: float = 1.0
-    heavy_diagonal: float = 0.0
-    heavy_others: float = 0.0
 
-    def relative_variance(self, samples: int) -> float:
-        """``Σ_ij SE_ij²·dim / ‖K‖²_F`` of a kernel of so many samples: divided by dim, the squared relative error.
+    def relative_variance(self, rows: int) -> float:
+        """``Σ_ij SE_ij²·dim / ‖K‖²_F`` of a kernel of so many rows: divided by dim, the squared relative error.
 
-        ``(‖Σ_i F_ii‖²_F + Σ_ij tr F_ij²) / ‖K‖²_F``, diagonal and off-diagonal means extrapolated to ``samples``, less
-        what signs lack.
+        Means of the pilot's entries, extrapolated to the counts of such entries.
         """
-        n = float(samples)
-        first = n * (n - 1) * self.blocks + n * self.own_blocks
-        second = n * self.diagonal_traces + n * (n - 1) * self.other_traces
-        lacking = 2 * (n * self.heavy_diagonal + n * (n - 1) * self.heavy_others)
-        norm = n * self.diagonal_squares + n * (n - 1) * self.other_squares
-        return self.inflation * max(0.0, first + second - lacking) / norm if norm > 0 else 0.0
+        n, within = float(rows), min(self.outputs, rows) - 1
+        counts = (n, n * within, n * (n - 1 - within))
+        parts = (self.diagonal, self.same, self.others)
+        variance = sum(count * part.variance for count, part in zip(counts, parts, strict=True))
+        norm = sum(count * part.square for count, part in zip(counts, parts, strict=True))
+        norm = max(norm, n * self.diagonal.square)  # estimates of squares may be negative, their sum is no less
+        return self.inflation * max(0.0, variance) / norm if norm > 0 else 0.0
 
-    def error(self, dim: int, samples: int) -> float:
-        """Expected relative Frobenius error of a kernel of so many samples under a sketch of ``dim`` columns."""
-        return float((self.relative_variance(samples) / dim) ** 0.5)
+    def error(self, dim: int, rows: int) -> float:
+        """Expected relative Frobenius error of a kernel of so many rows under a sketch of ``dim`` columns."""
+        return float((self.relative_variance(rows) / dim) ** 0.5)
 
-    def dim_for(self, projection: Projection, samples: int) -> int:
+    def dim_for(self, projection: Projection, rows: int) -> int:
         """Smallest dim that fits the kind and keeps the expected error below the target."""
         assert projection.target_error is not None
-        wanted = self.relative_variance(samples) / projection.target_error**2
+        wanted = self.relative_variance(rows) / projection.target_error**2
         step = max(1, projection.nonzeros)
         dim = -(-max(1, math.ceil(wanted)) // step) * step
         return max(dim, SMALLEST_BLOCK * step if projection.kind in SPARSE_KINDS else 1)

@@ -145,13 +145,14 @@ class TileRows:
             raise ValueError("rows on disk cannot become an array without a copy")
         return np.asarray(self[:], dtype=dtype)
 
-    def __getitem__(self, index: slice | NDArray[np.int64]) -> NDArray[Any]:
-        """Some rows, (rows, columns), by a slice or by numbers from 0 on.
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        """Some rows, (rows, columns), by a slice, numbers or a mask; of a single number (columns,).
 
         Raises:
+            IndexError: for numbers out of range.
             StorageError: if a tile is missing or cannot be read.
         """
-        numbers = np.arange(*index.indices(self.shape[0])) if isinstance(index, slice) else np.asarray(index)
+        numbers = index_numbers(index, self.shape[0])
         found = np.empty((len(numbers), self.shape[1]), dtype=self.dtype)
         height, width = self._tiles.chunks
         for tile in np.unique(numbers // height):
@@ -166,4 +167,30 @@ class TileRows:
                     ) from error
                 columns = slice(number * width, min((number + 1) * width, self.shape[1]))
                 found[here, columns] = chunk[numbers[here] - tile * height, : columns.stop - columns.start]
-        return found
+        return found if isinstance(index, slice) or np.ndim(index) else found[0]
+
+
+def index_numbers(index: Any, size: int) -> NDArray[np.int64]:
+    """An index along one axis as numbers.
+
+    Args:
+        index: a number, a slice, a list or a mask.
+        size: length of the axis.
+
+    Raises:
+        IndexError: for numbers out of range.
+    """
+    if isinstance(index, slice):
+        return np.arange(*index.indices(size), dtype=np.int64)
+    found = np.atleast_1d(np.asarray(index))
+    if found.dtype == bool:
+        if found.shape != (size,):
+            raise IndexError(f"a mask along this axis has {size} entries, got {found.shape}")
+        return np.flatnonzero(found)
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise IndexError(f"indices are whole numbers, slices or masks, got {index!r}")
+    found = found.astype(np.int64).reshape(-1)
+    if found.size and (found.min() < -size or found.max() >= size):
+        wrong = found[(found < -size) | (found >= size)]
+        raise IndexError(f"index {int(wrong[0])} is out of range for {size} rows")
+    return np.where(found < 0, found + size, found)

@@ -13,7 +13,7 @@ from torch import nn
 import ooc_ntk
 from ooc_ntk.algebra import attribution as attribution_module
 from ooc_ntk.algebra import features as features_module
-from ooc_ntk.algebra.errors import SketchShape
+from ooc_ntk.algebra.errors import Panel, SketchShape, moments
 from ooc_ntk.algebra.features import Features
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.errors import BudgetError, InputError, RunConflictError, StorageError
@@ -679,3 +679,12 @@ def test_the_expected_error_of_cosines_is_that_of_many_sketches():
     assert np.mean(expected) == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=0.15)
     # Entries themselves have a far larger error: what is promised of cosines is not theirs.
     assert dataclasses.replace(features, cosine=False).expected_error() > 1.2 * np.mean(expected)
+
+
+@pytest.mark.parametrize("blocks", [0, 8])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_features_of_zeros_have_no_error(blocks, cosine):
+    shape = SketchShape(64, blocks)
+    found = moments(Panel(np.zeros((5, 2, 64)), None), shape, cosine=cosine)
+    assert found.error(64, 5) == 0

@@ -502,6 +502,9 @@ def test_tables_are_kept_from_batch_to_batch_while_there_is_room(name, room):
         whole = sketched(sketch_of(projection, name), contiguous_pieces(both, slice(0, SAMPLES)))
         assert error(sketch.result(), whole) < 1e-6
     assert counting.made == (6, 4, 2)[room] * NUMEL
+    starts = 4 * (projection.dim + projection.nonzeros)
+    kept = sum(2 * table.numel() * table.element_size() + starts for table in sketch._tables.values())
+    assert kept == room * each <= chunks.kept_bytes(projection, 2 * NUMEL)
 
 
 def test_no_more_is_kept_than_is_promised():

@@ -663,6 +663,32 @@ def test_the_expected_error_is_that_of_many_seeds(kind, kernel, compute):
     assert real / 4 < oracle.error(np.asarray(found)[:square], own[:square]) < 4 * real
 
 
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_the_expected_error_of_a_full_kernel_of_few_samples(samples, normalize, compute):
+    """Most of its entries are of outputs of one sample."""
+    chosen, dim = case("smooth-mlp"), 256
+    job = ooc_ntk.Job(
+        model=chosen.module,
+        train=chosen.train[:samples],
+        kernel="full",
+        normalize=normalize,
+        projection=projection("gaussian", dim),
+        device="cpu",
+    )
+    rows = np.concatenate(oracle.case_jacobian("smooth-mlp")[:samples])
+    exact = rows @ rows.T
+    own = exact.diagonal()
+    variance = (own[:, None] * own + exact**2) / dim
+    if normalize:
+        exact = exact / np.sqrt(own[:, None] * own)
+        variance = (1 - exact**2) ** 2 / dim
+    wanted = float(np.sqrt(variance.sum()) / np.linalg.norm(exact))
+    found = compute(job)
+    assert found.plan.expected_error == pytest.approx(wanted, rel=0.25)
+    assert found.expected_error() == pytest.approx(wanted, rel=0.25)
+
+
 def test_the_expected_error_is_that_of_many_runs(compute):
     job = case("relu-mlp").job(test=False)
     exact = oracle.kernel(oracle.case_jacobian("relu-mlp")[:TRAIN], TRAIN)

@@ -16,6 +16,7 @@ from ooc_ntk.planning.projection import (
     NONZEROS,
     SMALLEST_BLOCK,
     SPARSE_KINDS,
+    EntryMoments,
     PilotMoments,
     Projection,
     check_smaller,
@@ -258,7 +259,6 @@ def _brute(jacobian, *, signs=False):
 
 def _pilot(jacobian, chosen, *, signs=False):
     """Exact moments of some samples."""
-    count = len(chosen)
     own = np.stack([jacobian[i] @ jacobian[i].T for i in chosen])
     between = {(i, j): jacobian[i] @ jacobian[j].T for i in chosen for j in chosen}
 
@@ -271,14 +271,10 @@ def _pilot(jacobian, chosen, *, signs=False):
     squares = means(lambda i, j: np.trace(between[i, j]) ** 2)
     heavy = means(lambda i, j: _lost(jacobian, i, j)) if signs else (0.0, 0.0)
     blocks = means(lambda i, j: (between[i, i] * between[j, j]).sum())[1]
+    own_blocks = float(np.square(own).sum((1, 2)).mean())
     return PilotMoments(
-        blocks,
-        float(np.square(own).sum((1, 2)).mean()),
-        *traces,
-        *squares,
-        count,
-        1.0,
-        *heavy,
+        EntryMoments(own_blocks + traces[0] - 2 * heavy[0], squares[0]),
+        EntryMoments(blocks + traces[1] - 2 * heavy[1], squares[1]),
     )
 
 
@@ -303,11 +299,14 @@ def test_pilots_of_some_samples_are_right_on_average(size, signs):
     """
     jacobian = _jacobian(2)
     every = _pilot(jacobian, range(SAMPLES), signs=signs)
-    norm = {"diagonal_squares": every.diagonal_squares, "other_squares": every.other_squares}
-    pilots = [
-        dataclasses.replace(_pilot(jacobian, chosen, signs=signs), **norm)
-        for chosen in itertools.combinations(range(SAMPLES), size)
-    ]
+    pilots = []
+    for chosen in itertools.combinations(range(SAMPLES), size):
+        found = _pilot(jacobian, chosen, signs=signs)
+        parts = {
+            name: dataclasses.replace(getattr(found, name), square=getattr(every, name).square)
+            for name in ("diagonal", "others")
+        }
+        pilots.append(dataclasses.replace(found, **parts))
     found = np.mean([pilot.relative_variance(SAMPLES) for pilot in pilots])
     assert found == pytest.approx(_brute(jacobian, signs=signs), rel=1e-12)
 
@@ -326,8 +325,22 @@ def test_a_pilot_of_one_sample():
     assert found.relative_variance(1) == pytest.approx(_brute(jacobian), rel=1e-12)
 
 
+def test_entries_of_one_sample_are_counted_as_such():
+    """Of a full kernel, 3 samples of 4 outputs: 12 rows, 36 pairs of outputs of one sample, 96 of different ones."""
+    parts = EntryMoments(2.0, 3.0), EntryMoments(5.0, 0.5), EntryMoments(7.0, 0.25)
+    found = PilotMoments(*parts, outputs=4)
+    wanted = (12 * 2 + 36 * 7 + 96 * 5) / (12 * 3 + 36 * 0.25 + 96 * 0.5)
+    assert found.relative_variance(12) == pytest.approx(wanted, rel=1e-12)
+    assert found.relative_variance(4) == pytest.approx((4 * 2 + 12 * 7) / (4 * 3 + 12 * 0.25), rel=1e-12)
+
+
+def test_estimated_squares_below_zero_do_not_hide_the_error():
+    found = PilotMoments(EntryMoments(1.0, 1.0), EntryMoments(1.0, -0.001))
+    assert found.relative_variance(10**6) == pytest.approx(10**6)
+
+
 def test_a_kernel_of_zeros_has_no_error():
-    nothing = PilotMoments(0, 0, 0, 0, 0, 0, samples=4)
+    nothing = PilotMoments(EntryMoments(0, 0), EntryMoments(0, 0))
     assert nothing.error(64, 100) == 0
     assert nothing.dim_for(Projection("sjlt", target_error=0.1), 100) == 16
     assert nothing.dim_for(Projection("gaussian", target_error=0.1), 100) == 1
@@ -344,7 +357,7 @@ def test_a_kernel_of_zeros_has_no_error():
 def test_the_dim_for_an_error_is_the_smallest_that_fits(kind, nonzeros, target, blocks, samples):
     """Its error is below the target, that of the next smaller one is not; both within rounding of a float64."""
     nonzeros = nonzeros if kind in SPARSE_KINDS else 0
-    moments = PilotMoments(blocks, 2 * blocks, 3.0, 1.5, 4.0, 2.0, samples=5)
+    moments = PilotMoments(EntryMoments(2 * blocks + 3.0, 4.0), EntryMoments(blocks + 1.5, 2.0))
     projection = Projection(kind, target_error=target, nonzeros=nonzeros)
     dim = moments.dim_for(projection, samples)
     assert _fits(kind, dim, nonzeros)
@@ -358,7 +371,7 @@ def test_the_dim_for_an_error_is_the_smallest_that_fits(kind, nonzeros, target, 
 @pytest.mark.parametrize("wanted", [100.0, 100.0005, 100.0011, 100.5, 100.9995])
 def test_the_dim_for_an_error_between_two_whole_numbers(kind, wanted):
     """Just above a whole number as well."""
-    moments = PilotMoments(0, 0, wanted / 4, 0, 1, 0, samples=1)
+    moments = PilotMoments(EntryMoments(wanted / 4, 1), EntryMoments(0, 0))
     projection = Projection(kind, target_error=0.5)
     dim = moments.dim_for(projection, 1)
     assert moments.error(dim, 1) <= 0.5

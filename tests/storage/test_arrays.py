@@ -103,7 +103,17 @@ def test_opened_arrays_cannot_be_written(array):
 
 
 @pytest.mark.parametrize(
-    "index", [np.s_[:], np.s_[2:4], np.s_[4:1:-1], np.array([4, 0, 0, 3]), np.array([], dtype=int)]
+    "index",
+    [
+        np.s_[:],
+        np.s_[2:4],
+        np.s_[4:1:-1],
+        np.array([4, 0, 0, 3]),
+        np.array([], dtype=int),
+        [-1, 2],
+        -2,
+        np.arange(5) % 2 == 1,
+    ],
 )
 def test_rows_are_read_without_their_chunks(array, index):
     whole = fill(array)
@@ -111,6 +121,13 @@ def test_rows_are_read_without_their_chunks(array, index):
     assert (rows.shape, rows.dtype, len(rows)) == (whole.shape, whole.dtype, 5)
     np.testing.assert_array_equal(rows[index], whole[index])
     assert rows.attributes["kernel"] == "trace"
+
+
+@pytest.mark.parametrize("index", [[5], [-6], np.array([0, 99]), [True, False], [0.5], ..., None])
+def test_rows_that_are_not_there_are_refused(array, index):
+    fill(array)
+    with pytest.raises(IndexError):
+        TileRows(array.root, "kernel.zarr")[index]
 
 
 def test_rows_of_a_missing_tile_are_an_error(array):

@@ -15,8 +15,8 @@ from ooc_ntk.planning.projection import Projection
 from .entries import Outer, factor_hash, rows_and_signs
 from .philox import key_of, philox, split
 
-#: Entries of a dense R that torch makes at a time: a few copies of them in int64 stay within 32 MiB.
-TORCH_WORDS: Final = 2**20
+#: Entries of a dense R that torch makes at a time: ten copies of them in int64 stay within 32 MiB.
+TORCH_WORDS: Final = 2**18
 
 
 class Backend(Protocol):

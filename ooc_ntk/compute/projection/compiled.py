@@ -266,9 +266,11 @@ class NumbaBackend:
             table = self.table(projection, torch.arange(start, start + n), ()).numpy()
             signs = 1 - 2 * (table & 1).astype(np.float64 if dtype == torch.float64 else np.float32)
             places = (table[:, edges[:-1]] >> 1).astype(np.int64)
-            if sum(each[-1].nbytes for each in self._known_runs.values()) > KEPT_SIGNS_BYTES:
+            runs = edges[:-1], edges[1:], places, signs
+            size = sum(array.nbytes for known in (runs, *self._known_runs.values()) for array in known)
+            if size > KEPT_SIGNS_BYTES:
                 self._known_runs.clear()
-            self._known_runs[key] = edges[:-1], edges[1:], places, signs
+            self._known_runs[key] = runs
         return self._known_runs[key]
 
     def tile(self, projection: Projection, p: Tensor, dtype: torch.dtype) -> Tensor:
