@@ -65,11 +65,12 @@ def solve_ridge(kernel: zarr.Array[Any], train: int, y: ArrayLike, ridge: float)
             f"solving {train} × {train} in memory needs {format_bytes(needed)}, {format_bytes(free)} are free to use; "
             "use fewer train samples or a machine with more memory"
         )
-    matrix = np.empty((train, train))
+    # The lower triangle alone: entries that are computed on demand need not be symmetric to the last bit.
+    matrix = np.zeros((train, train))
     step = kernel.chunks[0]
     for start in range(0, train, step):
         stop = min(start + step, train)
-        matrix[start:stop] = kernel[start:stop]
+        matrix[start:stop, :stop] = kernel[start:stop, :stop]
     mean = float(matrix.diagonal().mean())
     matrix[np.diag_indices(train)] += ridge
     try:
@@ -84,7 +85,9 @@ def solve_ridge(kernel: zarr.Array[Any], train: int, y: ArrayLike, ridge: float)
     residual = targets - ridge * solution
     for start in range(0, train, step):
         stop = min(start + step, train)
-        residual[start:stop] -= np.asarray(kernel[start:stop], dtype=np.float64) @ solution
+        entries = np.tril(np.asarray(kernel[start:stop, :stop], dtype=np.float64), start)
+        residual[start:stop] -= entries @ solution[:stop]
+        residual[:stop] -= np.tril(entries, start - 1).T @ solution[start:stop]
     scale = float(np.linalg.norm(targets)) or 1.0
     return Solution(solution, float(ridge), _ratio(ridge, mean), float(np.linalg.norm(residual)) / scale)
 
