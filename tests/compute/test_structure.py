@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ooc_ntk.compute import check
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.check import checked_structure, with_matches
 from ooc_ntk.compute.discover import find_structure
@@ -739,6 +740,31 @@ def test_a_gradient_of_nothing_but_rounding_is_no_disagreement(seed, precision):
     structure = checked_structure(function, find_structure(function, batch), batch, OUTPUTS)
     assert structure.reasons == {}
     assert "key.weight" in structure.layers
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02])
+def test_what_rounding_may_explain_is_looked_at_in_float64(factor, monkeypatch):
+    """Samples alone and in a batch may be rounded differently, and a ReLU turns over; a wrong rule stays wrong."""
+    monkeypatch.setitem(check.ALLOWED, torch.float32, float("nan"))  # as if it had happened to every layer
+    module = Net(lambda m, x: F.relu(m.layer(x)), nn.LayerNorm(6))
+    function, batch = function_of(module, "float32"), batch_of(inputs().float())
+    structure = find_structure(function, batch)
+    rule = RULES[F.layer_norm]
+    scaled = type(rule).scaled
+    monkeypatch.setattr(type(rule), "scaled", lambda self, call, inputs: factor * scaled(self, call, inputs))
+    compared = []
+    double = check._double_disagreements
+    monkeypatch.setattr(check, "_double_disagreements", lambda *given: compared.append(given) or double(*given))
+    found = checked_structure(function, structure, batch, OUTPUTS)
+    assert compared, "float32 does not do"
+    assert set(found.reasons) == (set() if factor == 1.0 else {"layer.weight"})
+
+
+def test_a_model_that_does_not_run_in_float64_is_judged_in_float32(monkeypatch):
+    monkeypatch.setitem(check.ALLOWED, torch.float32, float("nan"))
+    module = Net(lambda m, x: m.layer(x.float()), nn.Linear(6, 6))
+    function, batch = function_of(module, "float32"), batch_of(inputs().float())
+    assert checked_structure(function, find_structure(function, batch), batch, OUTPUTS).reasons
 
 
 def test_a_row_that_no_output_depends_on_has_no_gradient():
