@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import (
         Budget,
+        ClipOutput,
         Features,
         InputError,
         Job,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "ClipOutput",
     "Features",
     "InputError",
     "Job",

@@ -12,6 +12,7 @@ from .algebra.external import external_features
 from .algebra.features import Features
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
+from .compute.functions import ClipOutput
 from .compute.machine import peak_resident_bytes
 from .compute.rules.table import forget_layer_rule, layer_rule
 from .errors import BudgetError, InputError, OocNtkError, RunConflictError
@@ -23,7 +24,7 @@ from .execution.prepare import PreparedJob, available_resources, measure, prepar
 from .execution.progress import TerminalProgress
 from .execution.status import RunInfo, keep_audit, run_info
 from .inputs.callables import absolute_callable, is_callable_spec
-from .inputs.job import LIVE, OUTPUTS, Job, checked_device
+from .inputs.job import LIVE, Job, checked_device
 from .inputs.jobfile import format_toml, read_job_file
 from .inputs.specs import absolute_spec
 from .inputs.weights import save_weights
@@ -39,6 +40,7 @@ __all__ = [
     "Audit",
     "Budget",
     "BudgetError",
+    "ClipOutput",
     "Features",
     "InputError",
     "Job",
@@ -448,7 +450,7 @@ def _absolute(given: Mapping[str, object]) -> dict[str, object]:
     for name, value in given.items():
         if name in ("train", "test") and isinstance(value, str):
             found[name] = absolute_spec(value, None, name)
-        elif (name == "model" or (name == "outputs" and value not in OUTPUTS)) and isinstance(value, str):
+        elif (name == "model" or name == "outputs") and isinstance(value, str):
             found[name] = absolute_callable(value, None, name) if is_callable_spec(value) else value
         elif name == "weights" and isinstance(value, str | Path):
             found[name] = Path(value).expanduser().absolute()

@@ -84,9 +84,10 @@ OutputsOption = Annotated[
     str | None,
     typer.Option(
         "--outputs",
-        help="logits, loss, margin or file.py:function. (default: logits)",
+        help="logits, logprob, loss, margin, next-token, clip or file.py:function; a part as logits[0:3]. "
+        "(default: logits)",
         rich_help_panel=_WHAT,
-        autocompletion=_complete("logits", "loss", "margin"),
+        autocompletion=_complete("logits", "logits[0:3]", "logprob", "loss", "margin", "next-token", "clip"),
         show_default=False,
     ),
 ]

@@ -15,7 +15,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .contract import TORCH_DTYPE
-from .outputs import OutputRows, model_logits
+from .outputs import OutputRows
 
 if TYPE_CHECKING:
     from .structure import Structure
@@ -96,7 +96,7 @@ class ModelFunction:
     def logits(self, parameters: Mapping[str, Tensor], batch: ModelBatch) -> Tensor:
         """Model outputs (samples, outputs) of a batch with some parameters replaced."""
         state = {**self.parameters, **self.buffers, **parameters}
-        return model_logits(functional_call(self.module, state, batch.args, dict(batch.kwargs)))
+        return self.rows.model_output(functional_call(self.module, state, batch.args, dict(batch.kwargs)))
 
 
 @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.planning.outputs import OutputSpec
 
-#: A function of one sample's model output (outputs,) float64 and its target, returning a scalar or a 1-D tensor.
-SampleFunction = Callable[[Tensor, Tensor | None], Tensor]
+from .functions import NAMED, NOTHING, ClipOutput, SampleFunction
 
 
 def model_logits(output: object) -> Tensor:
@@ -40,66 +39,31 @@ def model_logits(output: object) -> Tensor:
     return output.reshape(output.shape[0], -1) if output.ndim > 1 else output.reshape(-1, 1)
 
 
-def loss(output: Tensor, target: Tensor | None) -> Tensor:
-    """Loss of one sample: cross-entropy for an integer target, half the squared error for a real one.
+def pair_embeddings(output: object) -> Tensor:
+    """Bring the image and the text embeddings that a model returned side by side.
 
     Args:
-        output: (outputs,), float64.
-        target: () integer class, or (outputs,) real values.
+        output: a tuple that begins with both, or an object or dict that has ``image_embeds`` and ``text_embeds``.
 
     Returns:
-        (1,).
+        (samples, 2 · width).
+
+    Raises:
+        InputError: if they are not there.
     """
-    target = _needed(target, "loss")
-    if target.is_floating_point():
-        if target.numel() != output.numel():
-            raise InputError(f"loss compares {output.numel()} outputs with {target.numel()} target values")
-        return 0.5 * (output - target.reshape(-1).to(output)).square().sum().reshape(1)
-    _need_classes(output, "loss")
-    # −log p = log(1 + e^{−margin}): its derivative p − 1 does not cancel, however sure the network is.
-    negative = -margin(output, target)
-    return torch.logaddexp(torch.zeros_like(negative), negative)
-
-
-def margin(output: Tensor, target: Tensor | None) -> Tensor:
-    """Margin of one sample, ``z_y − log Σ_{c≠y} exp z_c = log(p_y / (1 − p_y))`` (Park et al. 2023, TRAK).
-
-    Args:
-        output: (outputs,), float64.
-        target: () integer class.
-
-    Returns:
-        (1,).
-    """
-    target = _needed(target, "margin")
-    if target.is_floating_point():
-        raise InputError("margin needs integer class labels, got real-valued targets; use outputs='loss' or a function")
-    _need_classes(output, "margin")
-    correct = _one_hot(output, target)
-    others = output.masked_fill(correct.bool(), -torch.inf)
-    return (output * correct).sum().reshape(1) - torch.logsumexp(others, 0).reshape(1)
-
-
-def _one_hot(output: Tensor, target: Tensor) -> Tensor:
-    """1 at the target's class, without indexing, so that vmap takes it."""
-    return (torch.arange(output.shape[0], device=output.device) == target.reshape(())).to(output)
-
-
-def _needed(target: Tensor | None, name: str) -> Tensor:
-    if target is None:
-        raise InputError(f"outputs={name!r} needs a label with every sample; pass train=(inputs, labels)")
-    return target
-
-
-def _need_classes(output: Tensor, name: str) -> None:
-    if output.shape[0] < 2:
+    if isinstance(output, dict):
+        pair = (output.get("image_embeds"), output.get("text_embeds"))
+    elif isinstance(output, tuple | list) and len(output) >= 2:
+        pair = (output[0], output[1])
+    else:
+        pair = (getattr(output, "image_embeds", None), getattr(output, "text_embeds", None))
+    image, text = pair
+    if not isinstance(image, Tensor) or not isinstance(text, Tensor) or image.shape != text.shape or image.ndim != 2:
         raise InputError(
-            f"outputs={name!r} with class labels needs at least two logits, the model has {output.shape[0]}; "
-            "pass a function as outputs"
+            f"outputs='clip' needs image and text embeddings of one shape (samples, width) from the model, it returned "
+            f"{type(output).__name__}; return a tuple of both, or something with .image_embeds and .text_embeds"
         )
-
-
-_NAMED: dict[str, SampleFunction] = {"loss": loss, "margin": margin}
+    return torch.cat([image, text], 1)
 
 
 @dataclass(frozen=True)
@@ -111,20 +75,35 @@ class OutputRows:
     Attributes:
         function: None for the logits themselves, otherwise a :data:`SampleFunction`.
         kernel: ``trace``, ``pseudo``, ``output:c`` or ``full``.
+        spec: which of its outputs are wanted, None for all.
     """
 
     function: SampleFunction | None
     kernel: str
+    spec: OutputSpec | None = None
 
     @classmethod
     def of(cls, outputs: str | SampleFunction, kernel: str) -> OutputRows:
-        """Make one from a job's ``outputs`` and ``kernel``."""
-        if isinstance(outputs, str):
-            return cls(_NAMED.get(outputs), kernel)
-        return cls(outputs, kernel)
+        """Make one from a job's ``outputs`` and ``kernel``; ``clip`` needs its bank and is given as a function."""
+        if not isinstance(outputs, str):
+            return cls(outputs, kernel)
+        spec = OutputSpec.parse(outputs)
+        return cls(NAMED.get(spec.name), kernel, spec if spec.sliced else None)
+
+    def model_output(self, output: object) -> Tensor:
+        """What of a model's output the function is of: (samples, outputs)."""
+        return pair_embeddings(output) if isinstance(self.function, ClipOutput) else model_logits(output)
+
+    def _part(self, outputs: int) -> slice:
+        return slice(0, outputs) if self.spec is None else self.spec.part(outputs)
 
     def count(self, output: Tensor, target: Tensor | None) -> int:
         """Number of output scalars C for one sample's model output (outputs,)."""
+        part = self._part(self._every(output, target))
+        return int(part.stop - part.start)
+
+    def _every(self, output: Tensor, target: Tensor | None) -> int:
+        """The same of all outputs."""
         if self.function is None:
             return output.shape[0]
         value = self.function(output.detach().double(), target)
@@ -141,8 +120,8 @@ class OutputRows:
             target: that sample's target, or None.
 
         Returns:
-            (rows, outputs) in the model's dtype: all outputs for ``trace`` and ``full``, their sum for ``pseudo``,
-            one of them for ``output:c``.
+            (rows, outputs) in the model's dtype: all wanted outputs for ``trace`` and ``full``, their sum for
+            ``pseudo``, one of them for ``output:c``.
         """
         if self.function is None:
             every = torch.eye(output.shape[0], dtype=output.dtype, device=output.device)
@@ -172,6 +151,7 @@ class OutputRows:
         )
 
     def _chosen(self, every: Tensor) -> Tensor:
+        every = every[self._part(every.shape[0])]
         if self.kernel == "pseudo":
             return every.sum(0, keepdim=True)
         if self.kernel.startswith("output:"):
@@ -189,13 +169,16 @@ class OutputRows:
         Raises:
             InputError: naming the first such label.
         """
-        if self.function not in _NAMED.values() or targets is None or targets.is_floating_point():
+        if self.function not in NAMED.values() or targets is None or targets.is_floating_point():
             return
-        wrong = targets[(targets < 0) | (targets >= outputs)]
+        sequence = targets.ndim > 1 and targets[0].numel() > 1
+        classes = outputs // targets[0].numel() if sequence else outputs
+        wrong = targets[((targets < 0) & ~(sequence & (targets == NOTHING))) | (targets >= classes)]
         if wrong.numel():
+            what = "token" if sequence else "label"
             raise InputError(
-                f"label {int(wrong.reshape(-1)[0])} is out of range: the model has {outputs} outputs, so labels run "
-                f"from 0 to {outputs - 1}"
+                f"{what} {int(wrong.reshape(-1)[0])} is out of range: the model has {classes} outputs"
+                f"{' a position' if sequence else ''}, so {what}s run from 0 to {classes - 1}"
             )
 
     def check(self, outputs: int) -> None:

@@ -326,9 +326,9 @@ def look_at(function: ModelFunction, batch: ModelBatch) -> Look:
         )
     target = None if batch.targets is None else batch.targets[0]
     output = logits[0].detach()
+    function.rows.check_labels(batch.targets, output.shape[0])
     count = function.rows.count(output, target)
     function.rows.check(count)
-    function.rows.check_labels(batch.targets, output.shape[0])
     rows = function.rows.cotangents(output, target).shape[0]
     return Look(count, rows, is_smooth(logits), sum(saved.values()))
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ooc_ntk.algebra.features import Features
 from ooc_ntk.algebra.kernel import Kernel
+from ooc_ntk.compute.functions import ClipOutput
 from ooc_ntk.errors import StorageError
+from ooc_ntk.planning.outputs import OutputSpec
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import open_tile_array
@@ -235,7 +237,7 @@ class _Reference:
 
     def __init__(self, prepared: PreparedJob, plan: Plan) -> None:
         self._module = copy.deepcopy(prepared.module).to("cpu").double().eval()
-        self._outputs = prepared.job.output_function()
+        self._outputs = prepared.outputs
         self._kernel = plan.kernel
         self._reader: SampleReader = prepared.reader
         chosen = set(prepared.function.names)
@@ -247,24 +249,44 @@ class _Reference:
         args = [value.double() if value.is_floating_point() else value for value in found.args]
         kwargs = {k: value.double() if value.is_floating_point() else value for k, value in found.kwargs.items()}
         with torch.enable_grad():
-            output: Any = self._module(*args, **kwargs)
-            output = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
-            values = self._values(output.reshape(-1), None if found.targets is None else found.targets[0])
+            output = self._output(self._module(*args, **kwargs))
+            values = self._values(output, None if found.targets is None else found.targets[0])
             if self._kernel == "pseudo":
                 return [values.sum()]
             if self._kernel.startswith("output:"):
                 return [values[int(self._kernel[7:])]]
             return list(values)
 
+    def _output(self, output: Any) -> Tensor:
+        """What a model returned for one sample, as one row: its logits, or the embeddings of a pair."""
+        if isinstance(self._outputs, ClipOutput):
+            pair = output[:2] if isinstance(output, tuple | list) else (output.image_embeds, output.text_embeds)
+            return torch.cat([part.reshape(-1) for part in pair])
+        found: Tensor = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
+        return found.reshape(-1)
+
     def _values(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """The output function by its definition, in other words than the engine's."""
         if callable(self._outputs):
             return self._outputs(logits, target).reshape(-1)
-        if self._outputs == "logits" or target is None:
-            return logits
-        if self._outputs == "loss" and target.is_floating_point():
+        spec = OutputSpec.parse(self._outputs)
+        if spec.name == "logits" or (target is None and spec.name != "logprob"):
+            return logits[spec.part(logits.numel())]
+        if spec.name == "logprob":
+            return (logits - torch.logsumexp(logits, 0))[spec.part(logits.numel())]
+        assert target is not None
+        if spec.name == "loss" and target.is_floating_point():
             return 0.5 * (logits - target.double().reshape(-1)).pow(2).sum().reshape(1)
+        if target.numel() > 1:
+            steps = logits.reshape(target.numel(), -1)
+            if spec.name == "loss":
+                return F.cross_entropy(steps, target.reshape(-1)).reshape(1)
+            last = int((target.reshape(-1) >= 0).nonzero()[-1])
+            return steps[last, int(target.reshape(-1)[last])].reshape(1)
         label = int(target)
-        if self._outputs == "loss":
+        if spec.name == "next-token":
+            return logits[label].reshape(1)
+        if spec.name == "loss":
             return F.cross_entropy(logits[None], torch.tensor([label])).reshape(1)
         rest = torch.cat([logits[:label], logits[label + 1 :]])
         return (logits[label] - torch.logsumexp(rest, 0)).reshape(1)

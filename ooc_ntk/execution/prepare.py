@@ -13,12 +13,14 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
 from ooc_ntk.compute.check import checked_structure, with_matches
 from ooc_ntk.compute.contract import TORCH_DTYPE, check_precision, measure_block, tf32
 from ooc_ntk.compute.discover import find_structure
+from ooc_ntk.compute.functions import ClipOutput, SampleFunction
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
     device_memory,
@@ -38,11 +40,13 @@ from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits, Resources
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
+from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.projection import SPARSE_KINDS, sketch_digest
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import ParameterBlock, Workload
 
+from .blame import failing_on
 from .context import SampleReader
 from .pilot import measure_sketch
 
@@ -60,6 +64,12 @@ DECIDED = 6.0
 #: Positions of the tile on which both are timed, all samples together.
 TIMED_POSITIONS = 1024
 
+#: Pairs of the bank that ``outputs="clip"`` sets every sample against, drawn from the train samples (TRAK's number).
+BANK_SAMPLES = 300
+
+#: Samples of it that are run together (a choice: small beside any budget that takes the model).
+BANK_BATCH = 16
+
 #: Samples of train and of test that are read twice before anything is computed, spread evenly, to catch data sets that
 #: augment at random.
 READ_TWICE_SAMPLES = 4
@@ -75,6 +85,7 @@ class PreparedJob:
         device: resolved torch device string.
         function: model and chosen parameters on the device.
         reader: train and test samples.
+        outputs: the output function, or its name.
         digests: digests of model, data and kernel settings.
     """
 
@@ -83,6 +94,7 @@ class PreparedJob:
     device: str
     function: ModelFunction
     reader: SampleReader
+    outputs: str | SampleFunction
     digests: dict[str, str]
 
     def batch_of(self, indices: Sequence[int]) -> ModelBatch:
@@ -94,8 +106,7 @@ class PreparedJob:
         """Digest of what features of this job share with those that may be multiplied with them; empty if exact."""
         if plan.projection is None:
             return ""
-        outputs = self.job.output_function()
-        settings = [self.job.kernel, outputs if isinstance(outputs, str) else callable_identity(outputs)]
+        settings = [self.job.kernel, output_identity(self.outputs)]
         model = "/".join([self.digests["model"], *settings])
         return sketch_digest(plan.projection, plan.structured, self.function.names, model)
 
@@ -130,17 +141,18 @@ def prepare(job: Job) -> PreparedJob:
     names = choose_parameters(module, job.parameters)
     device = resolved_device(job.device)
     check_precision(job.precision, device)
-    outputs = job.output_function()
-    rows = OutputRows.of(outputs, job.kernel)
-    function = ModelFunction(module, names, rows, job.precision, device)
     reader = SampleReader(job.train_source(), job.test_source())
+    outputs = job.output_function()
+    if outputs == "clip":
+        outputs = _against_bank(job, module, reader, device)
+    function = ModelFunction(module, names, OutputRows.of(outputs, job.kernel), job.precision, device)
     data = [source.digest() for source in (reader.train, reader.test) if source is not None]
     settings = [
         job.kernel,
         job.scale,
         str(job.normalize),
         job.precision,
-        outputs if isinstance(outputs, str) else callable_identity(outputs),
+        output_identity(outputs),
         *names,
         *([] if job.sketch is None else [job.sketch.identity]),
     ]
@@ -150,12 +162,37 @@ def prepare(job: Job) -> PreparedJob:
         device=device,
         function=function,
         reader=reader,
+        outputs=outputs,
         digests={
             "model": model_digest(module),
             "data": _digest("/".join(data)),
             "kernel": _digest("\n".join(settings)),
         },
     )
+
+
+def _against_bank(job: Job, module: nn.Module, reader: SampleReader, device: str) -> ClipOutput:
+    """The contrastive output function against pairs drawn from the train samples by the job's seed."""
+    train = len(reader.train)
+    chosen = np.random.default_rng(job.seed).choice(train, min(BANK_SAMPLES, train), replace=False)
+    # A function of some bank brings (image, text) side by side; this one is never evaluated.
+    pairs = OutputRows.of(ClipOutput(torch.zeros(1, 1), torch.zeros(1, 1)), job.kernel)
+    function = ModelFunction(module, (), pairs, job.precision, device)
+    found = []
+    for start in range(0, len(chosen), BANK_BATCH):
+        pieces = [next(reader.pieces(Range(i, i + 1), 1))[1] for i in map(int, chosen[start : start + BANK_BATCH])]
+        batch = _joined(pieces).to(device, job.precision)
+        with torch.no_grad(), tf32(allowed=False), failing_on("the bank of train samples"):
+            found.append(function.logits({}, batch).cpu())
+    images, texts = torch.cat(found).chunk(2, dim=1)
+    return ClipOutput(images, texts)
+
+
+def output_identity(outputs: str | SampleFunction) -> str:
+    """What identifies an output function: its name, or what it is made of."""
+    if isinstance(outputs, str):
+        return outputs
+    return outputs.identity if isinstance(outputs, ClipOutput) else callable_identity(outputs)
 
 
 def callable_identity(function: Callable[..., Any]) -> str:
@@ -269,7 +306,7 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         normalize=job.normalize,
         device=prepared.device,
         smooth=found.smooth,
-        cancelling=job.outputs != "logits",
+        cancelling=not (isinstance(prepared.outputs, str) and OutputSpec.parse(prepared.outputs).name in PER_CLASS),
         threads=torch.get_num_threads(),
         seed=job.seed,
         notes=_notes(prepared, found, blocks),

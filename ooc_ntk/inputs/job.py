@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.planning.outputs import OUTPUTS, OutputSpec, is_output_name
 from ooc_ntk.planning.projection import Projection
 from ooc_ntk.units import ITEM_BYTES
 
@@ -22,7 +23,6 @@ from .samples import SampleSource, as_source
 from .specs import absolute_spec, resolve_spec
 
 KERNELS: Final = ("trace", "pseudo", "full", "output:<c>")
-OUTPUTS: Final = ("logits", "loss", "margin")
 SCALES: Final = ("sum", "mean")
 NORMALIZE: Final = ("cosine",)
 PRECISIONS: Final = tuple(ITEM_BYTES)
@@ -43,8 +43,8 @@ class Job:
         train: data (see :func:`ooc_ntk.inputs.samples.as_source`) or a data spec.
         test: further data whose rows follow the train rows, or None.
         kernel: ``trace``, ``pseudo``, ``full`` or ``output:<c>``.
-        outputs: ``logits``, ``loss``, ``margin``, a function of (model output of one sample, its target), or the
-            spec of one.
+        outputs: ``logits``, ``logprob``, ``loss``, ``margin``, ``next-token`` or ``clip``; a part such as
+            ``logits[0:3]``; a function of (model output of one sample, its target), or the spec of one.
         projection: None for the exact kernel; a :class:`Projection`, or text such as ``sjlt:4096``.
         normalize: None or ``cosine``.
         scale: ``sum`` over outputs, or ``mean``.
@@ -175,12 +175,12 @@ class Job:
         return cast("SampleSource", self._made[what])
 
     def output_function(self) -> str | OutputFunction:
-        """The output function: ``logits``, ``loss`` or ``margin`` as text, otherwise the function itself.
+        """The output function: its name as text where it has one, otherwise the function itself.
 
         Raises:
             InputError: if a spec does not name a function.
         """
-        if not isinstance(self.outputs, str) or self.outputs in OUTPUTS:
+        if not isinstance(self.outputs, str) or is_output_name(self.outputs):
             return self.outputs
         if "outputs" not in self._made:
             function = load_callable(self.outputs, self.base, "output function")
@@ -206,7 +206,7 @@ class Job:
         """
         model = absolute_callable(self.model, self.base) if isinstance(self.model, str) else LIVE
         outputs = self.outputs if isinstance(self.outputs, str) else LIVE
-        if outputs not in (*OUTPUTS, LIVE):
+        if outputs != LIVE and not is_output_name(outputs):
             outputs = absolute_callable(outputs, self.base)
         folder = Path.cwd() / (self.base or ".")
         spec: dict[str, object] = {
@@ -325,9 +325,7 @@ def _check_outputs(outputs: object) -> None:
         return
     if not isinstance(outputs, str):
         raise InputError(f"outputs must be {', '.join(OUTPUTS)}, a function or file.py:function, got {outputs!r}")
-    _one_of("outputs", outputs, [*OUTPUTS, "file.py:function"])
-    if outputs not in OUTPUTS:
-        raise unknown_name("outputs", outputs, OUTPUTS)
+    OutputSpec.parse(outputs)
 
 
 def _check_integer(name: str, value: object, smallest: int, largest: int) -> None:
