@@ -112,7 +112,8 @@ def _plan(
         rates = calibration.calibrate(prepared.device, _existing(out))
     limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
     layer_rules = preferences is None or preferences.layer_rules
-    workload = measure(prepared, limits, layer_rules=layer_rules)
+    every_output = preferences is not None and preferences.every_output
+    workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
     after = peak_resident_bytes()
     workload = replace(workload, planning_bytes=after if after > before else 0)
     return make_plan(workload, limits, rates, preferences, prepared.digest)
@@ -229,6 +230,11 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
             "the plan that is there assembles the kernel, asked for are features only; leave --features-only out to go "
             "on with that plan, or choose another --out"
         )
+    if preferences.every_output and chosen.head is not None:
+        raise RunConflictError(
+            f"the plan that is there derives {chosen.rows_per_sample} rows for {chosen.outputs} outputs; leave "
+            "--every-output out to go on with that plan, or choose another --out"
+        )
     if not preferences.layer_rules and any(block.source == "rule" for block in chosen.blocks):
         raise RunConflictError(
             "the plan that is there uses layer rules; leave --no-layer-rules out to go on with that plan, or choose "
@@ -259,7 +265,7 @@ def _write_new_run(directory: RunDirectory, chosen: Plan, prepared: PreparedJob)
     """Write job, plan and, for a live model, its weights."""
     spec = dict(prepared.job.spec())
     if spec["model"] == LIVE:
-        save_weights(prepared.module, directory.weights_path)
+        save_weights(prepared.job.module(), directory.weights_path)
         spec["weights"] = str(directory.weights_path.absolute())
     create_run(directory, chosen, format_toml(spec), prepared.digests, prepared.sketch_digest(chosen))
 

@@ -74,9 +74,10 @@ KernelOption = Annotated[
     str | None,
     typer.Option(
         "--kernel",
-        help="trace, pseudo, output:C or full. (default: trace)",
+        help="trace, pseudo, output:C or full; or of features: embedding, embedding:LAYERS or conjugate. "
+        "(default: trace)",
         rich_help_panel=_WHAT,
-        autocompletion=_complete("trace", "pseudo", "output:0", "full"),
+        autocompletion=_complete("trace", "pseudo", "output:0", "full", "embedding", "embedding:*", "conjugate"),
         show_default=False,
     ),
 ]
@@ -214,6 +215,14 @@ RepresentationOption = Annotated[
 NoLayerRulesOption = Annotated[
     bool, typer.Option("--no-layer-rules", help="Derive everything by torch.func.", rich_help_panel=_HOW)
 ]
+EveryOutputOption = Annotated[
+    bool,
+    typer.Option(
+        "--every-output",
+        help="Derive a row for every output, even where a linear head allows fewer.",
+        rich_help_panel=_HOW,
+    ),
+]
 BatchDependenceOption = Annotated[
     bool,
     typer.Option(
@@ -299,6 +308,7 @@ def _preferences(
     representation: str | None,
     no_layer_rules: bool,
     features_only: bool,
+    every_output: bool,
 ) -> Preferences:
     from . import api
 
@@ -308,6 +318,7 @@ def _preferences(
         representation=representation,
         layer_rules=not no_layer_rules,
         features_only=features_only,
+        every_output=every_output,
     )
 
 
@@ -336,6 +347,7 @@ def plan(
     tile_samples: TileOption = None,
     representation: RepresentationOption = None,
     no_layer_rules: NoLayerRulesOption = False,
+    every_output: EveryOutputOption = False,
     allow_batch_dependence: BatchDependenceOption = False,
     host_memory: HostOption = None,
     device_memory: DeviceMemoryOption = None,
@@ -376,7 +388,9 @@ def plan(
         from .report.tables import plan_table
 
         with _status("measuring the model"):
-            preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules, features_only)
+            preferences = _preferences(
+                dataflow, tile_samples, representation, no_layer_rules, features_only, every_output
+            )
             made = api.plan(wanted, budget, preferences=preferences, out=out)
         if save is not None:
             made.save(save)
@@ -414,6 +428,7 @@ def run(
     tile_samples: TileOption = None,
     representation: RepresentationOption = None,
     no_layer_rules: NoLayerRulesOption = False,
+    every_output: EveryOutputOption = False,
     allow_batch_dependence: BatchDependenceOption = False,
     host_memory: HostOption = None,
     device_memory: DeviceMemoryOption = None,
@@ -458,7 +473,7 @@ def run(
             device_memory=device_memory,
             disk=disk,
         )
-        preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules, features_only)
+        preferences = _preferences(dataflow, tile_samples, representation, no_layer_rules, features_only, every_output)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
         if not (out / "plan.json").exists() and chosen is None:
             with _status("measuring the model", quiet):

@@ -49,7 +49,13 @@ class ModelBatch:
 
     def to(self, device: str, precision: str) -> ModelBatch:
         """Move to a device and cast floating-point inputs; targets keep their dtype."""
-        dtype = TORCH_DTYPE[precision]
+        return self._placed(device, TORCH_DTYPE[precision])
+
+    def placed_as(self, like: Tensor) -> ModelBatch:
+        """Move to where a tensor is and cast floating-point inputs to its dtype, if it has a floating-point one."""
+        return self._placed(like.device, like.dtype if like.is_floating_point() else torch.get_default_dtype())
+
+    def _placed(self, device: str | torch.device, dtype: torch.dtype) -> ModelBatch:
 
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else value.dtype)
@@ -71,8 +77,20 @@ class ModelFunction:
         structure: what layer rules cover, once it has been found and checked.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], rows: OutputRows, precision: str, device: str) -> None:
-        """Take the module's state as it is now, on ``device`` in ``precision`` (shared where nothing has to change)."""
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        rows: OutputRows,
+        precision: str,
+        device: str,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take the module's state as it is now, on ``device`` in ``precision`` (shared where nothing has to change).
+
+        ``shared`` holds parameters that are there already, on the device in that precision, by name.
+        """
+        known = shared or {}
         dtype = TORCH_DTYPE[precision]
         self.module = module
         self.names = tuple(names)
@@ -82,7 +100,10 @@ class ModelFunction:
         def move(value: Tensor) -> Tensor:
             return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
 
-        self.parameters = {name: move(value) for name, value in module.named_parameters()}
+        self.parameters = {
+            name: known[name] if name in known and known[name].shape == value.shape else move(value)
+            for name, value in module.named_parameters()
+        }
         # Copies: some layers change theirs in the forward pass (instance norm with running statistics).
         self.buffers = {name: move(value).clone() for name, value in module.named_buffers()}
         self.sizes = {name: self.parameters[name].numel() for name in self.names}

@@ -348,6 +348,8 @@ def _reference_entries(
     """
     full = plan.kernel == "full"
     entries, outputs = plan.entries_per_sample, plan.rows_per_sample
+    if plan.head is not None:  # by every output, whatever rows the engine derived
+        outputs = plan.outputs
     result = np.zeros((len(rows), entries, len(columns), entries))
     row_norms, column_norms = np.zeros((len(rows), entries)), np.zeros((len(columns), entries))
     for c in range(outputs):

@@ -29,7 +29,7 @@ from ooc_ntk.units import format_bytes
 
 from .context import PeakMeter, RunContext, reproducible
 from .executors import Executor
-from .prepare import PreparedJob, known_structure, structure_of
+from .prepare import PreparedJob, known_structure, structure_of, with_head
 from .resume import Remaining, remaining_tasks
 from .stores import FACTORS, JACOBIAN, DiskStore, store_of
 from .work import perform
@@ -166,6 +166,8 @@ def execute(
         OocNtkError: whatever a task raises; finished tiles stay committed.
     """
     observer = observer or Observer()
+    if plan.head is not None:
+        prepared = with_head(prepared, plan.head.name)
     manifest = Manifest(directory.root)
     try:
         records = manifest.files()

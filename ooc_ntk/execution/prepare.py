@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,6 +34,7 @@ from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.probe import LARGEST_CAPTURE, LARGEST_PROJECTED, CaptureFailed, Probe, look_at, probe
 from ooc_ntk.compute.rules.table import registered_rules
 from ooc_ntk.compute.structure import Structure
+from ooc_ntk.compute.surrogates import FEATURES, Narrowed, agrees, feature_model, narrowed
 from ooc_ntk.errors import DataChangedError, InputError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
@@ -44,7 +45,7 @@ from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.projection import SPARSE_KINDS, sketch_digest
 from ooc_ntk.planning.tiles import Range
-from ooc_ntk.planning.workload import ParameterBlock, Workload
+from ooc_ntk.planning.workload import HeadRows, ParameterBlock, Workload
 
 from .blame import failing_on
 from .context import SampleReader
@@ -87,6 +88,7 @@ class PreparedJob:
         reader: train and test samples.
         outputs: the output function, or its name.
         digests: digests of model, data and kernel settings.
+        stand_ins: the same job with another head, by the head's name, once planning has made it.
     """
 
     job: Job
@@ -96,6 +98,7 @@ class PreparedJob:
     reader: SampleReader
     outputs: str | SampleFunction
     digests: dict[str, str]
+    stand_ins: dict[str, PreparedJob] = field(default_factory=dict, compare=False, repr=False)
 
     def batch_of(self, indices: Sequence[int]) -> ModelBatch:
         """Some samples by their numbers, on the device."""
@@ -138,10 +141,17 @@ def prepare(job: Job) -> PreparedJob:
     module = job.module()
     check_mode(module)
     check_finite_state(module)
-    names = choose_parameters(module, job.parameters)
     device = resolved_device(job.device)
     check_precision(job.precision, device)
     reader = SampleReader(job.train_source(), job.test_source())
+    digest = model_digest(module)
+    if job.of_features:
+        place = next(iter([*module.parameters(), *module.buffers()]), torch.zeros(()))
+        first = next(reader.pieces(Range(0, 1), 1))[1]
+        module = feature_model(module, _joined([first]).placed_as(place), job.kernel)
+        names = choose_parameters(module, [f"{FEATURES}.*"])
+    else:
+        names = choose_parameters(module, job.parameters)
     outputs = job.output_function()
     if outputs == "clip":
         outputs = _against_bank(job, module, reader, device)
@@ -164,7 +174,7 @@ def prepare(job: Job) -> PreparedJob:
         reader=reader,
         outputs=outputs,
         digests={
-            "model": model_digest(module),
+            "model": digest,
             "data": _digest("/".join(data)),
             "kernel": _digest("\n".join(settings)),
         },
@@ -222,7 +232,46 @@ def available_resources(device: str, disk_free: int) -> Resources:
     return Resources(free_host_bytes(), resident_bytes(), free, taken, disk_free)
 
 
-def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, timed: bool = True) -> Workload:
+def with_head(prepared: PreparedJob, name: str) -> PreparedJob:
+    """The same job with a narrow head in the place of the named one, as a plan has it."""
+    if name not in prepared.stand_ins:
+        made = narrowed(prepared.function, first_samples(prepared, 1), name)
+        assert made is not None  # nothing is looked for where the name is given
+        prepared.stand_ins[name] = replace(prepared, module=made.module, function=_narrow_function(prepared, made))
+    return prepared.stand_ins[name]
+
+
+def _narrow_function(prepared: PreparedJob, made: Narrowed) -> ModelFunction:
+    """The function of a stand-in, sharing all parameters but the head's."""
+    mine = prepared.function
+    return ModelFunction(
+        made.module, mine.names, mine.rows, prepared.job.precision, prepared.device, shared=mine.parameters
+    )
+
+
+def _head_rows(prepared: PreparedJob) -> HeadRows | None:
+    """The head of a model whose trace kernel needs fewer rows than outputs; None where every output needs one.
+
+    Only where the kernel is the exact trace of the raw logits, and gradients along a random combination agree.
+    """
+    job = prepared.job
+    if job.kernel != "trace" or prepared.outputs != "logits" or job.sketch is not None:
+        return None
+    first = first_samples(prepared, 1)
+    made = narrowed(prepared.function, first)
+    if made is None:
+        return None
+    found = HeadRows(made.name, made.outputs, made.width)
+    function = _narrow_function(prepared, made)
+    if not found.pays or not agrees(prepared.function, function, made, first):
+        return None
+    prepared.stand_ins[made.name] = replace(prepared, module=made.module, function=function)
+    return found
+
+
+def measure(
+    prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, timed: bool = True, every_output: bool = False
+) -> Workload:
     """Probe a prepared job on its device.
 
     Args:
@@ -230,6 +279,7 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         limits: the budget, which bounds the batch that is tried.
         layer_rules: False leaves everything to ``torch.func``.
         timed: whether contractions are timed where formulas do not decide.
+        every_output: True derives a row for every output, even where a linear head allows fewer.
 
     Returns:
         The workload.
@@ -242,6 +292,13 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
     job, reader = prepared.job, prepared.reader
     first = _read_twice(reader)
     train = len(reader.train)
+    head = None
+    if not every_output:
+        look_at(prepared.function, first_samples(prepared, 1))  # what is wrong with the model is said first
+        with tf32(allowed=False):
+            head = _head_rows(prepared)
+        if head is not None:
+            prepared = with_head(prepared, head.name)
     function = prepared.function
 
     fetch = partial(first_samples, prepared)
@@ -293,7 +350,7 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         kernel=job.kernel,
         train_samples=train,
         test_samples=len(reader) - train,
-        outputs=found.outputs,
+        outputs=found.outputs if head is None else head.outputs,
         rows_per_sample=found.rows_per_sample,
         entries_per_sample=found.rows_per_sample if full else 1,
         blocks=blocks,
@@ -311,6 +368,7 @@ def measure(prepared: PreparedJob, limits: Limits, *, layer_rules: bool = True, 
         seed=job.seed,
         notes=_notes(prepared, found, blocks),
         sketch=sketch,
+        head=head,
     )
 
 

@@ -22,7 +22,7 @@ from .models import load_model
 from .samples import SampleSource, as_source
 from .specs import absolute_spec, resolve_spec
 
-KERNELS: Final = ("trace", "pseudo", "full", "output:<c>")
+KERNELS: Final = ("trace", "pseudo", "full", "output:<c>", "embedding", "embedding:<layers>", "conjugate")
 SCALES: Final = ("sum", "mean")
 NORMALIZE: Final = ("cosine",)
 PRECISIONS: Final = tuple(ITEM_BYTES)
@@ -42,7 +42,8 @@ class Job:
         model: a module, or a spec ``pkg.module:factory`` or ``file.py:factory``.
         train: data (see :func:`ooc_ntk.inputs.samples.as_source`) or a data spec.
         test: further data whose rows follow the train rows, or None.
-        kernel: ``trace``, ``pseudo``, ``full`` or ``output:<c>``.
+        kernel: ``trace``, ``pseudo``, ``full`` or ``output:<c>``; or a kernel of features: ``embedding`` (of the last
+            layer), ``embedding:<layers>`` (summed over those whose names match) or ``conjugate``.
         outputs: ``logits``, ``logprob``, ``loss``, ``margin``, ``next-token`` or ``clip``; a part such as
             ``logits[0:3]``; a function of (model output of one sample, its target), or the spec of one.
         projection: None for the exact kernel; a :class:`Projection`, or text such as ``sjlt:4096``.
@@ -97,6 +98,12 @@ class Job:
         _one_of("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "parameters", _patterns(self.parameters))
         object.__setattr__(self, "device", checked_device(self.device))
+        if self.of_features and (self.outputs != "logits" or self.parameters is not None):
+            what = "outputs" if self.outputs != "logits" else "parameters"
+            raise InputError(
+                f"kernel {self.kernel!r} is one of features: nothing is differentiated; leave {what} out, or use "
+                "kernel='trace'"
+            )
         if self.batch_size is not None:
             _check_integer("batch_size", self.batch_size, 1, 2**31 - 1)
         _check_integer("seed", self.seed, 0, 2**64 - 1)
@@ -111,6 +118,11 @@ class Job:
     def sketch(self) -> Projection | None:
         """The projection, None for the exact kernel."""
         return cast("Projection | None", self.projection)
+
+    @property
+    def of_features(self) -> bool:
+        """Whether the kernel is one of features, and of no gradients."""
+        return self.kernel.partition(":")[0] in ("embedding", "conjugate")
 
     def _check_inputs(self) -> None:
         """Check model, weights and data as far as that is possible without loading them."""
@@ -314,7 +326,11 @@ def _check_kernel(kernel: object) -> None:
                 f"kernel {kernel!r} must name one output by a number from 0 upwards, for example 'output:3'"
             )
         return
-    if kernel == KERNELS[-1]:
+    if isinstance(kernel, str) and kernel.startswith("embedding:"):
+        if not kernel.partition(":")[2] or "<" in kernel:
+            raise InputError(f"kernel {kernel!r} must name layers, for example 'embedding:layer4*' or 'embedding:*'")
+        return
+    if kernel == KERNELS[3]:
         raise unknown_name("kernel", str(kernel), KERNELS)
     _one_of("kernel", kernel, KERNELS)
 

@@ -18,6 +18,7 @@ from .layout import Dataflow, Layout
 from .projection import Projection
 from .spans import DENSE, BlockShape, Choice, Contraction, Representation
 from .tiles import Range, SampleGrid
+from .workload import HeadRows
 
 #: Version of the plan's JSON form; 2 came with layer rules, 3 with projections.
 PLAN_FORMAT: Final = 3
@@ -130,7 +131,7 @@ class Plan:
     of hashes of both sides, ``from_factors`` those of them whose gradients are never formed; ``expected_error`` is the
     relative Frobenius error to be expected of the kernel, if a pilot was run, ``features_only`` says that no kernel is
     assembled, and ``heavy`` are the heaviest parameters by their global index, whose gradients are kept beside the
-    features for the error bars.
+    features for the error bars. ``head`` is the linear head that has fewer rows than outputs.
     """
 
     kernel: str
@@ -176,6 +177,7 @@ class Plan:
     features_only: bool = False
     heavy: tuple[int, ...] = ()
     heavy_share: float = 0.0
+    head: HeadRows | None = None
 
     @property
     def layout(self) -> Layout:
@@ -229,6 +231,8 @@ class Plan:
             projected = [self.projection.identity, self.projection.backend, *self.structured, "", *self.from_factors]
             kept = [list(self.heavy), self.heavy_share, "features only" if self.features_only else "kernel"]
             covered["projection"] = [*projected, *kept]
+        if self.head is not None:
+            covered["head"] = asdict(self.head)
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
         covered["blocks"] = [
             [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction, b.source, _shape(b.factors)]
@@ -269,6 +273,8 @@ class Plan:
             fields["structured"] = tuple(fields["structured"])
             fields["from_factors"] = tuple(fields["from_factors"])
             fields["heavy"] = tuple(fields["heavy"])
+            if fields.get("head") is not None:
+                fields["head"] = HeadRows(**fields["head"])
             if fields["projection"] is not None:
                 fields["projection"] = Projection(**fields["projection"])
             plan = cls(**fields)
@@ -329,6 +335,7 @@ class Plan:
             ),
             ("Jacobian", self._jacobian()),
             *self._projected(),
+            *([("head", str(self.head))] if self.head is not None else []),
             ("dataflow", f"{'features' if self.projection else self.dataflow}{passes}: {self.reason}"),
             ("tiles", self._tiles()),
             ("rows by", self._rows_by()),

@@ -55,6 +55,7 @@ class Preferences:
         layer_rules: False derives every block by ``torch.func``.
         features_only: leaves a projected job at its features; entries of the kernel are computed when they are asked
             for.
+        every_output: derives a row for every output, even where a linear head allows fewer.
     """
 
     dataflow: str | None = None
@@ -64,6 +65,7 @@ class Preferences:
     representation: str | None = None
     layer_rules: bool = True
     features_only: bool = False
+    every_output: bool = False
 
     def __post_init__(self) -> None:
         """Check names and signs."""
@@ -204,6 +206,7 @@ def make_plan(
         features_only=preferences.features_only,
         heavy=() if job.sketch is None else job.sketch.heavy,
         heavy_share=0.0 if job.sketch is None else job.sketch.heavy_share,
+        head=workload.head,
     )
 
 

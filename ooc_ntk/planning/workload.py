@@ -108,6 +108,33 @@ class Sketched:
 
 
 @dataclass(frozen=True)
+class HeadRows:
+    """A linear head with more outputs (C) than inputs (h), of which h rows in place of C give the trace kernel.
+
+    Attributes:
+        name: the layer's name.
+        outputs: its outputs.
+        width: its inputs.
+    """
+
+    name: str
+    outputs: int
+    width: int
+
+    @property
+    def pays(self) -> bool:
+        """Whether fewer rows are derived: each costs a backward pass and its share of every product.
+
+        >>> HeadRows("fc", 1000, 512).pays, HeadRows("fc", 10, 512).pays
+        (True, False)
+        """
+        return self.width < self.outputs
+
+    def __str__(self) -> str:
+        return f"{self.width:,} backward passes in place of {self.outputs:,}, by {self.name or 'the layer'} = U Σ Vᵀ"
+
+
+@dataclass(frozen=True)
 class Workload:
     """A job measured: everything the planner needs to know about model and data.
 
@@ -116,7 +143,7 @@ class Workload:
         train_samples: samples whose kernel columns are wanted.
         test_samples: further samples that get rows but no columns.
         outputs: scalars of the output function per sample (C).
-        rows_per_sample: Jacobian rows derived per sample: C for ``trace`` and ``full``, otherwise 1.
+        rows_per_sample: Jacobian rows derived per sample: C for ``trace`` and ``full``, otherwise 1; fewer with a head.
         entries_per_sample: kernel rows per sample: C for ``full``, otherwise 1.
         blocks: the parameter blocks, in column order.
         sample_bytes: bytes of one sample's inputs and target.
@@ -134,6 +161,7 @@ class Workload:
         seed: seed of the job.
         notes: remarks for the reader of the plan.
         sketch: how its Jacobian is projected, None for the exact kernel.
+        head: the head whose rows are fewer than its outputs, None if every output has a row.
     """
 
     kernel: str
@@ -158,6 +186,7 @@ class Workload:
     planning_bytes: int = 0
     notes: tuple[str, ...] = ()
     sketch: Sketched | None = None
+    head: HeadRows | None = None
 
     def __post_init__(self) -> None:
         """Check what a caller could get wrong."""
