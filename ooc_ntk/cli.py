@@ -117,6 +117,16 @@ ScaleOption = Annotated[
         show_default=False,
     ),
 ]
+ByOption = Annotated[
+    str | None,
+    typer.Option(
+        "--by",
+        help="layer: keep every layer's summand of the kernel as well.",
+        rich_help_panel=_WHAT,
+        autocompletion=_complete("layer"),
+        show_default=False,
+    ),
+]
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
@@ -334,6 +344,7 @@ def plan(
     parameters: ParametersOption = None,
     normalize: NormalizeOption = None,
     scale: ScaleOption = None,
+    by: ByOption = None,
     precision: PrecisionOption = None,
     device: DeviceOption = None,
     batch_size: BatchOption = None,
@@ -371,6 +382,7 @@ def plan(
             parameters=parameters,
             normalize=normalize,
             scale=scale,
+            by=by,
             precision=precision,
             device=device,
             batch_size=batch_size,
@@ -415,6 +427,7 @@ def run(
     parameters: ParametersOption = None,
     normalize: NormalizeOption = None,
     scale: ScaleOption = None,
+    by: ByOption = None,
     precision: PrecisionOption = None,
     device: DeviceOption = None,
     batch_size: BatchOption = None,
@@ -460,6 +473,7 @@ def run(
             parameters=parameters,
             normalize=normalize,
             scale=scale,
+            by=by,
             precision=precision,
             device=device,
             batch_size=batch_size,

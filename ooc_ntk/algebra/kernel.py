@@ -18,6 +18,7 @@ from ooc_ntk.storage.manifest import Manifest
 from .attribution import attribution_scores
 from .errors import sketch_shape
 from .features import FeatureProduct, Features, no_features
+from .layers import LayerKernel
 from .ridge import Solution, solve_ridge
 
 if TYPE_CHECKING:
@@ -103,6 +104,29 @@ class Kernel:
             raise InputError(f"only features were kept in {self.path}; read entries with kernel[...] or kernel.dask()")
         found: zarr.Array[Any] = self._array
         return found
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose summands of the kernel were kept (``by="layer"``); empty if none were."""
+        return () if self.plan is None else self.plan.layers
+
+    def layer(self, name: str) -> LayerKernel:
+        """One layer's summand of the kernel; all of them add up to it.
+
+        Args:
+            name: the layer's name, one of :attr:`layers`.
+
+        Returns:
+            Its summand, which reads like an array.
+
+        Raises:
+            InputError: if there is no such layer, or no summands were kept.
+        """
+        if not self.layers:
+            raise InputError(
+                f"the run in {self.path} keeps no kernels of single layers; run the job with by='layer', --by layer"
+            )
+        return LayerKernel(self.path, name)
 
     @property
     def features(self) -> Features:

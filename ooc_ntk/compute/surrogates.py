@@ -80,7 +80,7 @@ class FeatureModel(nn.Module):
         total: list[Tensor] = []
 
         def take(index: int, value: Tensor) -> None:
-            weight = self.get_submodule(f"{FEATURES}.{self.places[index].name}").weight
+            weight: Any = self.get_submodule(f"{FEATURES}.{self.places[index].name}").weight
             # A copy: the model may change its activations in place later.
             part = F.linear(value.flatten(1).clone(), weight) * self.scales[index]
             total[:] = [total[0] + part] if total else [part]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ooc_ntk.algebra.features import Features
 from ooc_ntk.algebra.kernel import Kernel
+from ooc_ntk.algebra.layers import LAYERS
 from ooc_ntk.compute.functions import ClipOutput
 from ooc_ntk.errors import StorageError
+from ooc_ntk.planning.layers import MODEL
 from ooc_ntk.planning.outputs import OutputSpec
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
@@ -34,6 +36,13 @@ AUDITED_SAMPLES: Final = 8
 #: A projected kernel passes if its residual is at most so many times the predicted one: all entries share R, so that
 #: their errors are large together or small together (a choice; on two small networks the largest of 200 seeds was 4.0).
 RESIDUAL_TIMES: Final = 6.0
+
+
+#: Kernel tiles whose layers are added up (a choice: every layer's tile is read).
+SUMMED_TILES: Final = 16
+
+#: Each layer's kernel is rounded once to what is stored, and so is their sum.
+LAYERS_TOLERANCE: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,8 @@ def audit(
             checks.append(_finite_features(Kernel(root).features))
         if not plan.features_only:
             checks.extend(_structure(root, plan))
+        if plan.layers:
+            checks.append(_layers_add_up(root, plan, seed))
     found: _Recomputed | None = None
     if prepared is not None and all(check.passed for check in checks):
         advance("recomputing entries in float64")
@@ -125,6 +136,7 @@ class _Recomputed:
     Attributes:
         error: relative Frobenius error of the entries.
         entries: how many there are.
+        layers_error: largest error of a layer's entries, relative to the whole kernel's; None if none are kept.
         features_error: of a projected kernel, relative error of the recomputed features.
         features: how many numbers of them.
         predicted: of a projected kernel, the relative error that its error bars predict.
@@ -132,6 +144,7 @@ class _Recomputed:
 
     error: float
     entries: int
+    layers_error: float | None = None
     features_error: float = 0.0
     features: int = 0
     predicted: float | None = None
@@ -140,13 +153,23 @@ class _Recomputed:
 def _judged(plan: Plan, found: _Recomputed) -> list[Check]:
     """Verdicts on recomputed entries."""
     if found.predicted is None:
-        return [
+        checks = [
             Check(
                 "entries recomputed in float64",
                 found.error <= plan.tolerance,
                 f"{found.entries} entries, relative error {found.error:.1e}, tolerance {plan.tolerance:.0e}",
             )
         ]
+        if found.layers_error is not None:
+            checks.append(
+                Check(
+                    "layers recomputed in float64",
+                    found.layers_error <= plan.tolerance,
+                    f"{found.entries} entries of each of {len(plan.layers)} layers, largest error "
+                    f"{found.layers_error:.1e} of the kernel's norm",
+                )
+            )
+        return checks
     return [
         Check(
             "features recomputed in float64",
@@ -227,6 +250,33 @@ def _structure(root: Path, plan: Plan) -> list[Check]:
     ]
 
 
+def _layers_add_up(root: Path, plan: Plan, seed: int) -> Check:
+    """Whether the layers' kernels add up to the kernel, in some tiles, and none of them holds a missing entry."""
+    grid, entries = plan.sample_grid, plan.entries_per_sample
+    tiles = list(grid.kernel_tiles())
+    random = np.random.default_rng(seed)
+    chosen = [tiles[index] for index in sorted(random.permutation(len(tiles))[:SUMMED_TILES])]
+    kernel, layers = open_tile_array(root, "kernel.zarr"), open_tile_array(root, LAYERS)
+    worst, bad = 0.0, 0
+    for i, j in chosen:
+        rows, columns = _times(grid.rows(i), entries), _times(grid.columns(j), entries)
+        wanted = np.asarray(kernel[rows, columns], dtype=np.float64)
+        total = np.zeros_like(wanted)
+        for layer in range(layers.shape[0]):
+            part = np.asarray(layers[layer, rows, columns], dtype=np.float64)
+            bad += int((~np.isfinite(part)).sum())
+            total += part
+        norm = float(np.linalg.norm(wanted)) or 1.0
+        worst = max(worst, float(np.linalg.norm(total - wanted)) / norm)
+    return Check(
+        "layers add up",
+        bad == 0 and worst <= LAYERS_TOLERANCE,
+        f"{layers.shape[0]} layers, {len(chosen)} of {len(tiles)} tiles, within {worst:.1e}"
+        if bad == 0
+        else f"{bad:,} entries are NaN or infinite",
+    )
+
+
 def _times(samples: Range, entries: int) -> slice:
     """Kernel rows of a range of samples."""
     return slice(samples.start * entries, samples.stop * entries)
@@ -242,6 +292,18 @@ class _Reference:
         self._reader: SampleReader = prepared.reader
         chosen = set(prepared.function.names)
         self._variables = [p for name, p in self._module.named_parameters() if name in chosen]
+        self._columns: dict[str, list[int]] = {}
+        for name, parameter in self._module.named_parameters():
+            if name in chosen:
+                self._columns.setdefault(name.rpartition(".")[0] or MODEL, []).append(parameter.numel())
+
+    def layers(self) -> dict[str, slice]:
+        """The columns of every layer; a layer's parameters stand side by side."""
+        found, start = {}, 0
+        for name, sizes in self._columns.items():
+            found[name] = slice(start, start + sum(sizes))
+            start += sum(sizes)
+        return found
 
     def scalars(self, sample: int) -> list[Tensor]:
         """The scalars whose gradients are the Jacobian rows of a sample, with their graph."""
@@ -312,8 +374,11 @@ def _recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed
         features = FeatureReference(plan, prepared.function, len(rows), seed)
     was_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    layers = dict.fromkeys(plan.layers, slice(0))
+    layers.update({name: part for name, part in reference.layers().items() if name in layers})
+    parts = np.zeros((len(layers), len(rows) * plan.entries_per_sample, len(columns) * plan.entries_per_sample))
     try:
-        expected = _reference_entries(reference, plan, rows, columns, features)
+        expected = _reference_entries(reference, plan, rows, columns, features, list(layers.values()), parts)
     finally:
         torch.backends.mha.set_fastpath_enabled(was_fast)
     kernel = Kernel(root)
@@ -326,6 +391,9 @@ def _recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed
     if not np.isfinite(error):
         raise StorageError("the recomputed entries are not finite; the model's float64 gradients overflow")
     found = _Recomputed(error / norm if norm else error, int(expected.size))
+    if plan.layers:
+        mine = np.stack([np.asarray(kernel.layer(name)[row_index, column_index], np.float64) for name in layers])
+        found = replace(found, layers_error=float(np.linalg.norm(mine - parts, axis=(1, 2)).max()) / (norm or 1.0))
     if features is None:
         return found
     mine = kernel.features.read(rows)[:, :, features.columns].astype(np.float64)
@@ -340,9 +408,17 @@ def _recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed
 
 
 def _reference_entries(
-    reference: _Reference, plan: Plan, rows: np.ndarray, columns: np.ndarray, features: FeatureReference | None = None
+    reference: _Reference,
+    plan: Plan,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    features: FeatureReference | None,
+    layers: Sequence[slice],
+    parts: np.ndarray,
 ) -> np.ndarray:
     """Kernel entries by the definitions, in float64: (rows · entries, columns · entries).
+
+    ``parts``, (layers, rows · entries, columns · entries), takes the same of every layer's columns.
 
     Row gradients are held for one output at a time, so memory is (rows + 1) · parameters · 8 bytes.
     """
@@ -361,11 +437,15 @@ def _reference_entries(
             scalars = reference.scalars(int(column))
             for d in range(outputs) if full else (c,):
                 gradient = reference.gradient(scalars[d])
-                result[:, c if full else 0, j, d if full else 0] += (held @ gradient).numpy()
+                left, right = (c, d) if full else (0, 0)
+                result[:, left, j, right] += (held @ gradient).numpy()
+                for part, there in zip(parts, layers, strict=True):
+                    part[left::entries, j * entries + right] += (held[:, there] @ gradient[there]).numpy()
                 if c == d:
                     column_norms[j, d if full else 0] += float(gradient @ gradient)
     if plan.scale == "mean":
         result /= plan.outputs
+        parts /= plan.outputs
     flat = result.reshape(len(rows) * entries, len(columns) * entries)
     if plan.normalize == "cosine":
         scale = plan.outputs if plan.scale == "mean" else 1

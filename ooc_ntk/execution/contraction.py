@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from torch import Tensor
 
 from ooc_ntk.compute.contract import KernelAccumulator
 from ooc_ntk.errors import NonFiniteError
@@ -16,6 +17,7 @@ from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
 
 from .context import Outcome, RunContext
+from .layers import LayerSums, layers_array
 from .prefetch import Loaded, prefetched
 from .rows import diagonal_path, divisor, stage_diagonal
 from .stores import Matrix, Tile, as_tensor, factors_of, row_matrix
@@ -64,23 +66,81 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
     share = 1.0 / len(spans) / len(plan.passes)
     read = 0
     keys = range(spans.start, spans.stop)
-    for span, left, right in _waited(context, prefetched(keys, load, store.buffer, sides)):
-        context.check_stop()
-        _add_span(context, accumulator, store.spans[span], left, right)
-        read += sides * store.load_bytes(span)
-        context.advance("kernel", share)
-    tile = accumulator.result().numpy()
-    if symmetric:
-        mirror_lower(tile)
-    tile = tile[:, :columns]
+    staged: list[StagedFile] = []
+    try:
+        sums = None
+        if plan.layers:
+            sums = LayerSums(
+                plan,
+                (rows, rows if symmetric else columns),
+                lambda layer, part: staged.extend(_stage_layer(context, task, layer, part)),
+            )
+        for span, left, right in _waited(context, prefetched(keys, load, store.buffer, sides)):
+            context.check_stop()
+            if sums is None:
+                _add_span(context, accumulator, store.spans[span], left, right)
+            else:
+                _add_runs(context, accumulator, store.spans[span], left, right, sums)
+            read += sides * store.load_bytes(span)
+            context.advance("kernel", share)
+        tile = accumulator.result().numpy() if sums is None else sums.total
+        if symmetric:
+            mirror_lower(tile)
+        tile = tile[:, :columns]
 
-    replaces: tuple[str, ...] = ()
-    if task.generation:
-        path = kernel_path(array, plan, task.generation - 1, task.row, task.column)
-        _add_partial(context, array, path, tile)
-        read += array.chunk_bytes
-        replaces = (path,)
-    return Outcome(_stage_tile(context, task, tile), bytes_read=read, replaces=replaces)
+        replaces: tuple[str, ...] = ()
+        if task.generation:
+            path = kernel_path(array, plan, task.generation - 1, task.row, task.column)
+            _add_partial(context, array, path, tile)
+            read += array.chunk_bytes
+            replaces = (path,)
+        staged += _stage_tile(context, task, tile)
+    except BaseException:
+        for file in staged:
+            file.discard()
+        raise
+    return Outcome(staged, bytes_read=read, replaces=replaces)
+
+
+def _add_runs(
+    context: RunContext,
+    accumulator: KernelAccumulator,
+    span: Span,
+    left: Tile,
+    right: Tile | None,
+    sums: LayerSums,
+) -> None:
+    """Contract one span of both sides layer by layer."""
+    rows, columns = sums.total.shape
+    for run in sums.runs[span.index]:
+        accumulator.begin(rows, columns)
+        _add_span(context, accumulator, span, left, right, run.columns)
+        with context.phase("layers"):
+            sums.add(span.index, run, accumulator.result().numpy())
+
+
+def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) -> list[StagedFile]:
+    """Scale and stage one layer's part of a tile, and of a tile below the diagonal its mirror image."""
+    plan = context.plan
+    array = layers_array(context.kernel_array, len(plan.layers))
+    if task.row == task.column:
+        mirror_lower(part)
+    part = part[:, : len(plan.sample_grid.columns(task.column)) * plan.entries_per_sample]
+    part /= divisor(plan)
+    places = [((layer, task.row, task.column), part)]
+    mirrored = plan.sample_grid.mirror_rows(task.row) * plan.entries_per_sample
+    if task.row != task.column and mirrored:
+        places.append(((layer, task.column, task.row), part[:mirrored].T))
+    staged: list[StagedFile] = []
+    try:
+        for place, values in places:
+            staged.append(_stage(context, array, array.chunk_path(place), values))
+            staged[-1].seal()  # closed at once: a deep network has more layers than a process may have open files
+    except BaseException:
+        for file in staged:
+            file.discard()
+        raise
+    return staged
 
 
 def _waited(context: RunContext, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
@@ -93,15 +153,27 @@ def _waited(context: RunContext, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
         yield found
 
 
-def _add_span(context: RunContext, accumulator: KernelAccumulator, span: Span, left: Tile, right: Tile | None) -> None:
-    """Contract one span of both sides the way the plan says."""
+def _add_span(
+    context: RunContext,
+    accumulator: KernelAccumulator,
+    span: Span,
+    left: Tile,
+    right: Tile | None,
+    columns: slice | None = None,
+) -> None:
+    """Contract one span of both sides the way the plan says; of a dense one perhaps only some columns."""
     plan, entries = context.plan, context.plan.entries_per_sample
+
+    def dense(tile: Tile) -> Tensor:
+        found = as_tensor(row_matrix(tile[0], entries))
+        if columns is None or columns == slice(0, span.columns):
+            return found
+        # A sample's outputs stand side by side, on disk each padded to the width of the widest span.
+        return found.view(len(found), plan.rows_per_sample // entries, -1)[:, :, columns].flatten(1)
+
     if span.block is None:
         with context.phase("product"):
-            accumulator.add(
-                as_tensor(row_matrix(left[0], entries)),
-                None if right is None else as_tensor(row_matrix(right[0], entries)),
-            )
+            accumulator.add(dense(left), None if right is None else dense(right))
         return
     block = plan.blocks[span.block]
     factors = block.factors
@@ -134,7 +206,7 @@ def mirror_lower(tile: np.ndarray) -> None:
 
 def _stripes(array: TileArray) -> int:
     """Rows of one stripe of a kernel tile."""
-    return max(1, STRIPE_BYTES // (array.chunks[1] * np.dtype(array.dtype).itemsize))
+    return max(1, STRIPE_BYTES // (array.chunks[-1] * np.dtype(array.dtype).itemsize))
 
 
 def _add_partial(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -> None:
@@ -184,11 +256,11 @@ def _stage_tile(context: RunContext, task: Task, tile: np.ndarray) -> list[Stage
 def _stage(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -> StagedFile:
     """Write a tile as one padded chunk, stripe by stripe."""
     file = StagedFile(context.directory.root, path)
-    step = _stripes(array)
+    step, (height, width) = _stripes(array), array.chunks[-2:]
     try:
-        stripe = np.empty((step, array.chunks[1]), dtype=array.dtype)
-        for start in range(0, array.chunks[0], step):
-            count = min(step, array.chunks[0] - start)
+        stripe = np.empty((step, width), dtype=array.dtype)
+        for start in range(0, height, step):
+            count = min(step, height - start)
             part = tile[start : start + count]
             stripe[:] = np.nan
             stripe[: part.shape[0], : part.shape[1]] = part

@@ -29,6 +29,7 @@ from ooc_ntk.units import format_bytes
 
 from .context import PeakMeter, RunContext, reproducible
 from .executors import Executor
+from .layers import layers_array
 from .prepare import PreparedJob, known_structure, structure_of, with_head
 from .resume import Remaining, remaining_tasks
 from .stores import FACTORS, JACOBIAN, DiskStore, store_of
@@ -316,6 +317,8 @@ def _create_arrays(context: RunContext, manifest: Manifest) -> None:
     if not plan.features_only:
         context.kernel_array.create(attributes)
     context.diagonal_array.create()
+    if plan.layers:
+        layers_array(context.kernel_array, len(plan.layers)).create({**attributes, "layers": list(plan.layers)})
     if isinstance(context.store, DiskStore):
         context.store.create(attributes)
 

@@ -165,6 +165,7 @@ def prepare(job: Job) -> PreparedJob:
         output_identity(outputs),
         *names,
         *([] if job.sketch is None else [job.sketch.identity]),
+        *([] if job.by is None else [f"by {job.by}"]),
     ]
     return PreparedJob(
         job=job,
@@ -369,6 +370,7 @@ def measure(
         notes=_notes(prepared, found, blocks),
         sketch=sketch,
         head=head,
+        by_layer=job.by is not None,
     )
 
 

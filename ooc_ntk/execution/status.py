@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,7 @@ class RunInfo:
         versions: versions of what computed it.
         phases: measured seconds by what was done in them, longest first; what tasks spend between phases is left out.
         expected_error: of a projected kernel, the relative error to be expected, from its features once it is finished.
+        layer_traces: what every layer adds to the trace of the train square, by name; empty unless kept by layer.
         audited: what the last ``verify`` saw: relative error and, of a projected kernel, the predicted one; None if
             there was none.
     """
@@ -60,6 +61,7 @@ class RunInfo:
     versions: dict[str, str]
     phases: dict[str, float]
     expected_error: float | None = None
+    layer_traces: dict[str, float] = field(default_factory=dict)
     audited: dict[str, Any] | None = None
 
     @property
@@ -95,6 +97,7 @@ class RunInfo:
                 "projection": None
                 if self.plan.projection is None
                 else {"projection": self.plan.projection.identity, "expected_error": self.expected_error},
+                "layer_traces": self.layer_traces or None,
                 "audit": self.audited,
                 "plan": self.plan.digest,
                 "job": self.job_digests,
@@ -140,6 +143,10 @@ def run_info(path: str | Path) -> RunInfo:
     expected = plan.expected_error
     if plan.projection is not None and done == tiles:
         expected = Kernel(directory.root).expected_error()
+    traces: dict[str, float] = {}
+    if plan.layers and done == tiles:
+        kernel = Kernel(directory.root)
+        traces = {name: kernel.layer(name).trace() for name in plan.layers}
     return RunInfo(
         path=directory.root,
         plan=plan,
@@ -156,6 +163,7 @@ def run_info(path: str | Path) -> RunInfo:
         versions=json.loads(versions or "{}"),
         phases=dict(phases.most_common()),
         expected_error=expected,
+        layer_traces=traces,
         audited=read_audit(directory),
     )
 

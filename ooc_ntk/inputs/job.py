@@ -25,6 +25,7 @@ from .specs import absolute_spec, resolve_spec
 KERNELS: Final = ("trace", "pseudo", "full", "output:<c>", "embedding", "embedding:<layers>", "conjugate")
 SCALES: Final = ("sum", "mean")
 NORMALIZE: Final = ("cosine",)
+BY: Final = ("layer",)
 PRECISIONS: Final = tuple(ITEM_BYTES)
 
 #: What stands in a job's description where a live object was given.
@@ -58,6 +59,7 @@ class Job:
         seed: of everything random.
         allow_batch_dependence: accept a model whose outputs for one sample change with its batch mates; every sample is
             then computed alone.
+        by: ``layer`` keeps every layer's summand of the kernel as well; None keeps the kernel alone.
         base: folder that relative paths in specs are relative to; None is the current one.
 
     Raises:
@@ -80,6 +82,7 @@ class Job:
     weights: Path | str | None = None
     seed: int = 0
     allow_batch_dependence: bool = False
+    by: str | None = None
     base: Path | None = None
     _made: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
@@ -93,6 +96,13 @@ class Job:
         if self.normalize is not None:
             _one_of("normalize", self.normalize, NORMALIZE, "None or 'cosine'")
         _one_of("scale", self.scale, SCALES)
+        if self.by is not None:
+            _one_of("by", self.by, BY, "None or 'layer'")
+            if self.normalize is not None or self.projection is not None:
+                what = "normalize" if self.normalize is not None else "projection"
+                raise InputError(
+                    f"layer-wise kernels are the summands of the exact kernel as it is; leave {what} out, or by='layer'"
+                )
         if self.precision in ("float16", "fp16"):
             raise InputError(f"precision {self.precision!r} loses gradients to underflow; use bf16 or float32")
         _one_of("precision", self.precision, PRECISIONS)
@@ -240,6 +250,8 @@ class Job:
             spec["projection"] = {name: value for name, value in asdict(self.sketch).items() if value is not None}
         if self.allow_batch_dependence:
             spec["allow_batch_dependence"] = True
+        if self.by is not None:
+            spec["by"] = self.by
         named = [spec[key] for key in ("model", "train", "test", "outputs")]
         if any(isinstance(text, str) and is_import_path(re.sub(r"\[[^\[\]]*\]$", "", text)) for text in named):
             spec["base"] = str(folder)

@@ -52,6 +52,7 @@ class JobFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     batch_size: int | None = None
     seed: int | None = None
     allow_batch_dependence: bool | None = None
+    by: str | None = None
     base: str | None = None
     budget: BudgetTable | None = None
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
+from .layers import layer_names
 from .layout import CONTRACTION_COLUMNS, Layout
 from .memory import fixed_host_bytes, group_rows, slab_rows, store_bytes
 from .rates import CALIBRATED_DEPTH, MachineRates
@@ -325,6 +326,7 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
     stored_sample = sum(layout.cut(workload).stored)
     panel_bytes = layout.tile_samples * stored_sample
     tile_bytes = (layout.tile_samples * entries) ** 2 * item
+    layers = len(layer_names(workload.blocks)) if workload.by_layer else 0
     kernel_seconds, longest, read, written = 0.0, 0.0, 0, 0
     if workload.sketch is not None and workload.sketch.features_only:
         tiles.clear()
@@ -337,6 +339,10 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
             seconds = max(seconds, loaded / rates.disk_read)
             read += count * loaded
         stored = tile_bytes * (2 if tile.mirrored else 1) + (passes - 1) * tile_bytes
+        if layers:
+            stored += layers * tile_bytes * (2 if tile.mirrored else 1)
+            # Every block's part is taken out, added to two sums and converted.
+            seconds += (len(workload.blocks) + layers) * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS
         read += count * (passes - 1) * tile_bytes
         written += count * stored
         seconds += passes * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from ooc_ntk.units import format_bytes
 
 from .factors import LayerFactors
+from .layers import layer_names, layer_runs, open_layers
 from .layout import Layout
 from .projection import HEAVY, SIGN_KINDS, SPARSE_KINDS, Projection
 from .spans import FACTORED
@@ -204,6 +205,16 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     return edge * edge * (8 + workload.item_bytes)
 
 
+def layers_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of what is summed up layer by layer: open layers, all of them together, and columns of a dense span."""
+    edge = layout.tile_samples * workload.entries_per_sample
+    spans = layout.spans(workload)
+    runs = layer_runs(workload.blocks, layout.block_choices(workload), spans)
+    mixed = max((span.columns for span, found in zip(spans, runs, strict=True) if len(found) > 1), default=0)
+    copied = 2 * layout.tile_samples * workload.rows_per_sample * mixed * workload.held_item_bytes
+    return (open_layers(runs) + 2) * edge * edge * 8 + copied
+
+
 def gathered_rows(columns: int, item_bytes: int) -> int:
     """Rows of so many columns that are gathered before they are projected (at least one).
 
@@ -391,6 +402,8 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     if not layout.in_memory:
         rows["staging slab"] = STAGING_BYTES
         kernel["read buffers"] = sides * READ_SLOTS * chunk
+    if workload.by_layer:
+        kernel["tiles of open layers"] = layers_bytes(workload, layout)
     if workload.sketch is not None:
         (device if on_device else rows).update(workload.sketch.batch_terms)
     phase = max(rows, kernel, key=lambda terms: sum(terms.values()))
@@ -452,6 +465,10 @@ def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
         + workload.model_bytes
         + 2**20,
     }
+    if workload.by_layer:
+        disk["kernels of single layers"] = (
+            len(layer_names(workload.blocks)) * grid.row_tiles * grid.column_tiles * (tile + TASK_RECORD_BYTES)
+        )
     if len(layout.passes) > 1:
         disk["the tile being replaced"] = 2 * tile
     if not layout.in_memory:

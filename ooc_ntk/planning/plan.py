@@ -14,6 +14,7 @@ from ooc_ntk.units import format_bytes, format_count, format_seconds, held_item_
 
 from .budget import Limits
 from .factors import LayerFactors, Window
+from .layers import layer_names
 from .layout import Dataflow, Layout
 from .projection import Projection
 from .spans import DENSE, BlockShape, Choice, Contraction, Representation
@@ -131,7 +132,8 @@ class Plan:
     of hashes of both sides, ``from_factors`` those of them whose gradients are never formed; ``expected_error`` is the
     relative Frobenius error to be expected of the kernel, if a pilot was run, ``features_only`` says that no kernel is
     assembled, and ``heavy`` are the heaviest parameters by their global index, whose gradients are kept beside the
-    features for the error bars. ``head`` is the linear head that has fewer rows than outputs.
+    features for the error bars. ``head`` is the linear head that has fewer rows than outputs,
+    and ``by_layer`` says that every layer's summand of the kernel is kept as well.
     """
 
     kernel: str
@@ -178,6 +180,12 @@ class Plan:
     heavy: tuple[int, ...] = ()
     heavy_share: float = 0.0
     head: HeadRows | None = None
+    by_layer: bool = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers whose kernels are kept by themselves; empty if none are."""
+        return layer_names(self.blocks) if self.by_layer else ()
 
     @property
     def layout(self) -> Layout:
@@ -231,6 +239,8 @@ class Plan:
             projected = [self.projection.identity, self.projection.backend, *self.structured, "", *self.from_factors]
             kept = [list(self.heavy), self.heavy_share, "features only" if self.features_only else "kernel"]
             covered["projection"] = [*projected, *kept]
+        if self.by_layer:
+            covered["by_layer"] = True
         if self.head is not None:
             covered["head"] = asdict(self.head)
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
@@ -322,6 +332,8 @@ class Plan:
         what = f"{'projected ' if self.projection else ''}{self.kernel} kernel, {rows:,} × {columns:,} {stored}" + (
             f", {self.normalize}-normalised" if self.normalize else ""
         )
+        if self.by_layer:
+            what += f", and its summands by {len(self.layers)} layers"
         if stored != self.precision:
             what += f", tiles held and multiplied in {self.precision}"
         passes = f", {len(self.passes)} passes" if len(self.passes) > 1 else ""

@@ -120,6 +120,10 @@ def make_plan(
         BudgetError: if no layout fits, naming the largest term, the smallest budget that would do and its flag.
     """
     preferences = preferences or Preferences()
+    if workload.by_layer and (preferences.dataflow == "recompute" or preferences.passes not in (None, 1)):
+        raise InputError(
+            "layer-wise kernels are made in one pass; leave dataflow='recompute' and passes out, or by='layer'"
+        )
     job = workload
     if workload.sketch is not None:
         preferences = _for_features(preferences)
@@ -207,6 +211,7 @@ def make_plan(
         heavy=() if job.sketch is None else job.sketch.heavy,
         heavy_share=0.0 if job.sketch is None else job.sketch.heavy_share,
         head=workload.head,
+        by_layer=workload.by_layer,
     )
 
 
@@ -313,6 +318,8 @@ def _candidates(
             continue
         if preferences.passes not in (None, 1) and dataflow != "recompute":
             continue
+        if workload.by_layer and dataflow == "recompute":
+            continue  # a layer's kernel would have to be put together from several passes
         for tile in tile_sizes(workload, preferences.tile_samples):
             held = {choose(workload, rates, dataflow, tile, policy, preferences.representation) for policy in POLICIES}
             for choices in sorted(held, key=str):

@@ -162,6 +162,7 @@ class Workload:
         notes: remarks for the reader of the plan.
         sketch: how its Jacobian is projected, None for the exact kernel.
         head: the head whose rows are fewer than its outputs, None if every output has a row.
+        by_layer: whether every layer's summand of the kernel is wanted as well.
     """
 
     kernel: str
@@ -187,6 +188,7 @@ class Workload:
     notes: tuple[str, ...] = ()
     sketch: Sketched | None = None
     head: HeadRows | None = None
+    by_layer: bool = False
 
     def __post_init__(self) -> None:
         """Check what a caller could get wrong."""

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ooc_ntk.planning.layers import layer_name
 from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.units import format_bytes, format_count, format_seconds
@@ -171,7 +172,28 @@ def info_table(info: RunInfo) -> RenderableType:
             "-" if seen is None else f"{seen:.2%}",
             "-" if seen is None else _ratio(seen, audited.get("predicted_error") or info.expected_error),
         )
-    return Group(head, Text(), table)
+    parts: list[RenderableType] = [head, Text(), table]
+    if info.layer_traces:
+        parts += [Text(), _layers(info)]
+    return Group(*parts)
+
+
+def _layers(info: RunInfo) -> Table:
+    """What every layer adds to the kernel's trace, as bars."""
+    table = Table(title="layers", title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for name in ("of the trace", "of the parameters"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    sizes = dict.fromkeys(info.layer_traces, 0)
+    for block in info.plan.blocks:
+        sizes[layer_name(block)] += block.columns
+    whole = sum(info.layer_traces.values()) or 1.0
+    for name, trace in info.layer_traces.items():
+        share = trace / whole
+        bar = Text("█" * round(30 * max(0.0, share)), style="cyan")
+        table.add_row(name, f"{share:.1%}", f"{sizes[name] / info.plan.columns:.1%}", bar)
+    return table
 
 
 def _ratio(measured: float, promised: float) -> str:

@@ -105,11 +105,13 @@ class StagedFile:
             raise storage_error("writing", self._final, error) from error
 
     def seal(self) -> FileRecord:
-        """Sync and close the temporary file.
+        """Sync and close the temporary file; once that is done, only say what it is.
 
         Returns:
             What the published file will be.
         """
+        if self._descriptor < 0:
+            return FileRecord(self.path, self.size, self._crc)
         try:
             os.fsync(self._descriptor)
         except OSError as error:

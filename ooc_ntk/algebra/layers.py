@@ -1,0 +1,88 @@
+"""Layer-wise kernels on disk: the summands of a kernel, one per layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ooc_ntk.errors import StorageError, unknown_name
+from ooc_ntk.storage.arrays import TileArray, open_tile_array
+
+if TYPE_CHECKING:
+    import dask.array
+
+#: Name of the Zarr array of layer-wise kernels: (layers, samples · entries, train samples · entries).
+LAYERS: Final = "layers.zarr"
+
+
+class LayerKernel:
+    """One layer's summand of a kernel: reads like an array, shaped and scaled as the kernel is.
+
+    Attributes:
+        name: the layer's name.
+        shape: rows and columns, those of the kernel.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        """Open the summand of a layer.
+
+        Args:
+            root: the run directory.
+            name: the layer's name.
+
+        Raises:
+            InputError: if there is no such layer.
+            StorageError: if the run keeps no layer-wise kernels.
+        """
+        self._array = open_tile_array(root, LAYERS)
+        names = [str(each) for each in self._array.attrs["layers"]]  # type: ignore[union-attr]
+        if name not in names:
+            raise unknown_name("layer", name, names)
+        self._root, self.name, self._index = root, name, names.index(name)
+        self.shape: tuple[int, int] = (self._array.shape[1], self._array.shape[2])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the entries."""
+        return np.dtype(self._array.dtype)
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        """Entries, read from disk: slices and integers as in NumPy, index lists along both axes (orthogonal)."""
+        parts = index if isinstance(index, tuple) else (index,)
+        fancy = any(isinstance(part, list | np.ndarray) for part in parts)
+        return np.asarray((self._array.oindex if fancy else self._array)[(self._index, *parts)])
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The whole summand in memory."""
+        if copy is False:
+            raise ValueError("a kernel on disk cannot become an array without a copy")
+        return np.asarray(self._array[self._index], dtype=dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"<LayerKernel {self.name} {self.shape[0]} × {self.shape[1]} {self.dtype}>"
+
+    def dask(self) -> dask.array.Array:
+        """The summand as a Dask array, one chunk per tile, nothing read yet."""
+        import dask.array  # heavy, and only here
+
+        return dask.array.from_array(self._array, chunks=self._array.chunks)[self._index]  # type: ignore
+
+    def trace(self) -> float:
+        """Sum of its diagonal over the train samples: what the layer adds to the trace of the train square."""
+        height, width = self._array.chunks[1:]
+        tiles, total = TileArray(self._root, LAYERS, self._array.shape, self._array.chunks, self.dtype.str), 0.0
+        for index in range(-(-self.shape[1] // height)):
+            path = self._root / tiles.chunk_path((self._index, index, index))
+            try:
+                # Mapped, so that of a tile only the pages of its diagonal are read.
+                tile = np.memmap(path, dtype=self.dtype, mode="r", shape=(height, width))
+            except (OSError, ValueError) as error:
+                raise StorageError(f"cannot read the tile {path} ({error}); run again: it is computed anew") from error
+            total += float(tile.diagonal()[: self.shape[1] - index * height].astype(np.float64).sum())
+        return total
