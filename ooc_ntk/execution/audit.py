@@ -437,10 +437,10 @@ def _reference_entries(
             scalars = reference.scalars(int(column))
             for d in range(outputs) if full else (c,):
                 gradient = reference.gradient(scalars[d])
-                left, right = (c, d) if full else (0, 0)
-                result[:, left, j, right] += (held @ gradient).numpy()
+                first, second = (c, d) if full else (0, 0)
+                result[:, first, j, second] += (held @ gradient).numpy()
                 for part, there in zip(parts, layers, strict=True):
-                    part[left::entries, j * entries + right] += (held[:, there] @ gradient[there]).numpy()
+                    part[first::entries, j * entries + second] += (held[:, there] @ gradient[there]).numpy()
                 if c == d:
                     column_norms[j, d if full else 0] += float(gradient @ gradient)
     if plan.scale == "mean":
