@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import (
         Budget,
+        Checkpoints,
         ClipOutput,
         Features,
         InputError,
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
         info,
         layer_rule,
         open,  # noqa: A004 - ooc_ntk.open(path), as zarr.open
+        open_checkpoints,
         open_features,
         plan,
         run,
+        run_checkpoints,
         verify,
     )
 
@@ -39,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Checkpoints",
     "ClipOutput",
     "Features",
     "InputError",
@@ -54,9 +58,11 @@ __all__ = [
     "info",
     "layer_rule",
     "open",
+    "open_checkpoints",
     "open_features",
     "plan",
     "run",
+    "run_checkpoints",
     "verify",
 ]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from .algebra.checkpoints import Checkpoints, Drift
 from .algebra.external import external_features
 from .algebra.features import Features
 from .algebra.kernel import Kernel
@@ -17,30 +16,32 @@ from .compute.machine import peak_resident_bytes
 from .compute.rules.table import forget_layer_rule, layer_rule
 from .errors import BudgetError, InputError, OocNtkError, RunConflictError
 from .execution import calibration
+from .execution import checkpoints as execution_checkpoints
 from .execution.audit import AUDITED_SAMPLES, Audit, audit
-from .execution.driver import Observer, check_budget, check_same_job, create_run, execute, run_directory
+from .execution.checkpoints import Weights
+from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
-from .execution.prepare import PreparedJob, available_resources, measure, prepare, resolved_device
-from .execution.progress import TerminalProgress
+from .execution.prepare import prepare, resolved_device
+from .execution.session import Asked, existing_folder, planned, run_job
 from .execution.status import RunInfo, keep_audit, run_info
 from .inputs.callables import absolute_callable, is_callable_spec
 from .inputs.job import LIVE, Job, checked_device
-from .inputs.jobfile import format_toml, read_job_file
+from .inputs.jobfile import read_job_file
 from .inputs.specs import absolute_spec
-from .inputs.weights import save_weights
 from .planning.budget import Budget
 from .planning.plan import Plan
-from .planning.planner import Preferences, make_plan
+from .planning.planner import Preferences
 from .planning.projection import Projection, parsed_fields
 from .planning.rates import MachineRates
-from .planning.representation import allowed_choices
-from .storage.directory import RunDirectory, free_disk_bytes
+from .storage.directory import RunDirectory
 
 __all__ = [
     "Audit",
     "Budget",
     "BudgetError",
+    "Checkpoints",
     "ClipOutput",
+    "Drift",
     "Features",
     "InputError",
     "Job",
@@ -51,6 +52,7 @@ __all__ = [
     "Plan",
     "Preferences",
     "Projection",
+    "RunConflictError",
     "RunInfo",
     "Solution",
     "calibrate",
@@ -59,9 +61,11 @@ __all__ = [
     "info",
     "layer_rule",
     "open",
+    "open_checkpoints",
     "open_features",
     "plan",
     "run",
+    "run_checkpoints",
     "verify",
 ]
 
@@ -95,28 +99,7 @@ def plan(
         BudgetError: if no plan fits; says the smallest budget that would do.
     """
     before = peak_resident_bytes()
-    return _plan(prepare(job), before, budget, preferences, Path(out or "."), rates)
-
-
-def _plan(
-    prepared: PreparedJob,
-    before: int,
-    budget: Budget | None,
-    preferences: Preferences | None,
-    out: Path,
-    rates: MachineRates | None,
-) -> Plan:
-    rates = rates or calibration.cached_rates(prepared.device)
-    if not rates.measured:
-        logger.info("first plan on this machine: calibrating for a few seconds")
-        rates = calibration.calibrate(prepared.device, _existing(out))
-    limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
-    layer_rules = preferences is None or preferences.layer_rules
-    every_output = preferences is not None and preferences.every_output
-    workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
-    after = peak_resident_bytes()
-    workload = replace(workload, planning_bytes=after if after > before else 0)
-    return make_plan(workload, limits, rates, preferences, prepared.digest)
+    return planned(prepare(job), before, budget, preferences, Path(out or "."), rates)
 
 
 def run(
@@ -156,118 +139,67 @@ def run(
     """
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan must be a Plan, got {type(plan).__name__}; read a saved one with Plan.load(path)")
-    directory = run_directory(out)
-    executor = executor_named(scheduler)
-    before = peak_resident_bytes()
-    prepared = prepare(job)
-    with directory.locked():
-        if directory.holds_run:
-            stored = Plan.load(directory.plan_path)
-            check_same_job(directory, prepared.digests)
-            check_budget(stored, budget)
-            if plan is not None and plan.digest != stored.digest:
-                raise RunConflictError(
-                    f"{directory.root} holds a run of another plan (there {stored.digest[:8]}, "
-                    f"given {plan.digest[:8]}); leave the plan out to go on with the stored one, "
-                    "or choose another --out"
-                )
-            _check_preferences(stored, preferences)
-            _check_batches(stored, job)
-            _check_backend(stored, job)
-            chosen = stored
-        else:
-            chosen = plan or _plan(prepared, before, budget, preferences, directory.root, None)
-            if chosen.job_digest != prepared.digest:
-                raise RunConflictError(
-                    f"the plan was made for another job (plan {chosen.job_digest[:8]}, "
-                    f"this job {prepared.digest[:8]}); make a new plan"
-                )
-            check_budget(chosen, budget)
-            _check_preferences(chosen, preferences if plan is not None else None)
-            _check_batches(chosen, job)
-            _check_backend(chosen, job)
-            _write_new_run(directory, chosen, prepared)
-        if chosen.device != prepared.device:
-            raise RunConflictError(
-                f"the plan of this run is for {chosen.device}, the job is for {prepared.device}; "
-                f"give the job device={chosen.device!r}"
-            )
-        with TerminalProgress.of(progress) as observer:
-            execute(chosen, directory, prepared, executor, observer)
+    asked = Asked(plan=plan, budget=budget, preferences=preferences)
+    run_job(job, run_directory(out), asked, executor_named(scheduler), progress)
     return Kernel(out)
 
 
-def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
-    """Refuse preferences that a plan that is there already does not follow."""
-    if preferences is None:
-        return
-    dense = sum(block.columns for block in chosen.blocks if block.representation == "dense")
-    if chosen.projection is not None:
-        dense = chosen.projection.dim or 0
-    follows = {
-        "dataflow": (chosen.dataflow, None),
-        "tile_samples": (chosen.tile_samples, chosen.samples),
-        "span_columns": (chosen.span_columns, max(1, dense)),
-        "passes": (len(chosen.passes), None),
-    }
-    for name, (value, largest) in follows.items():
-        wanted = getattr(preferences, name)
-        # The planner cuts what is asked for at what there is.
-        if wanted is not None and value != (wanted if largest is None else min(wanted, largest)):
-            raise RunConflictError(
-                f"the plan that is there has {name} {value}, asked for is {wanted}; leave it out to go on with that "
-                "plan, or choose another --out"
-            )
-    if preferences.representation is not None:
-        other = [b.name for b in chosen.blocks if b.choice not in allowed_choices(b, preferences.representation)]
-        if other:
-            raise RunConflictError(
-                f"the plan that is there does not hold every block {preferences.representation} (not {other[0]!r}); "
-                "leave --representation out to go on with that plan, or choose another --out"
-            )
-    if preferences.features_only and not chosen.features_only:
-        raise RunConflictError(
-            "the plan that is there assembles the kernel, asked for are features only; leave --features-only out to go "
-            "on with that plan, or choose another --out"
-        )
-    if preferences.every_output and chosen.head is not None:
-        raise RunConflictError(
-            f"the plan that is there derives {chosen.rows_per_sample} rows for {chosen.outputs} outputs; leave "
-            "--every-output out to go on with that plan, or choose another --out"
-        )
-    if not preferences.layer_rules and any(block.source == "rule" for block in chosen.blocks):
-        raise RunConflictError(
-            "the plan that is there uses layer rules; leave --no-layer-rules out to go on with that plan, or choose "
-            "another --out"
-        )
+def run_checkpoints(
+    job: Job,
+    out: str | Path,
+    weights: Sequence[Weights],
+    *,
+    budget: Budget | None = None,
+    preferences: Preferences | None = None,
+    scheduler: str | None = None,
+    progress: bool | Observer = True,
+    announce: Callable[[int, str], None] = lambda number, name: None,  # noqa: ARG005
+) -> Checkpoints:
+    """Compute a job's kernel for several checkpoints of its model, or go on where that stopped.
+
+    Every checkpoint is a run of its own in ``out``, which resumes and is verified by itself. They share one plan (of an
+    exact kernel), open data and decoded images, and only one model is in memory at a time. Called again with more
+    weights after the same ones, only those are run.
+
+    Args:
+        job: what is wanted, without weights.
+        out: directory; made if it is not there.
+        weights: files of weights in the order of training, or state dicts where the job's model is a module, which is
+            left as it is.
+        budget: limits for a new plan.
+        preferences: what to fix by hand in a new plan.
+        scheduler: ``threads`` (default) or ``serial``.
+        progress: whether to show progress on the terminal, or an observer.
+        announce: told of every checkpoint before it is run: its number and its name.
+
+    Returns:
+        The kernels, with their :meth:`~Checkpoints.mean` and their :meth:`~Checkpoints.drift`.
+
+    Raises:
+        InputError: if the job is wrong, or weights cannot be read or are of another model; before anything is computed.
+        RunConflictError: if the directory holds something else.
+        OocNtkError: as :func:`run`.
+    """
+    asked = Asked(budget=budget, preferences=preferences)
+    return execution_checkpoints.run_checkpoints(
+        job, Path(out), weights, asked, executor_named(scheduler), progress, announce
+    )
 
 
-def _check_backend(chosen: Plan, job: Job) -> None:
-    """Refuse a plan whose features another backend computes than the job asks for."""
-    wanted = "auto" if job.sketch is None else job.sketch.backend
-    if chosen.projection is not None and wanted not in ("auto", chosen.projection.backend):
-        raise RunConflictError(
-            f"the plan that is there projects by {chosen.projection.backend}, asked for is {wanted}; leave --backend "
-            "out to go on with that plan, or choose another --out"
-        )
+def open_checkpoints(path: str | Path) -> Checkpoints:
+    """Open the finished kernels of a directory of checkpoints.
 
+    Args:
+        path: the directory.
 
-def _check_batches(chosen: Plan, job: Job) -> None:
-    """Refuse a plan that derives samples together where the job asks for each alone."""
-    if job.allow_batch_dependence and chosen.batch_size > 1:
-        raise RunConflictError(
-            f"the plan that is there derives batches of {chosen.batch_size} samples, and --allow-batch-dependence asks "
-            "for every sample alone; leave it out to go on with that plan, or choose another --out"
-        )
+    Returns:
+        The kernels.
 
-
-def _write_new_run(directory: RunDirectory, chosen: Plan, prepared: PreparedJob) -> None:
-    """Write job, plan and, for a live model, its weights."""
-    spec = dict(prepared.job.spec())
-    if spec["model"] == LIVE:
-        save_weights(prepared.job.module(), directory.weights_path)
-        spec["weights"] = str(directory.weights_path.absolute())
-    create_run(directory, chosen, format_toml(spec), prepared.digests, prepared.sketch_digest(chosen))
+    Raises:
+        StorageError: if it holds no checkpoints.
+        IncompleteRunError: if one of them is not finished.
+    """
+    return Checkpoints(path)
 
 
 def open(path: str | Path) -> Kernel:  # noqa: A001 - `ooc_ntk.open`, as `zarr.open`
@@ -476,13 +408,4 @@ def calibrate(device: str | None = None, disk: str | Path = ".") -> MachineRates
     Raises:
         InputError: for a device that is not there.
     """
-    return calibration.calibrate(resolved_device(checked_device(device)), _existing(Path(disk)))
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above ``path`` that exists."""
-    folder = path.absolute()
-    with suppress(OSError):
-        while not folder.is_dir():
-            folder = folder.parent
-    return folder
+    return calibration.calibrate(resolved_device(checked_device(device)), existing_folder(Path(disk)))

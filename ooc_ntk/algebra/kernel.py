@@ -68,6 +68,7 @@ class Kernel:
             )
         self._features = None if plan.projection is None else run_features(self.path, plan)
         self._shape, self._train, self._test = plan.kernel_shape, plan.train_samples, plan.test_samples
+        self._diagonal: NDArray[np.float64] | None = None
         self._array: Any = None
         if plan.features_only:
             assert self._features is not None
@@ -84,7 +85,7 @@ class Kernel:
             features: the features.
         """
         kernel = cls.__new__(cls)
-        kernel.path, kernel.plan, kernel._features = Path(path), None, features
+        kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, features, None
         kernel._shape, kernel._train, kernel._test = (
             features.kernel_shape,
             features.train_samples,
@@ -92,6 +93,28 @@ class Kernel:
         )
         kernel._array = features.kernel()
         return kernel
+
+    @classmethod
+    def of_array(cls, path: str | Path, array: Any, diagonal: NDArray[np.float64], train: int, test: int) -> Kernel:
+        """A kernel whose entries are there already, such as a mean of kernels.
+
+        Args:
+            path: where they are, for messages.
+            array: Zarr array of the entries.
+            diagonal: the diagonal of all samples.
+            train: train samples.
+            test: test samples.
+        """
+        kernel = cls.__new__(cls)
+        kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, None, diagonal
+        kernel._shape, kernel._train, kernel._test = (int(array.shape[0]), int(array.shape[1])), train, test
+        kernel._array = array
+        return kernel
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of one tile."""
+        return int(self._array.chunks[0])
 
     @property
     def zarr(self) -> zarr.Array[Any]:
@@ -175,7 +198,7 @@ class Kernel:
 
     def __repr__(self) -> str:
         rows, columns = self.shape
-        kind = "of features" if self.plan is None else self.plan.kernel
+        kind = self.plan.kernel if self.plan is not None else "of features" if self._features is not None else "mean"
         return f"<Kernel {kind} {rows} × {columns} {self.dtype} in {self.path}>"
 
     def dask(self) -> dask.array.Array:
@@ -190,6 +213,8 @@ class Kernel:
         Returns:
             (samples · entries,) float64: squared Jacobian norms, scaled as the kernel is.
         """
+        if self._diagonal is not None:
+            return self._diagonal
         if self.plan is None:
             return self.features.diagonal()
         return np.asarray(open_tile_array(self.path, "diagonal")[:], dtype=np.float64)

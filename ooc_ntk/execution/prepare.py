@@ -156,7 +156,7 @@ def prepare(job: Job) -> PreparedJob:
     if outputs == "clip":
         outputs = _against_bank(job, module, reader, device)
     function = ModelFunction(module, names, OutputRows.of(outputs, job.kernel), job.precision, device)
-    data = [source.digest() for source in (reader.train, reader.test) if source is not None]
+    data = job.data_digests()
     settings = [
         job.kernel,
         job.scale,

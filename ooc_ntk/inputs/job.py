@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -196,6 +196,23 @@ class Job:
             self._made[what] = source
         return cast("SampleSource", self._made[what])
 
+    def data_digests(self) -> list[str]:
+        """Digests of the train samples and of the test samples if there are any, each computed once.
+
+        Raises:
+            InputError: if the data cannot be read.
+        """
+        if "digests" not in self._made:
+            sources = (self.train_source(), self.test_source())
+            self._made["digests"] = [source.digest() for source in sources if source is not None]
+        return cast("list[str]", self._made["digests"])
+
+    def with_model(self, **changes: object) -> Job:
+        """The same job with another model or other weights; data that are open stay so."""
+        found = replace(self, **changes)  # type: ignore[arg-type]
+        found._made.update({name: value for name, value in self._made.items() if name != "model"})
+        return found
+
     def output_function(self) -> str | OutputFunction:
         """The output function: its name as text where it has one, otherwise the function itself.
 
@@ -210,6 +227,11 @@ class Job:
                 raise InputError(f"outputs {self.outputs!r} is a {type(function).__name__}, not a function")
             self._made["outputs"] = function
         return cast("OutputFunction", self._made["outputs"])
+
+    @property
+    def model_is_live(self) -> bool:
+        """Whether the model was given as a module."""
+        return isinstance(self.model, nn.Module)
 
     @property
     def is_live(self) -> bool:

@@ -57,7 +57,9 @@ def load_weights(path: Path | str) -> dict[str, torch.Tensor]:
 def _load_pickled(path: Path) -> object:
     """Load what ``torch.save`` wrote, tensors and plain containers only."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped where the format allows it: only what is copied into a model takes memory.
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         text = str(error)
         if "GLOBAL" in text or "Unsupported" in text or zipfile.is_zipfile(path):
@@ -117,6 +119,41 @@ def _tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     return tied
 
 
+def check_alike(first: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], where: Path | str) -> None:
+    """Refuse weights that are not of the model that others are of.
+
+    Args:
+        first: tensors by name.
+        other: those that should have the same names and shapes.
+        where: file of the others, for messages.
+
+    Raises:
+        InputError: naming the first names that differ, and the shapes.
+    """
+    problems = _differences({name: tuple(value.shape) for name, value in first.items()}, other)
+    if problems:
+        raise InputError(
+            f"weights {where} are not of the same model as the first ones ({len(other)} tensors, there {len(first)}): "
+            f"{'; '.join(problems)}; checkpoints must be of one model"
+        )
+
+
+def _differences(own: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names that are missing, unexpected or of another shape, as parts of a message."""
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)}, model has {shape}"
+        for name, shape in own.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    return [
+        f"{len(names)} {kind}: {_listed(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+
+
 def apply_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Put weights into a model, every name exactly once.
 
@@ -140,18 +177,7 @@ def apply_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
                 f"weights for {given[0]} and {name} differ, but the model ties them to one tensor; untie the model or "
                 "drop one of them"
             )
-    missing = [name for name in own if name not in full]
-    unexpected = [name for name in full if name not in own]
-    shapes = [
-        f"{name} {tuple(full[name].shape)}, model has {tuple(own[name].shape)}"
-        for name in own
-        if name in full and full[name].shape != own[name].shape
-    ]
-    problems = [
-        f"{len(names)} {kind}: {_listed(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
+    problems = _differences({name: tuple(value.shape) for name, value in own.items()}, full)
     if problems:
         raise InputError(
             f"weights do not belong to this model ({len(own)} tensors in the model, {len(state)} in the weights): "

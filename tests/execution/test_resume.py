@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 import ooc_ntk
 from ooc_ntk.errors import DataChangedError, IncompleteRunError, OocNtkError, RunLockedError
-from ooc_ntk.execution import calibration, driver, prepare
+from ooc_ntk.execution import calibration, driver, prepare, session
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.storage import atomic
@@ -273,7 +273,7 @@ def test_a_kill_while_a_new_run_is_written_does_not_block_the_directory(tmp_path
 
     for name in ("create_run", "execute"):
         with monkeypatch.context() as patch:
-            patch.setattr(ooc_ntk.api, name, crash)
+            patch.setattr(session, name, crash)
             with pytest.raises(Crash):
                 run(out, make_plan("spill"))
     with monkeypatch.context() as patch:

@@ -1,0 +1,145 @@
+"""Several checkpoints of one model: a run for each, with one plan and one reading of the data."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ooc_ntk.algebra.checkpoints import INDEX, Checkpoints, read_index, write_index
+from ooc_ntk.errors import InputError, RunConflictError
+from ooc_ntk.inputs.job import LIVE, Job
+from ooc_ntk.inputs.weights import apply_weights, check_alike, load_weights
+
+from .driver import Observer, run_directory
+from .executors import Executor
+from .session import Asked, run_job
+
+logger = logging.getLogger(__name__)
+
+#: Weights of one checkpoint: a file, or a state dict.
+Weights = Path | str | Mapping[str, torch.Tensor]
+
+
+def run_checkpoints(
+    job: Job,
+    out: Path,
+    weights: Sequence[Weights],
+    asked: Asked,
+    executor: Executor,
+    progress: bool | Observer = True,
+    announce: Callable[[int, str], None] = lambda number, name: None,  # noqa: ARG005
+) -> Checkpoints:
+    """Run a job once for each of several weights, or what is left of that.
+
+    Only one set of weights is in memory at a time, as a model; files are mapped while they are copied into it.
+
+    Args:
+        job: what is wanted, without weights.
+        out: directory of the checkpoints; each gets a run directory in it.
+        weights: files of weights, in the order of training; state dicts where the job's model is live.
+        asked: plan, budget and preferences; the first checkpoint's plan serves all of an exact kernel.
+        executor: runs the tasks.
+        progress: whether to show progress on the terminal, or an observer.
+        announce: told of every checkpoint before it is run: its number and name.
+
+    Returns:
+        The finished kernels.
+
+    Raises:
+        InputError: if there are no weights, or some are of another model; before anything is computed.
+        RunConflictError: if the directory holds other checkpoints.
+        OocNtkError: as :func:`ooc_ntk.run`.
+    """
+    if job.weights is not None:
+        raise InputError("the job names weights of its own; leave them out and give those of every checkpoint")
+    if not weights:
+        raise InputError("no weights are given; name at least one checkpoint, as --weights epoch1.pt epoch2.pt")
+    weights = [given if isinstance(given, Mapping) else _absolute(given, job) for given in weights]
+    _check_all(weights)
+    entries = _entries(weights, job)
+    _check_directory(out, entries)
+    write_index(out, entries)
+    template = asked.template
+    base = job
+    if job.model_is_live:
+        base = job.with_model(model=copy.deepcopy(job.module()))
+    for number, (entry, given) in enumerate(zip(entries, weights, strict=True)):
+        announce(number, entry["name"])
+        chosen = _with_weights(base, given)
+        followed = run_job(
+            chosen, run_directory(out / entry["name"]), replace(asked, template=template), executor, progress
+        )
+        base._made.update({name: value for name, value in chosen._made.items() if name != "model"})
+        if followed.projection is None:  # a pilot measures how large the errors of a projected kernel are
+            template = followed
+        del chosen
+        gc.collect()  # the model goes before the next one comes
+    return Checkpoints(out)
+
+
+def _with_weights(job: Job, given: Weights) -> Job:
+    """The job with the weights of one checkpoint."""
+    if not job.model_is_live:
+        assert isinstance(given, Path | str)
+        return job.with_model(weights=given)
+    apply_weights(job.module(), given if isinstance(given, Mapping) else load_weights(given))
+    return job.with_model(model=job.module())
+
+
+def _absolute(given: Path | str, job: Job) -> Path:
+    """A file of weights, relative to the job's folder."""
+    if not isinstance(given, Path | str):
+        raise InputError(f"weights must be files or state dicts, got {type(given).__name__}")
+    return (Path.cwd() / (job.base or ".") / Path(given).expanduser()).absolute()
+
+
+def _check_all(weights: Sequence[Weights]) -> None:
+    """Refuse weights that cannot be read or are not all of one model."""
+    first: dict[str, Any] = {}
+    for number, given in enumerate(weights):
+        state = dict(given) if isinstance(given, Mapping) else load_weights(given)
+        shapes = {name: torch.empty(value.shape, device="meta") for name, value in state.items()}
+        if number:
+            check_alike(first, shapes, f"number {number}" if isinstance(given, Mapping) else given)
+        else:
+            first = shapes
+
+
+def _entries(weights: Sequence[Weights], job: Job) -> list[dict[str, str]]:
+    """Name and origin of every checkpoint."""
+    found = []
+    for number, given in enumerate(weights):
+        if isinstance(given, Mapping):
+            if not job.model_is_live:
+                raise InputError(
+                    f"weights number {number} are a state dict, and the model is {job.model!r}; give files, or a module"
+                )
+            found.append({"name": f"{number:03d}", "weights": LIVE})
+        else:
+            found.append({"name": f"{number:03d}-{Path(given).stem}", "weights": str(given)})
+    return found
+
+
+def _check_directory(out: Path, entries: Sequence[dict[str, str]]) -> None:
+    """Refuse a directory that holds anything but the first of these checkpoints."""
+    there = read_index(out)
+    if there is None:
+        names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+        if names:
+            raise RunConflictError(
+                f"{out} holds other files ({', '.join(names[:3])}) and no {INDEX}; choose an empty folder as --out"
+            )
+        return
+    if there != list(entries[: len(there)]):
+        listed = ", ".join(entry["name"] for entry in there)
+        raise RunConflictError(
+            f"{out} holds other checkpoints ({listed}); give the same ones in the same order, perhaps with more after "
+            "them, or choose another --out"
+        )
