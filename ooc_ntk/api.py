@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .algebra.checkpoints import Checkpoints, Drift
+from .algebra.checkpoints import Checkpoints, Drift, read_index
 from .algebra.external import external_features
 from .algebra.features import Features
 from .algebra.kernel import Kernel
@@ -25,9 +25,11 @@ from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
 from .execution.status import RunInfo, keep_audit, run_info
 from .inputs.callables import absolute_callable, is_callable_spec
+from .inputs.images.seeds import parse_seed_name
 from .inputs.job import LIVE, Job, checked_device
 from .inputs.jobfile import read_job_file
-from .inputs.specs import absolute_spec
+from .inputs.models import absolute_model
+from .inputs.specs import absolute_spec, train_and_test
 from .planning.budget import Budget
 from .planning.plan import Plan
 from .planning.planner import Preferences
@@ -59,6 +61,7 @@ __all__ = [
     "describe_job",
     "forget_layer_rule",
     "info",
+    "info_checkpoints",
     "layer_rule",
     "open",
     "open_checkpoints",
@@ -314,11 +317,26 @@ def verify(
     return found
 
 
+def info_checkpoints(path: str | Path) -> list[RunInfo]:
+    """What became of the runs of a directory of checkpoints.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        The state of every run that was begun, in order; empty if the directory holds no checkpoints.
+    """
+    entries = read_index(Path(path)) or []
+    folders = [Path(path) / entry["name"] for entry in entries]
+    return [run_info(folder) for folder in folders if RunDirectory(folder).holds_run]
+
+
 def describe_job(
     job_file: str | Path | None,
     given: Mapping[str, object],
     *,
     run: str | Path | None = None,
+    named_model: str | None = None,
     host: str | int | None = None,
     device_memory: str | int | None = None,
     disk: str | int | None = None,
@@ -326,9 +344,10 @@ def describe_job(
     """Make a job and a budget from a job file or a run directory, with some arguments given by hand.
 
     Args:
-        job_file: TOML file, or None.
+        job_file: TOML file, or the name of a data set (``CIFAR-10_0_2500_0_1000``, ``cifar10``), or None.
         given: arguments of a job that override what the file says.
         run: a run directory; its stored job is used where neither a file nor a model is given.
+        named_model: a model beside the name of a data set.
         host: host budget that overrides the file's.
         device_memory: device budget that overrides the file's.
         disk: disk budget that overrides the file's.
@@ -341,6 +360,10 @@ def describe_job(
     """
     stored: dict[str, object] = {}
     sizes: dict[str, str | int | None] = {}
+    if job_file is not None and not _is_job_file(job_file):
+        given, job_file = {**given, **_named_job(str(job_file), named_model, given)}, None
+    elif named_model is not None:
+        raise InputError(f"a job file names its own model; give another one as --model {named_model}")
     if job_file is not None:
         read = read_job_file(job_file)
         stored = read.arguments()
@@ -354,6 +377,25 @@ def describe_job(
     wanted = {"host": host, "device": device_memory, "disk": disk}
     sizes.update({name: size for name, size in wanted.items() if size is not None})
     return Job.from_spec({**stored, **given}), Budget(**sizes)
+
+
+def _is_job_file(text: str | Path) -> bool:
+    """Whether a word is a job file and no data set."""
+    return isinstance(text, Path) or text.endswith(".toml") or Path(text).is_file()
+
+
+def _named_job(data: str, model: str | None, given: Mapping[str, object]) -> dict[str, object]:
+    """Train data, test data and model of the words before all flags."""
+    for flag, value in (("train", data), ("model", model)):
+        if value is not None and given.get(flag) is not None:
+            raise InputError(
+                f"{flag} is given twice, as {value!r} and as --{flag} {given[flag]}; leave one of them out"
+            )
+    train, test = train_and_test(data)
+    found: dict[str, object] = {"train": train}
+    if test is not None and given.get("test") is None:
+        found["test"] = test
+    return found if model is None else {**found, "model": model}
 
 
 def _projected(given: Mapping[str, object], stored: object) -> dict[str, object]:
@@ -387,10 +429,12 @@ def _absolute(given: Mapping[str, object]) -> dict[str, object]:
     found = dict(given)
     for name, value in given.items():
         if name in ("train", "test") and isinstance(value, str):
-            found[name] = absolute_spec(value, None, name)
-        elif (name == "model" or name == "outputs") and isinstance(value, str):
+            found[name] = value if "_" in value and parse_seed_name(value) else absolute_spec(value, None, name)
+        elif name == "model" and isinstance(value, str):
+            found[name] = absolute_model(value)
+        elif name == "outputs" and isinstance(value, str):
             found[name] = absolute_callable(value, None, name) if is_callable_spec(value) else value
-        elif name == "weights" and isinstance(value, str | Path):
+        elif name in ("weights", "data_dir", "image_cache") and isinstance(value, str | Path):
             found[name] = Path(value).expanduser().absolute()
     return found
 

@@ -49,17 +49,29 @@ class SampleReader:
         Raises:
             NonFiniteError: if an input holds NaN or infinity.
         """
-        train = len(self.train)
-        start = samples.start
+        train, start = len(self.train), samples.start
+        parts: list[tuple[SampleSource, int, list[tuple[int, int]]]] = []
         while start < samples.stop:
             in_train = start < train
             stop = min(start + batch, samples.stop, train if in_train else samples.stop)
             offset = 0 if in_train else train
             source = self.train if in_train or self.test is None else self.test
-            found = source.fetch(start - offset, stop - offset)
-            self._check_finite(found, start)
-            yield Range(start, stop), found
+            if not parts or parts[-1][1] != offset:
+                parts.append((source, offset, []))
+            parts[-1][2].append((start - offset, stop - offset))
             start = stop
+        for source, offset, ranges in parts:
+            # A single range is not worth a loader that reads ahead.
+            read = source.stream(ranges) if len(ranges) > 1 else iter([source.fetch(*ranges[0])])
+            for (first, last), found in zip(ranges, read, strict=True):
+                self._check_finite(found, offset + first)
+                yield Range(offset + first, offset + last), found
+
+    def close(self) -> None:
+        """Give back what the sources hold for another pass."""
+        for source in (self.train, self.test):
+            if source is not None:
+                source.close()
 
     def _check_finite(self, samples: Samples, start: int) -> None:
         for value in (*samples.args, *samples.kwargs.values()):

@@ -110,8 +110,11 @@ def run_job(
                 f"the plan of this run is for {chosen.device}, the job is for {prepared.device}; "
                 f"give the job device={chosen.device!r}"
             )
-        with TerminalProgress.of(progress) as observer:
-            execute(chosen, directory, prepared, executor, observer)
+        try:
+            with TerminalProgress.of(progress) as observer:
+                execute(chosen, directory, prepared, executor, observer)
+        finally:
+            prepared.reader.close()
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,9 +19,10 @@ from ooc_ntk.units import ITEM_BYTES
 
 from .callables import absolute_callable, is_callable_spec, is_import_path, load_callable
 from .datasets import Collate
-from .models import load_model
+from .images.seeds import parse_seed_name
+from .models import absolute_model, is_model_name, load_model
 from .samples import SampleSource, as_source
-from .specs import absolute_spec, resolve_spec
+from .specs import Reading, absolute_spec, resolve_spec
 
 KERNELS: Final = ("trace", "pseudo", "full", "output:<c>", "embedding", "embedding:<layers>", "conjugate")
 SCALES: Final = ("sum", "mean")
@@ -40,8 +42,9 @@ class Job:
     """What is to be computed.
 
     Attributes:
-        model: a module, or a spec ``pkg.module:factory`` or ``file.py:factory``.
-        train: data (see :func:`ooc_ntk.inputs.samples.as_source`) or a data spec.
+        model: a module; a name such as ``resnet18,classes=10`` or ``hf:FOLDER``; or a spec ``pkg.module:factory`` or
+            ``file.py:factory``.
+        train: data (see :func:`ooc_ntk.inputs.samples.as_source`) or a data spec such as ``cifar10:train[0:2500]``.
         test: further data whose rows follow the train rows, or None.
         kernel: ``trace``, ``pseudo``, ``full`` or ``output:<c>``; or a kernel of features: ``embedding`` (of the last
             layer), ``embedding:<layers>`` (summed over those whose names match) or ``conjugate``.
@@ -59,6 +62,10 @@ class Job:
         seed: of everything random.
         allow_batch_dependence: accept a model whose outputs for one sample change with its batch mates; every sample is
             then computed alone.
+        data_dir: folder that holds data sets in their original files; None is ``$OOC_NTK_DATA``.
+        loader_workers: processes that decode images ahead; 0 decodes ahead in a thread.
+        image_cache: folder in which decoded images are kept from pass to pass; None keeps none.
+        download: whether missing files of data sets are downloaded, through torchvision.
         by: ``layer`` keeps every layer's summand of the kernel as well; None keeps the kernel alone.
         base: folder that relative paths in specs are relative to; None is the current one.
 
@@ -83,6 +90,10 @@ class Job:
     seed: int = 0
     allow_batch_dependence: bool = False
     by: str | None = None
+    data_dir: Path | str | None = None
+    loader_workers: int = 0
+    image_cache: Path | str | None = None
+    download: bool = False
     base: Path | None = None
     _made: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
@@ -90,6 +101,19 @@ class Job:
         object.__setattr__(self, "projection", _projection(self.projection))
         if self.base is not None:
             object.__setattr__(self, "base", Path(self.base).expanduser().absolute())
+        seeds = parse_seed_name(self.train) if isinstance(self.train, str) and "_" in self.train else None
+        if seeds is not None:
+            if self.test is not None:
+                raise InputError(f"train data {self.train!r} names test data as well; leave test out")
+            object.__setattr__(self, "train", seeds[0])
+            object.__setattr__(self, "test", seeds[1])
+        for name in ("data_dir", "image_cache"):
+            place = getattr(self, name)
+            if place is not None and not isinstance(place, str | Path):
+                raise InputError(f"{name} must be a folder, got {type(place).__name__}")
+        _check_integer("loader_workers", self.loader_workers, 0, 1024)
+        if not isinstance(self.download, bool):
+            raise InputError(f"download must be True or False, got {self.download!r}")
         self._check_inputs()
         _check_kernel(self.kernel)
         _check_outputs(self.outputs)
@@ -137,11 +161,11 @@ class Job:
     def _check_inputs(self) -> None:
         """Check model, weights and data as far as that is possible without loading them."""
         if isinstance(self.model, str):
-            absolute_callable(self.model, self.base, "model")
+            absolute_model(self.model, self.base)
         elif not isinstance(self.model, nn.Module):
             kind = f"the class {self.model.__name__}" if isinstance(self.model, type) else type(self.model).__name__
             raise InputError(
-                f"model must be a torch.nn.Module or a spec such as 'file.py:factory', got {kind}"
+                f"model must be a torch.nn.Module, a name such as 'resnet18' or 'file.py:factory', got {kind}"
                 f"{'; pass an instance of it' if isinstance(self.model, type) else ''}"
             )
         elif self.weights is not None:
@@ -168,8 +192,14 @@ class Job:
         if isinstance(self.model, nn.Module):
             return self.model
         if "model" not in self._made:
-            self._made["model"] = load_model(self.model, weights=self.weights, base=self.base)
+            shape = self._sample_shape() if is_model_name(self.model) else None
+            self._made["model"] = load_model(self.model, weights=self.weights, base=self.base, sample_shape=shape)
         return cast("nn.Module", self._made["model"])
+
+    def _sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of one train sample without the sample axis, where the model has one input."""
+        first = self.train_source().fetch(0, 1)
+        return tuple(first.args[0].shape[1:]) if len(first.args) == 1 and not first.kwargs else None
 
     def train_source(self) -> SampleSource:
         """The train samples, opened once.
@@ -189,12 +219,40 @@ class Job:
 
     def _source(self, what: str, data: object) -> SampleSource:
         if what not in self._made:
-            if isinstance(data, str | Path):
-                source = resolve_spec(str(data), base=self.base, what=what, collate=self.collate)
-            else:
-                source = as_source(data, collate=self.collate, what=what)
-            self._made[what] = source
+            self._made[what] = self._opened(what, data)
+            if self.test is not None and cast("SampleSource", self._made[what]).length is not None:
+                self._bring_to_one_length()
         return cast("SampleSource", self._made[what])
+
+    def _opened(self, what: str, data: object) -> SampleSource:
+        if not isinstance(data, str | Path):
+            return as_source(data, collate=self.collate, what=what)
+        return resolve_spec(str(data), base=self.base, what=what, collate=self.collate, reading=self._reading())
+
+    def _bring_to_one_length(self) -> None:
+        """Pad train and test texts alike, so that layers see samples of one shape."""
+        sources = {}
+        for what, data in (("train", self.train), ("test", self.test)):
+            sources[what] = cast("SampleSource", self._made[what]) if what in self._made else self._opened(what, data)
+        lengths = [source.length for source in sources.values() if source.length is not None]
+        for what, source in sources.items():
+            same = source.length is None or source.length == max(lengths)
+            self._made[what] = source if same else source.padded(max(lengths))
+
+    def _reading(self) -> Reading:
+        """Where data sets lie and how they are read."""
+        folder = Path.cwd() / (self.base or ".")
+        data_dir, cache = (
+            None if place is None else folder / Path(place).expanduser()
+            for place in (self.data_dir or os.environ.get("OOC_NTK_DATA"), self.image_cache)
+        )
+        tokenizer, limit = None, None
+        if isinstance(self.model, str) and self.model.partition(":")[0].strip() == "hf":
+            from .text import max_tokens, tokenizer_place  # needed for texts alone
+
+            tokenizer = tokenizer_place(self.model, self.base)
+            limit = max_tokens(tokenizer)
+        return Reading(data_dir, self.loader_workers, cache, self.download, tokenizer, limit)
 
     def data_digests(self) -> list[str]:
         """Digests of the train samples and of the test samples if there are any, each computed once.
@@ -248,7 +306,7 @@ class Job:
         Raises:
             InputError: never for a job that was built.
         """
-        model = absolute_callable(self.model, self.base) if isinstance(self.model, str) else LIVE
+        model = absolute_model(self.model, self.base) if isinstance(self.model, str) else LIVE
         outputs = self.outputs if isinstance(self.outputs, str) else LIVE
         if outputs != LIVE and not is_output_name(outputs):
             outputs = absolute_callable(outputs, self.base)
@@ -274,7 +332,14 @@ class Job:
             spec["allow_batch_dependence"] = True
         if self.by is not None:
             spec["by"] = self.by
-        named = [spec[key] for key in ("model", "train", "test", "outputs")]
+        data_dir = self.data_dir or os.environ.get("OOC_NTK_DATA")
+        for name, place in (("data_dir", data_dir), ("image_cache", self.image_cache)):
+            if place is not None:
+                spec[name] = str(folder / Path(place).expanduser())
+        if self.loader_workers:
+            spec["loader_workers"] = self.loader_workers
+        named = [spec[key] for key in ("train", "test", "outputs")]
+        named += [] if is_model_name(model) else [model]
         if any(isinstance(text, str) and is_import_path(re.sub(r"\[[^\[\]]*\]$", "", text)) for text in named):
             spec["base"] = str(folder)
         return spec
@@ -320,7 +385,7 @@ class Job:
 def _example(key: str) -> str:
     """How to give one of the inputs on the command line."""
     return {
-        "model": "--model file.py:factory",
+        "model": "--model resnet18 or --model file.py:factory",
         "train": "--train mnist5k[0:4000]",
         "test": "--test mnist5k[4000:]",
         "outputs": "--outputs file.py:function",

@@ -13,7 +13,9 @@ import msgspec
 from ooc_ntk.errors import InputError, StorageError, unknown_name
 
 from .callables import absolute_callable, is_callable_spec
+from .images.seeds import parse_seed_name
 from .job import LIVE
+from .models import absolute_model
 from .specs import absolute_spec
 
 
@@ -53,6 +55,10 @@ class JobFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     seed: int | None = None
     allow_batch_dependence: bool | None = None
     by: str | None = None
+    data_dir: str | None = None
+    loader_workers: int | None = None
+    image_cache: str | None = None
+    download: bool | None = None
     base: str | None = None
     budget: BudgetTable | None = None
 
@@ -113,11 +119,14 @@ def _absolute(read: JobFile, folder: Path) -> JobFile:
     changed: dict[str, str] = {"base": str(base)}
     if read.weights is not None:
         changed["weights"] = str(base / Path(read.weights).expanduser())
-    if read.model not in (None, LIVE):
-        changed["model"] = absolute_callable(str(read.model), base, "model")
+    if read.model is not None and read.model != LIVE:
+        changed["model"] = absolute_model(read.model, base)
+    for name in ("data_dir", "image_cache"):
+        if getattr(read, name) is not None:
+            changed[name] = str(base / Path(getattr(read, name)).expanduser())
     for what in ("train", "test"):
         text = getattr(read, what)
-        if text not in (None, LIVE):
+        if text not in (None, LIVE) and not ("_" in text and parse_seed_name(text)):
             changed[what] = absolute_spec(text, base, what)
     if read.outputs is not None and is_callable_spec(read.outputs):
         changed["outputs"] = absolute_callable(read.outputs, base, "output function")

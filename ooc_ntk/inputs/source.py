@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -138,6 +138,9 @@ class SampleSource(ABC):
     spec: str | None = None
     sample_bytes: int | None = None
     chunk_rows: int = 1
+    #: Of texts that are padded to one length: that length, and the real tokens of every sample, (samples,) int64.
+    length: int | None = None
+    lengths: torch.Tensor | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -162,6 +165,42 @@ class SampleSource(ABC):
         if not 0 <= start < stop <= len(self):
             raise InputError(f"cannot fetch samples {start} to {stop} of data with {len(self)} samples")
         return self._read(start, stop)
+
+    def stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Samples]:
+        """Read ranges one after another; sources that decode do so ahead of the consumer.
+
+        Args:
+            ranges: (first sample, one past the last) of each range, in the order they are wanted.
+
+        Yields:
+            The samples of each range, as :meth:`fetch` returns them.
+
+        Raises:
+            InputError: as :meth:`fetch`.
+        """
+        for start, stop in ranges:
+            yield self.fetch(start, stop)
+
+    def padded(self, length: int) -> SampleSource:
+        """The same samples padded to another length, where they are texts.
+
+        Args:
+            length: tokens of every sample.
+
+        Returns:
+            The source.
+
+        Raises:
+            InputError: if samples are not texts, or the length is too small.
+        """
+        raise InputError(f"samples that are no texts have no length, got a wish for {length} tokens")
+
+    def digest_range(self, start: int, stop: int) -> str | None:  # noqa: ARG002 - for sources that have one
+        """Digest of a range of samples that is cheaper than reading it, or None if there is none."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+        """Give back processes and files that are held for the next pass; a later pass takes them again."""
 
     def digest(self) -> str:
         """Digest the content: the number of samples and the samples themselves.
@@ -237,12 +276,37 @@ class SlicedSource(SampleSource):
         self.spec = _slice_spec(source.spec, start, stop)
         self.sample_bytes = source.sample_bytes
         self.chunk_rows = source.chunk_rows
+        self.length = source.length
+        self.lengths = None if source.lengths is None else source.lengths[start:stop]
 
     def __len__(self) -> int:
         return self._stop - self._start
 
     def _read(self, start: int, stop: int) -> Samples:
         return self._source.fetch(self._start + start, self._start + stop)
+
+    def stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Samples]:
+        """See :meth:`SampleSource.stream`."""
+        for start, stop in ranges:
+            if not 0 <= start < stop <= len(self):
+                raise InputError(f"cannot fetch samples {start} to {stop} of data with {len(self)} samples")
+        return self._source.stream([(self._start + start, self._start + stop) for start, stop in ranges])
+
+    def padded(self, length: int) -> SampleSource:
+        """See :meth:`SampleSource.padded`."""
+        return SlicedSource(self._source.padded(length), self._start, self._stop)
+
+    def digest_range(self, start: int, stop: int) -> str | None:
+        """See :meth:`SampleSource.digest_range`."""
+        return self._source.digest_range(self._start + start, self._start + stop)
+
+    def digest(self) -> str:
+        """See :meth:`SampleSource.digest`."""
+        return self.digest_range(0, len(self)) or super().digest()
+
+    def close(self) -> None:
+        """See :meth:`SampleSource.close`."""
+        self._source.close()
 
 
 def _slice_spec(spec: str | None, start: int, stop: int) -> str | None:

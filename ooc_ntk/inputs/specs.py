@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,10 @@ from .builtin import BUILTIN, load_builtin
 from .callables import absolute_callable, call_factory, is_callable_spec
 from .datasets import Collate
 from .files import open_columns, split_members
+from .images.catalog import CATALOG
+from .images.seeds import parse_seed_name
+from .images.spec import is_image_spec, parse_image_spec
+from .options import parse_named, plain_name
 from .samples import as_source
 from .source import SampleSource, SlicedSource
 
@@ -21,13 +25,38 @@ from .source import SampleSource, SlicedSource
 FILE_KINDS: Final = (".npy", ".npz", ".zarr")
 
 
+#: Names of data that are texts, as :mod:`ooc_ntk.inputs.text` has them.
+TEXT_NAMES: Final = ("text", "cola")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data that are named are found and read.
+
+    Attributes:
+        data_dir: folder that holds data sets in their original files.
+        workers: processes that decode images ahead; 0 decodes ahead in a thread.
+        cache: folder in which decoded images are kept, or None.
+        download: whether missing files are downloaded through torchvision.
+        tokenizer: folder or package of the tokenizer where a spec of texts names none.
+        limit: most tokens that the model takes, or None.
+    """
+
+    data_dir: Path | None = None
+    workers: int = 0
+    cache: Path | None = None
+    download: bool = False
+    tokenizer: str | None = None
+    limit: int | None = None
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """A data spec taken apart.
 
     Attributes:
-        target: built-in name, file, or callable spec.
-        kind: ``"builtin"``, ``"file"`` or ``"factory"``.
+        target: built-in name, file, callable spec, or the name of images or texts with its options.
+        kind: ``"builtin"``, ``"file"``, ``"factory"``, ``"images"`` or ``"texts"``.
         start: first sample of the slice, None from the beginning.
         stop: one past its last sample, None to the end.
     """
@@ -75,6 +104,10 @@ def parse_spec(text: str, what: str = "train") -> DataSpec:
     if not target:
         raise InputError(f"{what} data spec {text!r} names no data; write for example 'mnist5k[0:4000]' or 'x.npz'")
     name, colon, _ = target.partition(":")
+    if re.split("[:,]", target)[0].strip() in TEXT_NAMES:
+        return DataSpec(target, "texts", start, stop)
+    if is_image_spec(target):
+        return DataSpec(target, "images", start, stop)
     if name in BUILTIN:
         if colon:
             raise InputError(f"{what} data {name!r} has no parts, got {target!r}; slice it, for example {name}[0:1000]")
@@ -91,7 +124,37 @@ def parse_spec(text: str, what: str = "train") -> DataSpec:
             f"{what} data {target!r} is of a kind that cannot be read; use {', '.join(FILE_KINDS)}, "
             "or file.py:function that returns the data"
         )
-    raise unknown_name("data set", target, [*BUILTIN, "file.npy", "file.npz", "file.zarr", "file.py:function"])
+    named = [*BUILTIN, *CATALOG, "text:FILE", "cola:train"]
+    raise unknown_name("data set", target, [*named, "file.npy", "file.npz", "file.zarr", "file.py:function"])
+
+
+def train_and_test(text: str) -> tuple[str, str | None]:
+    """Train and test data that one name stands for.
+
+    Args:
+        text: a name of empirical-ntks (``CIFAR-10_0_2500_0_1000``, read as it reads it), a data set with splits and
+            without one (``cifar10,resize=64``: train and test), or any data spec, which is train data alone.
+
+    Returns:
+        The spec of the train data, and that of the test data or None.
+
+    Raises:
+        InputError: if the text is none of these.
+
+    >>> train_and_test("cifar10,resize=64")
+    ('cifar10:train,resize=64', 'cifar10:test,resize=64')
+    >>> train_and_test("digits[0:100]"), train_and_test("cifar10:train[0:9]")
+    (('digits[0:100]', None), ('cifar10:train[0:9]', None))
+    """
+    seeds = parse_seed_name(text)
+    if seeds is not None:
+        return seeds
+    spec = parse_spec(text)
+    named = parse_named(spec.target) if spec.kind == "images" else None
+    if named is None or named.part or spec.sliced or "test" not in CATALOG[plain_name(named.name)].splits:
+        return text, None
+    train, test = (str(parse_image_spec(str(replace(named, part=part)))) for part in ("train", "test"))
+    return train, test
 
 
 def _parse_slice(inside: str, text: str, what: str) -> tuple[int | None, int | None]:
@@ -128,6 +191,12 @@ def absolute_spec(text: str, base: Path | None = None, what: str = "train") -> s
         return str(DataSpec(str(_absolute(spec.target, base)), "file", spec.start, spec.stop))
     if spec.kind == "factory":
         return str(DataSpec(absolute_callable(spec.target, base), "factory", spec.start, spec.stop))
+    if spec.kind == "images":
+        return str(DataSpec(str(parse_image_spec(spec.target, what, base)), "images", spec.start, spec.stop))
+    if spec.kind == "texts":
+        from .text.sources import absolute_text  # needed for texts alone
+
+        return str(DataSpec(absolute_text(spec.target, base, what), "texts", spec.start, spec.stop))
     return str(spec)
 
 
@@ -137,16 +206,23 @@ def _absolute(path: str, base: Path | None) -> Path:
 
 
 def resolve_spec(
-    text: str, *, base: Path | None = None, what: str = "train", collate: Collate | None = None
+    text: str,
+    *,
+    base: Path | None = None,
+    what: str = "train",
+    collate: Collate | None = None,
+    reading: Reading | None = None,
 ) -> SampleSource:
     """Open the data that a spec names.
 
     Args:
-        text: ``mnist5k``, ``digits``, a ``.npy``, ``.npz`` or ``.zarr``, ``file.py:factory`` or
-            ``pkg.module:factory``, each with an optional slice ``[a:b]``.
+        text: ``mnist5k``, ``digits``, images such as ``cifar10:train,resize=64``, texts such as ``text:file.tsv``, a
+            ``.npy``, ``.npz`` or ``.zarr``, ``file.py:factory`` or ``pkg.module:factory``, each with an optional slice
+            ``[a:b]``.
         base: folder that relative paths are relative to; None is the current one.
         what: name of the data set, for messages.
         collate: for factories that return a Dataset: makes a batch of a list of samples.
+        reading: where data sets lie and how they are decoded.
 
     Returns:
         The source; files are read when samples are fetched. Its ``spec`` has absolute paths and a full slice.
@@ -154,13 +230,36 @@ def resolve_spec(
     Raises:
         InputError: if the spec cannot be read, the data is missing or damaged, or the slice is outside it.
     """
-    spec = parse_spec(text, what)
+    spec, reading = parse_spec(text, what), reading or Reading()
     if collate is not None and spec.kind != "factory":
         raise InputError(f"collate works on the samples of a Dataset, but {what} is {text!r}; leave collate out")
     if spec.kind == "builtin":
         source = load_builtin(spec.target)
     elif spec.kind == "file":
         source = _open_file(_absolute(spec.target, base), what)
+    elif spec.kind == "images":
+        from .images.source import open_images  # brings Pillow
+
+        source = open_images(
+            spec.target,
+            data_dir=reading.data_dir,
+            workers=reading.workers,
+            cache=reading.cache,
+            download=reading.download,
+            what=what,
+            base=base,
+        )
+    elif spec.kind == "texts":
+        from .text.sources import open_text  # needed for texts alone
+
+        source = open_text(
+            spec.target,
+            base=base,
+            data_dir=reading.data_dir,
+            tokenizer=reading.tokenizer,
+            limit=reading.limit,
+            what=what,
+        )
     else:
         data = call_factory(spec.target, base, f"{what} data")
         source = as_source(data, collate=collate, what=what)

@@ -15,7 +15,7 @@ from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from ooc_ntk.api import Audit, RunInfo
+    from ooc_ntk.api import Audit, Drift, RunInfo
 
 #: Blocks shown before the rest is summed up in one line.
 SHOWN_BLOCKS: Final = 10
@@ -111,6 +111,41 @@ def _saved(spent: float, dense: float) -> str:
     if share <= -1:
         return f"{spent / dense:,.0f}× dense"
     return f"{share:.1%}" if share >= 0.95 else f"{share:.0%}"
+
+
+def many_runs(plan: Plan, count: int) -> RenderableType:
+    """What several runs of one plan take, one after the other."""
+    promised = plan.promised
+    return Text(
+        f"{count} checkpoints, one after the other: {format_seconds(count * promised.seconds)}, "
+        f"{format_bytes(promised.host_bytes)} host at any time, {format_bytes(count * plan.kernel_bytes)} of kernels "
+        f"on disk and up to {format_bytes(promised.disk_bytes)} for the one that runs",
+        style="bold",
+    )
+
+
+def checkpoints_table(runs: Sequence[RunInfo], drift: Drift | None) -> RenderableType:
+    """Kernels of several checkpoints: what became of each, and how far they moved, as bars."""
+    table = Table(title="checkpoints", title_justify="left", box=None, pad_edge=False)
+    table.add_column("checkpoint", overflow="fold")
+    for name in ("state", "time", "norm", "change", "from the last", "from the first"):
+        table.add_column(name, justify="left" if name == "state" else "right")
+    table.add_column("")
+    largest = 1.0 if drift is None else float(drift.distances[0].max()) or 1.0
+    for index, info in enumerate(runs):
+        state = "complete" if info.finished else f"{info.kernel_tiles_done:,} of {info.kernel_tiles:,} tiles"
+        cells = ["-"] * 4
+        bar = Text()
+        if drift is not None:
+            first = float(drift.distances[0, index])
+            last = f"{drift.distances[index - 1, index]:.4f}" if index else "-"
+            cells = [f"{drift.norms[index]:.4g}", f"{drift.changes[index]:.1%}", last, f"{first:.4f}"]
+            bar = Text("█" * round(30 * first / largest), style="cyan")
+        table.add_row(info.path.name, state, format_seconds(info.seconds), *cells, bar)
+    if drift is None:
+        return table
+    what = "change: ‖K − K₀‖/‖K₀‖; from the last, from the first: kernel distance 1 − ⟨K, K'⟩/(‖K‖‖K'‖), train square"
+    return Group(table, Text(what, style="dim"))
 
 
 def phases_table(info: RunInfo) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 import weakref
@@ -151,7 +152,7 @@ def test_one_plan_one_reading_and_one_model(files, images, tmp_path, monkeypatch
     assert len(planned) == 2  # one for either directory
     assert max(most) == 1
     assert len(read) < 3 * once
-    assert len({kernel.plan.digest for kernel in found}) == 1
+    assert len({dataclasses.replace(kernel.plan, job_digest="").digest for kernel in found}) == 1
 
 
 @pytest.mark.parametrize("given", ["files", "states", "safetensors"])

@@ -136,8 +136,8 @@ def test_test_data_and_collate_reach_the_source():
         ({"train": "mnist5"}, "did you mean 'mnist5k'"),
         ({"test": "x.npy[-1:]"}, "counts from the end"),
         ({"model": nn.Linear}, "the class Linear; pass an instance"),
-        ({"model": None}, "model must be a torch.nn.Module or a spec"),
-        ({"model": "net"}, "cannot read model 'net'"),
+        ({"model": None}, "model must be a torch.nn.Module, a name such as"),
+        ({"model": "net"}, "unknown model 'net'; did you mean 'lenet'"),
         ({"model": "net.py:f", "weights": 3}, "weights must be a path"),
     ],
 )

@@ -67,7 +67,7 @@ def test_base_moves_the_folder(tmp_path):
         ("kernel = trace", "not valid TOML: .*line 1"),
         ("seed = 1\nseed = 2\n", "not valid TOML: Cannot overwrite a value"),
         ("train = 'mnist5'", "did you mean 'mnist5k'"),
-        ("model = 'net'", "cannot read model 'net'"),
+        ("model = 'net'", "unknown model 'net'; did you mean 'lenet'"),
     ],
 )
 def test_bad_files_are_refused_with_a_reason(tmp_path, content, message):

@@ -1,0 +1,7 @@
+"""The command line ``ooc-ntk``."""
+
+from __future__ import annotations
+
+from .commands import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app, main
+
+__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "app", "main"]

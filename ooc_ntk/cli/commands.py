@@ -1,0 +1,329 @@
+"""The commands: flags in, tables out. What is decided is decided in the API."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ooc_ntk.errors import OocNtkError, RunInterrupted
+
+from .flags import JobFlags, with_job_flags
+from .options import (
+    DeviceOption,
+    ManyWeights,
+    ModelOption,
+    OutputsOption,
+    ProfileOption,
+    RunArgument,
+    TestOption,
+    TrainOption,
+    WeightsOption,
+    complete,
+)
+
+#: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C.
+EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
+
+app = typer.Typer(
+    name="ooc-ntk",
+    help="Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@contextmanager
+def _reporting_errors() -> Iterator[None]:
+    """Turn errors raised on purpose into one line and an exit code."""
+    try:
+        yield
+    except RunInterrupted as stopped:
+        typer.secho(str(stopped), fg="yellow", err=True)
+        raise typer.Exit(EXIT_STOPPED) from stopped
+    except OocNtkError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(EXIT_INPUT) from error
+    except KeyboardInterrupt as stopped:
+        typer.secho("stopped", fg="yellow", err=True)
+        raise typer.Exit(EXIT_STOPPED) from stopped
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    # Without a terminal nothing is wrapped: a table in a log file keeps one line per row.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console.print(renderable)
+
+
+@app.command(cls=ManyWeights)
+@with_job_flags
+def plan(
+    flags: JobFlags,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the run will be, for the free disk space.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Write the plan to this file (JSON).")] = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="List every parameter block.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say how a job would be run, how long it takes and how much memory, without computing the kernel."""
+    with _reporting_errors():
+        from ooc_ntk import api
+        from ooc_ntk.report.tables import many_runs, plan_table
+
+        wanted, budget = flags.describe()
+        if flags.checkpoints:
+            wanted = wanted.with_model(weights=flags.checkpoints[0])
+        with _status("measuring the model"):
+            made = api.plan(wanted, budget, preferences=flags.preferences(), out=out)
+        if save is not None:
+            made.save(save)
+        if as_json:
+            typer.echo(made.to_json())
+        else:
+            _print(plan_table(made, every_block=blocks))
+            if flags.checkpoints:
+                _print(many_runs(made, len(flags.checkpoints)))
+        if save is not None:
+            typer.echo(f"plan written to {save}", err=True)
+
+
+@app.command(cls=ManyWeights)
+@with_job_flags
+def run(
+    flags: JobFlags,
+    out: Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run in it goes on.")],
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan written by 'ooc-ntk plan --save'.")] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            "--scheduler", help="threads or serial. (default: threads)", autocompletion=complete("threads", "serial")
+        ),
+    ] = None,
+    profile: ProfileOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+) -> None:
+    """Compute the kernel into a run directory; typed again after a stop, it goes on where it was."""
+    with _reporting_errors():
+        from ooc_ntk import api
+        from ooc_ntk.report.tables import info_table, phases_table, plan_table
+
+        if flags.checkpoints:
+            _run_checkpoints(flags, out, plan_file, scheduler, quiet)
+            return
+        wanted, budget = flags.describe(out)
+        chosen = api.Plan.load(plan_file) if plan_file is not None else None
+        if not (out / "plan.json").exists() and chosen is None:
+            with _status("measuring the model", quiet):
+                chosen = api.plan(wanted, budget, preferences=flags.preferences(), out=out)
+        if chosen is not None and not quiet:
+            _print(plan_table(chosen))
+        api.run(
+            wanted,
+            out,
+            plan=chosen,
+            budget=budget,
+            preferences=flags.preferences(),
+            scheduler=scheduler,
+            progress=not quiet,
+        )
+        if not quiet:
+            found = api.info(out)
+            _print(info_table(found))
+            if profile:
+                _print(phases_table(found))
+            made = "features" if found.plan.features_only else "kernel"
+            typer.echo(f"\n{made}: {out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
+
+
+def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, scheduler: str | None, quiet: bool) -> None:
+    """Run a job for several weights, and show how the kernels move."""
+    from ooc_ntk import api
+    from ooc_ntk.errors import InputError
+    from ooc_ntk.report.tables import checkpoints_table
+
+    if plan_file is not None:
+        raise InputError("a saved plan is for one set of weights; leave --plan out with several of them")
+    wanted, budget = flags.describe()
+    count = len(flags.checkpoints)
+
+    def announce(number: int, name: str) -> None:
+        if not quiet:
+            _heading(f"checkpoint {number + 1} of {count}: {name}")
+
+    found = api.run_checkpoints(
+        wanted,
+        out,
+        flags.checkpoints,
+        budget=budget,
+        preferences=flags.preferences(),
+        scheduler=scheduler,
+        progress=not quiet,
+        announce=announce,
+    )
+    found.mean()
+    drift = found.drift()
+    if not quiet:
+        _print(checkpoints_table(api.info_checkpoints(out), drift))
+        typer.echo(f"\nmean kernel: {out}/mean/kernel.zarr   check all: ooc-ntk verify {shlex.quote(str(out))}")
+
+
+@app.command()
+def info(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    profile: ProfileOption = False,
+) -> None:
+    """Show a run: progress, promises beside measurements, where it came from."""
+    with _reporting_errors():
+        from ooc_ntk import api
+        from ooc_ntk.report.tables import checkpoints_table, info_table, phases_table
+
+        several = api.info_checkpoints(run)
+        if several:
+            finished = all(each.finished for each in several)
+            drift = api.open_checkpoints(run).drift() if finished else None
+            if as_json:
+                typer.echo("[" + ",\n".join(each.to_json() for each in several) + "]")
+            else:
+                _print(checkpoints_table(several, drift))
+            return
+        found = api.info(run)
+        if as_json:
+            typer.echo(found.to_json())
+        else:
+            _print(info_table(found))
+            if profile:
+                _print(phases_table(found))
+
+
+@app.command(cls=ManyWeights)
+def verify(
+    run: RunArgument,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    train: TrainOption = None,
+    test: TestOption = None,
+    outputs: OutputsOption = None,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Samples whose rows and columns are recomputed in float64.", min=0)
+    ] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of samples.")] = 0,
+) -> None:
+    """Prove a finished kernel: checksums, symmetry, finite entries, and entries recomputed in float64."""
+    with _reporting_errors():
+        from ooc_ntk import api
+
+        several = api.info_checkpoints(run)
+        given = JobFlags(model=model, weights=weights, train=train, test=test, outputs=outputs)
+        if several:
+            passed = [_verify(each.path, given, samples, seed, heading=each.path.name) for each in several]
+        else:
+            api.open(run)
+            passed = [_verify(run, given, samples, seed)]
+        if not all(passed):
+            raise typer.Exit(EXIT_FINDING)
+
+
+def _verify(run: Path, given: JobFlags, samples: int, seed: int, heading: str | None = None) -> bool:
+    """Verify one run and print what was seen."""
+    from ooc_ntk import api
+    from ooc_ntk.report.tables import audit_table
+
+    if heading is not None:
+        _heading(heading)
+    job = given.describe(run)[0] if samples else None
+    with _status("verifying"):
+        found = api.verify(run, job, samples=samples, seed=seed)
+    _print(audit_table(found))
+    return found.passed
+
+
+@app.command()
+def calibrate(
+    device: DeviceOption = None,
+    disk: Annotated[Path, typer.Option("--out", help="A folder on the disk where runs will be.")] = Path(),
+) -> None:
+    """Measure how fast this machine multiplies, copies, reads and writes (a few seconds); plans then hold."""
+    with _reporting_errors():
+        from ooc_ntk import api
+        from ooc_ntk.report.tables import rates_table
+
+        with _status("measuring the machine"):
+            rates = api.calibrate(device, disk)
+        _print(rates_table(rates))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the demonstration.")] = Path("ooc-ntk-demo"),
+    host_memory: Annotated[
+        str, typer.Option("--host-memory", help="Peak memory of the whole process; the Jacobian is larger.")
+    ] = "1GiB",
+) -> None:
+    """Train a small network on real digits, compute its kernel under a small budget, verify it and use it."""
+    with _reporting_errors():
+        _demo(out, host_memory)
+
+
+def _demo(out: Path, host_memory: str) -> None:
+    from ooc_ntk import api
+    from ooc_ntk import demo as show
+    from ooc_ntk.report.tables import audit_table, info_table, plan_table
+
+    out.mkdir(parents=True, exist_ok=True)
+    weights = out / "weights.safetensors"
+    _heading("1. Train a small network on 4,000 MNIST digits")
+    if weights.exists():
+        typer.echo(f"{weights} is there already")
+    else:
+        show.train(weights, say=typer.echo)
+    job = show.job(weights)
+    budget = api.Budget(host=host_memory)
+    _heading(f"2. Plan its trace kernel under a host budget of {host_memory}")
+    run_folder = out / "run"
+    if (run_folder / "plan.json").exists():
+        made = api.Plan.load(run_folder / "plan.json")
+    else:
+        with _status("measuring the model"):
+            made = api.plan(job, budget, out=run_folder)
+    _print(plan_table(made))
+    _heading("3. Run it (Ctrl-C and type the same command again: it goes on)")
+    kernel = api.run(job, run_folder, plan=made)
+    _print(info_table(api.info(run_folder)))
+    _heading("4. Verify it against float64 autograd")
+    found = api.verify(run_folder, job)
+    _print(audit_table(found))
+    if not found.passed:
+        raise typer.Exit(EXIT_FINDING)
+    _heading("5. Use it: kernel regression on 4,000 digits classifies the other 1,000")
+    scores = show.score(kernel, job.module())
+    typer.echo(f"network              {scores.network:.1%} of 1,000 test digits right")
+    typer.echo(f"its kernel, ridge    {scores.kernel:.1%} (ridge {scores.ridge_ratio:.0e} of the mean diagonal)")
+
+
+def _heading(text: str) -> None:
+    typer.secho(f"\n{text}", bold=True)
+
+
+@contextmanager
+def _status(text: str, quiet: bool = False) -> Iterator[None]:
+    """Show that something short is going on, on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def main() -> None:
+    """Entry point of the ``ooc-ntk`` command."""
+    app()
