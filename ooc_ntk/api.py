@@ -9,6 +9,7 @@ from pathlib import Path
 from .algebra.checkpoints import Checkpoints, Drift, read_index
 from .algebra.external import external_features
 from .algebra.features import Features
+from .algebra.fed import STATE, fed_features
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
 from .compute.functions import ClipOutput
@@ -21,6 +22,7 @@ from .execution.audit import AUDITED_SAMPLES, Audit, audit
 from .execution.checkpoints import Weights
 from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
+from .execution.featurizer import Featurizer
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
 from .execution.status import RunInfo, keep_audit, run_info
@@ -45,6 +47,7 @@ __all__ = [
     "ClipOutput",
     "Drift",
     "Features",
+    "Featurizer",
     "InputError",
     "Job",
     "Kernel",
@@ -235,8 +238,8 @@ def open_features(
     """Open projected features as a kernel whose entries are computed when they are asked for.
 
     Args:
-        path: a run directory of a projected kernel; or a file of TRAK or projection_ntk: a NumPy file (TRAK's
-            ``grads.mmap`` is one) or a raw memory map.
+        path: a run directory of a projected kernel, or the folder of a :class:`Featurizer`; or a file of TRAK or
+            projection_ntk: a NumPy file (TRAK's ``grads.mmap`` is one) or a raw memory map.
         parameters: number of parameters (P) of the model, which brings the features of TRAK and projection_ntk to the
             exact kernel's scale; None if they are on it.
         dim: columns; needed for a raw file, checked otherwise.
@@ -254,6 +257,8 @@ def open_features(
         StorageError: if the run directory holds no finished run.
     """
     path = Path(path)
+    if (path / STATE).exists():
+        return Kernel.of_features(path, fed_features(path))
     if path.is_dir():
         kernel = Kernel(path)
         _ = kernel.features  # refuses an exact kernel
