@@ -8,7 +8,7 @@ Rows are taken one after the other. All at once (``is_grads_batched``) the passe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -107,6 +107,8 @@ class Capture:
         names: Sequence[str],
         rows: int,
         chosen: Sequence[int] | None = None,
+        *,
+        shorter: bool = False,
     ) -> None:
         """Capture the layers of some parameters; the backward passes go no further than they need.
 
@@ -116,7 +118,10 @@ class Capture:
             names: parameters to derive, all covered by the structure.
             rows: Jacobian rows per sample.
             chosen: the rows to derive; None for all.
+            shorter: whether batches may have fewer positions than the samples of the structure, as texts that are cut
+                at their longest do; what is missing is held as zeros.
         """
+        self.shorter = shorter
         self.function = function
         self.every_row = rows
         self.chosen = range(rows) if chosen is None else chosen
@@ -281,12 +286,14 @@ class _Run:
             raise other_way(f"{layer.parameters[0]} is used by another function")
         inputs = to_samples(call.inputs, use.input_axis, self._samples)
         axis = SampleAxis(0) if use.output_axis is None else use.output_axis
+        positions = 0
         if isinstance(rule, OuterRule):
             found = rule.factors(call, inputs, to_samples(output.detach(), use.output_axis, self._samples))
-            if found != use.factors:
+            positions = 0 if found is None else found.positions
+            if found != use.factors and not (self._capture.shorter and _is_shorter(found, use.factors, layer)):
                 raise other_way(f"{layer.parameters[0]} sees {_seen(found)} instead of {_seen(use.factors)} per sample")
         if layer.kind == "outer":
-            return self._outer(layer, use, call, inputs, axis)
+            return self._outer(layer, use, call, inputs, axis, positions)
         name = layer.parameters[0]
         parameter = self._function.parameters[name]
         rows = self._rows(name)
@@ -318,8 +325,8 @@ class _Run:
 
         return receive_weight
 
-    def _outer(self, layer: Layer, use: Use, call: Call, inputs: Tensor, axis: SampleAxis) -> Receive:
-        """Copy the inputs to where they are held, and make room for the gradients."""
+    def _outer(self, layer: Layer, use: Use, call: Call, inputs: Tensor, axis: SampleAxis, positions: int) -> Receive:
+        """Copy the inputs to where they are held, and make room for the gradients; ``positions`` may be fewer."""
         name, rule, shapes = layer.parameters[0], use.rule, use.factors
         assert isinstance(rule, OuterRule)
         assert shapes is not None
@@ -341,11 +348,20 @@ class _Run:
             held_inputs, gradients = merged[2:] if looked_up else merged[:2]
             if gradients.shape[1] < last or gradients.shape[3] != shapes.outputs:
                 raise other_way(f"{name} has more positions than before")
-            buffer = gradients[:, first:last]
+            buffer, filling = gradients[:, first : first + positions], positions < shapes.positions
+            if filling:
+                gradients[:, first + positions : last] = 0
             if looked_up:
                 tokens = rule.hold(call, inputs, shapes)
-                held_inputs[:, first:last] = split_digits(tokens.clamp(min=0))
+                held_inputs[:, first:last] = 0
+                held_inputs[:, first : first + positions] = split_digits(tokens.clamp(min=0))
                 nowhere = (tokens < 0).unsqueeze(-1)
+            elif filling:
+                tokens_held = layer.factors.kind == "tokens"
+                every = held_inputs if tokens_held else held_inputs.view(self._samples, -1, layer.factors.inputs)
+                every[:, first + positions : last] = -1 if tokens_held else 0
+                held = rule.hold(call, inputs, shapes)
+                every[:, first : first + positions] = held if tokens_held else held.reshape(len(held), positions, -1)
             elif len(layer.uses) == 1:
                 held = rule.hold(call, inputs, shapes)
                 held_inputs.view(held.shape).copy_(held)
@@ -362,7 +378,11 @@ class _Run:
             found = rule.gradient(call, inputs, to_samples(gradient, axis, self._samples))
             if nowhere is not None:  # a padding row has no gradient
                 found = found.reshape(buffer[:, :, 0].shape).masked_fill(nowhere, 0)
-            buffer[:, :, self._row].view(found.shape).copy_(found)
+            place = buffer[:, :, self._row]
+            if len(place[0]) == shapes.positions:
+                place.view(found.shape).copy_(found)
+            else:
+                place.copy_(found.reshape(place.shape))
 
         return receive
 
@@ -418,6 +438,13 @@ class _Run:
                 buffer[:, self._row] += found[short].reshape(self._samples, -1).to(buffer)
 
         return _tapped(_Tap, output, self._anchor, receive)
+
+
+def _is_shorter(found: LayerFactors | None, planned: LayerFactors | None, layer: Layer) -> bool:
+    """Whether a layer sees what was planned, but for fewer positions."""
+    if found is None or planned is None or layer.factors is None or planned.window is not None:
+        return False
+    return found.positions < planned.positions and replace(found, positions=planned.positions) == planned
 
 
 def _seen(factors: LayerFactors | None) -> str:

@@ -28,6 +28,9 @@ from .structure import SAME_OUTPUT
 #: Parameters of a feature model begin with this.
 FEATURES: Final = "features"
 
+#: Keyword of the mask of texts, (samples, tokens), 0 at padding.
+MASK: Final = "attention_mask"
+
 #: Stands for the model's own outputs among the names of layers.
 OUTPUTS: Final = "(outputs)"
 
@@ -78,8 +81,11 @@ class FeatureModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the model and add up what its features give: (samples, 1)."""
         total: list[Tensor] = []
+        mask = kwargs.get(MASK)
 
         def take(index: int, value: Tensor) -> None:
+            if isinstance(mask, Tensor) and value.ndim > 2 and value.shape[:2] == mask.shape:
+                value = value * mask.unsqueeze(-1).to(value)  # what layers say of padding is no feature of the text
             weight: Any = self.get_submodule(f"{FEATURES}.{self.places[index].name}").weight
             # A copy: the model may change its activations in place later.
             part = F.linear(value.flatten(1).clone(), weight) * self.scales[index]

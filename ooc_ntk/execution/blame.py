@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
 
 
-def check_finite_factor(plan: Plan, part: Tensor, block: str, samples: Range) -> None:
+def check_finite_factor(plan: Plan, part: Tensor, block: str, samples: Sequence[int]) -> None:
     """Refuse factors that are not finite, naming block and sample."""
     if not part.is_floating_point() or math.isfinite(
         float(part.sum(dtype=torch.float32 if part.dtype != torch.float64 else None))
@@ -22,8 +22,7 @@ def check_finite_factor(plan: Plan, part: Tensor, block: str, samples: Range) ->
         return
     bad = ~torch.isfinite(part).reshape(part.shape[0], -1).all(1)
     if bool(bad.any()):
-        sample = samples.start + int(bad.nonzero()[0])
-        raise not_finite(plan, block, sample)
+        raise not_finite(plan, block, samples[int(bad.nonzero()[0])])
 
 
 def not_finite(plan: Plan, block: str, sample: int) -> NonFiniteError:
@@ -58,10 +57,15 @@ def named_errors(groups: Iterator[list[Tensor]], samples: str) -> Iterator[list[
         yield from groups
 
 
-def where(plan: Plan, samples: Range) -> str:
-    """Name a range of samples as the user counts them: train and test each from 0."""
+def where(plan: Plan, samples: Range | Sequence[int]) -> str:
+    """Name some samples, all train or all test, as the user counts them: each from 0."""
+    numbers = range(samples.start, samples.stop) if isinstance(samples, Range) else samples
     train = plan.train_samples
-    kind, shift = ("train", 0) if samples.start < train else ("test", train)
-    if len(samples) == 1:
-        return f"{kind} sample {samples.start - shift}"
-    return f"{kind} samples {Range(samples.start - shift, samples.stop - shift)}"
+    kind, shift = ("train", 0) if numbers[0] < train else ("test", train)
+    first, last = min(numbers) - shift, max(numbers) - shift
+    if len(numbers) == 1:
+        return f"{kind} sample {first}"
+    if last - first + 1 == len(numbers):
+        return f"{kind} samples {Range(first, last + 1)}"
+    shown = ", ".join(str(number - shift) for number in numbers[:3])
+    return f"{kind} samples {shown}{f' and {len(numbers) - 3} more' if len(numbers) > 3 else ''}"

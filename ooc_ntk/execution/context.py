@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -39,6 +40,51 @@ class SampleReader:
 
     def __len__(self) -> int:
         return len(self.train) + (len(self.test) if self.test is not None else 0)
+
+    def order(self, samples: Range) -> np.ndarray | None:
+        """The order in which texts of a tile are derived: train before test, each from short to long.
+
+        Returns:
+            Their numbers counted from the tile's first, (samples,) int64; None where samples are no texts.
+        """
+        if self.train.lengths is None or (self.test is not None and self.test.lengths is None):
+            return None
+        parts, train = [], len(self.train)
+        for source, start, stop, offset in (
+            (self.train, samples.start, min(samples.stop, train), 0),
+            (self.test, max(samples.start, train), samples.stop, train),
+        ):
+            if source is not None and start < stop:
+                assert source.lengths is not None
+                lengths = source.lengths[start - offset : stop - offset].numpy()
+                parts.append(np.argsort(lengths, kind="stable") + (start - samples.start))
+        return np.concatenate(parts)
+
+    def by_length(self, samples: Range, batch: int) -> Iterator[tuple[list[int], Samples]]:
+        """Texts of a tile in batches of about one length, each cut at its longest text; train and test do not mix.
+
+        Yields:
+            The numbers of a batch's samples and the samples.
+
+        Raises:
+            NonFiniteError: if an input holds NaN or infinity.
+        """
+        order = self.order(samples)
+        assert order is not None
+        train = len(self.train)
+        for source, offset in ((self.train, 0), (self.test, train)):
+            numbers = [n for n in (order + samples.start).tolist() if (n >= train) == (offset > 0)]
+            if source is None or not numbers:
+                continue
+            assert source.lengths is not None
+            first = min(numbers)
+            whole = source.fetch(first - offset, max(numbers) + 1 - offset)
+            self._check_finite(whole, first)
+            for start in range(0, len(numbers), batch):
+                chosen = numbers[start : start + batch]
+                places = torch.tensor([number - first for number in chosen])
+                longest = int(source.lengths[[number - offset for number in chosen]].max())
+                yield chosen, trimmed(taken(whole, places), source.length, longest)
 
     def pieces(self, samples: Range, batch: int) -> Iterator[tuple[Range, Samples]]:
         """Read a range of samples in batches that do not mix train and test.
@@ -81,6 +127,28 @@ class SampleReader:
                 train = len(self.train)
                 where = f"train sample {index}" if index < train else f"test sample {index - train}"
                 raise NonFiniteError(f"the inputs hold NaN or infinity, first in {where}; clean the data")
+
+
+def taken(samples: Samples, places: torch.Tensor) -> Samples:
+    """Some samples of a range by their places in it."""
+    return Samples(
+        tuple(value[places] for value in samples.args),
+        {name: value[places] for name, value in samples.kwargs.items()},
+        None if samples.targets is None else samples.targets[places],
+    )
+
+
+def trimmed(samples: Samples, length: int | None, longest: int) -> Samples:
+    """Texts cut to fewer tokens: every tensor whose second axis counts them."""
+
+    def cut(value: torch.Tensor) -> torch.Tensor:
+        return value[:, :longest] if value.ndim > 1 and value.shape[1] == length else value
+
+    return Samples(
+        tuple(cut(value) for value in samples.args),
+        {name: cut(value) for name, value in samples.kwargs.items()},
+        None if samples.targets is None else cut(samples.targets),
+    )
 
 
 @dataclass
@@ -170,7 +238,12 @@ class RunContext:
 
     def capture(self, names: Sequence[str]) -> Capture:
         """What derives parameters that layer rules cover."""
-        return Capture(self.function, self.structure, names, self.plan.rows_per_sample)
+        rows, shorter = self.plan.rows_per_sample, self.plan.by_length
+        return Capture(self.function, self.structure, names, rows, shorter=shorter)
+
+    def stored_order(self, row: int) -> np.ndarray | None:
+        """Natural place of every stored sample of a row tile; None where samples are stored as they come."""
+        return self.reader.order(self.plan.sample_grid.rows(row)) if self.plan.by_length else None
 
     def projector(self) -> Projector:
         """What derives and projects rows, made once: it keeps its buffers from task to task."""

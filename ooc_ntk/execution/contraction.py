@@ -86,7 +86,7 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
         tile = accumulator.result().numpy() if sums is None else sums.total
         if symmetric:
             mirror_lower(tile)
-        tile = tile[:, :columns]
+        tile = _natural(context, task, tile[:, :columns])
 
         replaces: tuple[str, ...] = ()
         if task.generation:
@@ -100,6 +100,20 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
             file.discard()
         raise
     return Outcome(staged, bytes_read=read, replaces=replaces)
+
+
+def _natural(context: RunContext, task: Task, tile: np.ndarray) -> np.ndarray:
+    """A tile whose samples were stored by length, in their own order again."""
+    entries = context.plan.entries_per_sample
+    places = []
+    for index, count in ((task.row, tile.shape[0]), (task.column, tile.shape[1])):
+        order = context.stored_order(index)
+        if order is None:
+            return tile
+        # A tile's train samples come before its test samples in either order.
+        inverse = np.argsort(order[: count // entries])
+        places.append((inverse[:, None] * entries + np.arange(entries)).reshape(-1))
+    return np.asarray(tile[np.ix_(*places)])
 
 
 def _add_runs(
@@ -126,7 +140,7 @@ def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) 
     if task.row == task.column:
         mirror_lower(part)
     part = part[:, : len(plan.sample_grid.columns(task.column)) * plan.entries_per_sample]
-    part /= divisor(plan)
+    part = _natural(context, task, part) / divisor(plan)
     places = [((layer, task.row, task.column), part)]
     mirrored = plan.sample_grid.mirror_rows(task.row) * plan.entries_per_sample
     if task.row != task.column and mirrored:

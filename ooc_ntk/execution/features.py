@@ -22,7 +22,6 @@ from ooc_ntk.planning.memory import SketchChunks, gathered_rows, slab_rows
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.projection import SPARSE_KINDS, Projection
 from ooc_ntk.planning.tasks import Task
-from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.atomic import StagedFile
 from ooc_ntk.units import held_item_bytes, item_bytes
 
@@ -213,7 +212,7 @@ class ProjectedRows:
         if plan.features_only or not plan.sample_grid.is_train(task.row):
             self.norms = np.zeros(len(self._tile) * plan.rows_per_sample)
 
-    def derive(self, batch: ModelBatch, samples: Range) -> None:
+    def derive(self, batch: ModelBatch, samples: Sequence[int]) -> None:
         """Derive, project and store one batch.
 
         Raises:
@@ -275,7 +274,7 @@ class ProjectedRows:
                 self._writer.done(span.index, len(part))
         self._position += len(features)
 
-    def _blame(self, features: Tensor, samples: Range) -> None:
+    def _blame(self, features: Tensor, samples: Sequence[int]) -> None:
         """Name sample and block of a gradient that is not finite."""
         plan, captured = self._context.plan, self._projector.captured
         for block in plan.blocks if captured is not None else ():
@@ -287,7 +286,7 @@ class ProjectedRows:
                 if name in captured.rows:
                     check_finite_factor(plan, captured.rows[name], block.name, samples)
         bad = int((~torch.isfinite(features).all(1)).nonzero()[0]) // plan.rows_per_sample
-        raise not_finite(plan, "", samples.start + bad)
+        raise not_finite(plan, "", samples[bad])
 
 
 def projector_of(plan: Plan, function: ModelFunction, capture: Callable[[Sequence[str]], Capture]) -> Projector:

@@ -49,6 +49,7 @@ from ooc_ntk.planning.workload import HeadRows, ParameterBlock, Workload
 
 from .blame import failing_on
 from .context import SampleReader
+from .lengths import cut_share
 from .pilot import measure_sketch
 
 logger = logging.getLogger(__name__)
@@ -340,6 +341,18 @@ def measure(
                 f"the model has {found.outputs} outputs for a train sample and {look.outputs} for a test sample; "
                 "both must have the same"
             )
+    shorter = None
+    if job.sketch is None:
+        with steady_allocator():
+            shorter = cut_share(function, reader, found.rows_per_sample, prepared.device, job.precision)
+    derivation = found.derivation
+    if shorter is not None:
+        derivation = replace(
+            derivation,
+            seconds_per_sample=shorter * derivation.seconds_per_sample,
+            chain_seconds_per_sample=shorter * derivation.chain_seconds_per_sample,
+            capture_seconds_per_sample=shorter * derivation.capture_seconds_per_sample,
+        )
     sketch = None
     if job.sketch is not None:
         with tf32(allowed=False), steady_allocator():
@@ -358,7 +371,7 @@ def measure(
         sample_bytes=sum(value.numel() * value.element_size() for value in values) // len(values[0]) + 1,
         baseline_bytes=resident_bytes(),
         model_bytes=prepared.function.state_bytes,
-        derivation=found.derivation,
+        derivation=derivation,
         precision=job.precision,
         scale=job.scale,
         normalize=job.normalize,
@@ -367,10 +380,11 @@ def measure(
         cancelling=not (isinstance(prepared.outputs, str) and OutputSpec.parse(prepared.outputs).name in PER_CLASS),
         threads=torch.get_num_threads(),
         seed=job.seed,
-        notes=_notes(prepared, found, blocks),
+        notes=(*_notes(prepared, found, blocks), *_length_notes(reader, shorter is not None)),
         sketch=sketch,
         head=head,
         by_layer=job.by is not None,
+        by_length=shorter is not None,
     )
 
 
@@ -553,6 +567,16 @@ def _notes(prepared: PreparedJob, found: Probe, blocks: Sequence[ParameterBlock]
     if frozen:
         notes.append(f"{len(frozen)} frozen parameters (requires_grad=False) are left out")
     return tuple(notes)
+
+
+def _length_notes(reader: SampleReader, cut: bool) -> tuple[str, ...]:
+    """How long texts are, and whether batches are cut."""
+    length, lengths = reader.train.length, reader.train.lengths
+    if length is None or lengths is None:
+        return ()
+    mean = float(lengths.double().mean())
+    how = "from short to long, each batch cut at its longest" if cut else "all at that length"
+    return (f"texts are padded to {length} tokens, {mean:.1f} of them real on average; they are derived {how}",)
 
 
 def _read_twice(reader: SampleReader) -> Samples:

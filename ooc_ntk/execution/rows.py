@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from ooc_ntk.compute.capture import Captured
 from ooc_ntk.compute.jacobian import METHODS, ModelBatch
 from ooc_ntk.compute.rownorms import factor_norms, squared_norms
 from ooc_ntk.errors import DataChangedError
-from ooc_ntk.inputs.samples import digest_samples
+from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.columns import PassColumns, pass_columns
 from ooc_ntk.planning.memory import expanded_items, group_rows, rule_samples, slab_rows
 from ooc_ntk.planning.plan import Plan
@@ -53,12 +53,12 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
     rows = _PassRows(context, task, writer) if plan.projection is None else ProjectedRows(context, task, writer)
     staged: list[StagedFile] = []
     try:
-        for samples, found in context.reader.pieces(tile, plan.batch_size):
+        for numbers, found in _batches(context, tile):
             with context.phase("read"):
                 digest.update(digest_samples(found).encode())
                 batch = context.batch(found)
-            rows.derive(batch, samples)
-            context.advance("rows", len(samples))
+            rows.derive(batch, numbers)
+            context.advance("rows", len(numbers))
         if known_digest is not None and digest.hexdigest() != known_digest:
             raise DataChangedError(
                 f"{where(plan, tile)} are not the same as when they were read before; a data set must return the same "
@@ -78,6 +78,16 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         for file in staged:
             file.discard()
         raise
+
+
+def _batches(context: RunContext, tile: Range) -> Iterator[tuple[Sequence[int], Samples]]:
+    """Batches of a tile with the numbers of their samples, in the order in which they are stored."""
+    plan = context.plan
+    if plan.by_length:
+        yield from context.reader.by_length(tile, plan.batch_size)
+        return
+    for samples, found in context.reader.pieces(tile, plan.batch_size):
+        yield range(samples.start, samples.stop), found
 
 
 class _PassRows:
@@ -110,7 +120,7 @@ class _PassRows:
         if not plan.sample_grid.is_train(task.row):
             self.norms = np.zeros(len(self._tile) * plan.rows_per_sample)
 
-    def derive(self, batch: ModelBatch, samples: Range) -> None:
+    def derive(self, batch: ModelBatch, samples: Sequence[int]) -> None:
         """Derive one batch and store it.
 
         Raises:
@@ -136,12 +146,12 @@ class _PassRows:
             context.check_stop()
             with context.phase("store"):
                 self._position += _store_group(
-                    context, self._writer, self._columns, group, self.norms, self._position, self._tile.start
+                    context, self._writer, self._columns, group, self.norms, self._position, (before, samples)
                 )
         if self._position - before != wanted:
             raise RuntimeError(f"internal error: {self._position - before} rows derived, {wanted} expected")
 
-    def _keep_factors(self, captured: Captured, samples: Range) -> None:
+    def _keep_factors(self, captured: Captured, samples: Sequence[int]) -> None:
         """Check factors, add up the norms of their rows where those are wanted, and hand them to the store."""
         context, plan = self._context, self._context.plan
         for span, block in self._factored.items():
@@ -214,9 +224,12 @@ def _store_group(
     group: list[Tensor],
     norms: np.ndarray | None,
     position: int,
-    first_sample: int,
+    batch: tuple[int, Sequence[int]],
 ) -> int:
-    """Copy a group of rows into the spans, slab by slab, taking norms while they are in the cache."""
+    """Copy a group of rows into the spans, slab by slab, taking norms while they are in the cache.
+
+    ``batch`` is the position of its first row, and the numbers of its samples.
+    """
     rows, step = group[0].shape[0], slab_rows(context.plan.span_columns, held_item_bytes(context.plan.precision))
     for span, pieces in columns.spans:
         for start in range(0, rows, step):
@@ -227,10 +240,8 @@ def _store_group(
                 view[:, piece.target].copy_(group[piece.parameter][start : start + count, piece.source])
             found = slab_norms(slab)
             if not np.isfinite(found).all():
-                row = position + start + int(np.flatnonzero(~np.isfinite(found))[0])
-                found = _judge_overflow(
-                    context, slab, columns, group, first_sample + row // context.plan.rows_per_sample
-                )
+                row = position + start + int(np.flatnonzero(~np.isfinite(found))[0]) - batch[0]
+                found = _judge_overflow(context, slab, columns, group, batch[1][row // context.plan.rows_per_sample])
             if norms is not None:
                 norms[position + start : position + start + count] += found
             writer.done(span, count)
@@ -250,6 +261,9 @@ def _judge_overflow(
 def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[StagedFile, tuple[str, ...]]:
     """Stage the diagonal of a sample tile, this pass added to those before."""
     plan, array = context.plan, context.diagonal_array
+    order = context.stored_order(task.row)
+    if order is not None:
+        norms = norms.reshape(len(order), -1)[np.argsort(order)].reshape(-1)
     values = norms.reshape(-1, plan.rows_per_sample // plan.entries_per_sample).sum(1)
     replaces: tuple[str, ...] = ()
     if task.generation:

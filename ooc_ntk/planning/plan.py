@@ -133,7 +133,8 @@ class Plan:
     relative Frobenius error to be expected of the kernel, if a pilot was run, ``features_only`` says that no kernel is
     assembled, and ``heavy`` are the heaviest parameters by their global index, whose gradients are kept beside the
     features for the error bars. ``head`` is the linear head that has fewer rows than outputs,
-    and ``by_layer`` says that every layer's summand of the kernel is kept as well.
+    ``by_layer`` says that every layer's summand of the kernel is kept as well, and ``by_length`` that the texts of a
+    tile are derived from short to long, each batch cut at its longest.
     """
 
     kernel: str
@@ -181,6 +182,7 @@ class Plan:
     heavy_share: float = 0.0
     head: HeadRows | None = None
     by_layer: bool = False
+    by_length: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -241,6 +243,8 @@ class Plan:
             covered["projection"] = [*projected, *kept]
         if self.by_layer:
             covered["by_layer"] = True
+        if self.by_length:
+            covered["by_length"] = True
         if self.head is not None:
             covered["head"] = asdict(self.head)
         covered["passes"] = [[span.start, span.stop] for span in self.passes]

@@ -212,6 +212,7 @@ def make_plan(
         heavy_share=0.0 if job.sketch is None else job.sketch.heavy_share,
         head=workload.head,
         by_layer=workload.by_layer,
+        by_length=workload.by_length,
     )
 
 

@@ -163,6 +163,7 @@ class Workload:
         sketch: how its Jacobian is projected, None for the exact kernel.
         head: the head whose rows are fewer than its outputs, None if every output has a row.
         by_layer: whether every layer's summand of the kernel is wanted as well.
+        by_length: whether the texts of a tile are derived from short to long, each batch cut at its longest.
     """
 
     kernel: str
@@ -189,6 +190,7 @@ class Workload:
     sketch: Sketched | None = None
     head: HeadRows | None = None
     by_layer: bool = False
+    by_length: bool = False
 
     def __post_init__(self) -> None:
         """Check what a caller could get wrong."""
