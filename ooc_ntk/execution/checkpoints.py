@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ooc_ntk.algebra.checkpoints import INDEX, Checkpoints, read_index, write_index
+from ooc_ntk.compute.machine import return_free_memory
 from ooc_ntk.errors import InputError, RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
 from ooc_ntk.inputs.weights import apply_weights, check_alike, load_weights
@@ -81,6 +82,7 @@ def run_checkpoints(
             template = followed
         del chosen
         gc.collect()  # the model goes before the next one comes
+        return_free_memory()
     return Checkpoints(out)
 
 
