@@ -43,15 +43,19 @@ HOST: Final = "6GiB"
 
 def checkpoint_job(smoke: bool) -> ooc_ntk.Job:
     """A CIFAR ResNet-18 with one output on made-up images."""
-    data = f"fakedata:train,size=32,samples={4 if smoke else 256}"
-    return ooc_ntk.Job("resnet18_cifar,head=1", data, device=DEVICE)
+    data = f"fakedata:train,size={8 if smoke else 32},samples={4 if smoke else 256}"
+    return ooc_ntk.Job(checkpoint_model(smoke), data, device=DEVICE)
+
+
+def checkpoint_model(smoke: bool) -> str:
+    """The model of which there are checkpoints."""
+    return "mlp,width=5,inputs=192" if smoke else "resnet18_cifar,head=1"
 
 
 def head_job(smoke: bool) -> ooc_ntk.Job:
     """A vision transformer of 192 wide with 1,000 classes on made-up images."""
-    size, classes, samples = (16, 200, 3) if smoke else (32, 1000, 32)
-    data = f"fakedata:train,size={size},samples={samples}"
-    return ooc_ntk.Job(f"vit_tiny,size={size},classes={classes}", data, device=DEVICE)
+    data = f"fakedata:train,size={8 if smoke else 32},samples={4 if smoke else 32}"
+    return ooc_ntk.Job("mlp,width=5,classes=9" if smoke else "vit_tiny,size=32,classes=1000", data, device=DEVICE)
 
 
 def text_job(smoke: bool, folder: Path) -> ooc_ntk.Job:
@@ -126,7 +130,8 @@ def measure(part: str, smoke: bool, threads: int) -> list[list[str]]:
         folder = Path(name)
         if part == "checkpoints":
             for index in range(CHECKPOINTS):
-                torch.save(build_model(f"resnet18_cifar,head=1,seed={index}").state_dict(), folder / f"{index}.pt")
+                model = build_model(f"{checkpoint_model(smoke)},seed={index}")
+                torch.save(model.state_dict(), folder / f"{index}.pt")
         for way in PARTS[part]:
             start_child("bench.savings", ["--child", part, way, name, *(["--smoke"] if smoke else [])], threads)
             found[way] = json.loads((folder / "found.json").read_text())
@@ -149,7 +154,7 @@ def measure(part: str, smoke: bool, threads: int) -> list[list[str]]:
         )
     if part == "checkpoints":
         more = (other["peak_bytes"] - one["peak_bytes"]) / 2**20
-        size = sum(value.numel() * value.element_size() for value in build_model("resnet18_cifar,head=1").parameters())
+        size = sum(value.numel() * value.element_size() for value in build_model(checkpoint_model(smoke)).parameters())
         print(
             f"{CHECKPOINTS} checkpoints: {other['seconds'] / one['seconds']:.2f} times one run (bar {BAR:.0f}), ",
             end="",

@@ -23,6 +23,11 @@ def rates() -> MachineRates:
     return dataclasses.replace(UNCALIBRATED, machine="tests", measured=True)
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as processors: more threads would wait for each other
+    torch.set_num_threads(1)
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, rates: MachineRates) -> Iterator[Path]:
     """Keep the user's cache out of it; subprocesses inherit the variable."""

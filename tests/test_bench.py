@@ -216,3 +216,12 @@ def test_phases_and_what_lies_beside_them_add_up() -> None:
         "  product              0.300    15%",
         "  beside these         0.200    10%",
     ]
+
+
+def test_savings_agree_whichever_way_they_are_computed() -> None:
+    lines = run_bench("bench.savings", "--parts", "checkpoints,head").splitlines()
+    assert any(line.startswith("5 checkpoints: ") and "times one run (bar 5)" in line for line in lines)
+    rows = [line.split() for line in lines if line.startswith("  ")]
+    assert [row[0] for row in rows] == ["part", "checkpoints", "checkpoints", "head", "head"]
+    assert [row[-7] if row[0] == "head" else "-" for row in rows[3:]] == ["9", "5"]
+    assert all(float(row[-1]) <= KINKED for row in (rows[2], rows[4]))

@@ -385,6 +385,8 @@ def measure(
         head=head,
         by_layer=job.by is not None,
         by_length=shorter is not None,
+        # A process that is forked begins with all that its parent has, shared until it is written.
+        loader_bytes=job.loader_workers * (resident_bytes() + LIBRARY_GROWTH_BYTES),
     )
 
 

@@ -409,10 +409,12 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     phase = max(rows, kernel, key=lambda terms: sum(terms.values()))
 
     host = {"the process itself (Python, torch, model, live data)": workload.baseline_bytes}
+    if workload.loader_bytes:
+        host["processes that decode images"] = workload.loader_bytes
     if layout.in_memory:
         host["Jacobian tiles in memory"] = store_bytes(workload, layout)
     host.update(phase)
-    variable = sum(host.values()) - workload.baseline_bytes
+    variable = sum(host.values()) - workload.baseline_bytes - workload.loader_bytes
     host["libraries and allocator"] = LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
     spent = workload.planning_bytes - sum(host.values())
     if spent > 0:

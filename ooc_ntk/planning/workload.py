@@ -164,6 +164,7 @@ class Workload:
         head: the head whose rows are fewer than its outputs, None if every output has a row.
         by_layer: whether every layer's summand of the kernel is wanted as well.
         by_length: whether the texts of a tile are derived from short to long, each batch cut at its longest.
+        loader_bytes: resident memory of the processes that decode images, in bytes.
     """
 
     kernel: str
@@ -191,6 +192,7 @@ class Workload:
     head: HeadRows | None = None
     by_layer: bool = False
     by_length: bool = False
+    loader_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Check what a caller could get wrong."""
