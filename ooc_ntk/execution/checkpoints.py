@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -17,12 +18,16 @@ from ooc_ntk.compute.machine import return_free_memory
 from ooc_ntk.errors import InputError, RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
 from ooc_ntk.inputs.weights import apply_weights, check_alike, load_weights
+from ooc_ntk.storage.directory import free_disk_bytes
 
 from .driver import Observer, run_directory
 from .executors import Executor
 from .session import Asked, run_job
 
 logger = logging.getLogger(__name__)
+
+#: Share of the free disk that decoded images may take while checkpoints are run (a choice).
+DECODED_SHARE: Final = 0.5
 
 #: Weights of one checkpoint: a file, or a state dict.
 Weights = Path | str | Mapping[str, torch.Tensor]
@@ -68,9 +73,9 @@ def run_checkpoints(
     _check_directory(out, entries)
     write_index(out, entries)
     template = asked.template
-    base = job
+    base, decoded = _decoded_once(job, out, len(weights))
     if job.model_is_live:
-        base = job.with_model(model=copy.deepcopy(job.module()))
+        base = base.with_model(model=copy.deepcopy(job.module()))
     for number, (entry, given) in enumerate(zip(entries, weights, strict=True)):
         announce(number, entry["name"])
         chosen = _with_weights(base, given)
@@ -83,7 +88,30 @@ def run_checkpoints(
         del chosen
         gc.collect()  # the model goes before the next one comes
         return_free_memory()
+    if decoded is not None:
+        shutil.rmtree(decoded, ignore_errors=True)
     return Checkpoints(out)
+
+
+def _decoded_once(job: Job, out: Path, count: int) -> tuple[Job, Path | None]:
+    """The job with decoded images kept from checkpoint to checkpoint, where there are some and the disk has room.
+
+    Returns:
+        The job, and the folder of the images if it is not the user's own.
+    """
+    if count < 2 or job.image_cache is not None:
+        return job, None
+    sources = [source for source in (job.train_source(), job.test_source()) if source is not None]
+    needed = sum(len(source) * source.decoded_bytes for source in sources if source.decoded_bytes is not None)
+    if not needed or needed > DECODED_SHARE * free_disk_bytes(out):
+        return job, None
+    for source in sources:
+        source.close()
+    folder = out / "decoded"
+    found = job.with_model(image_cache=folder.absolute())
+    for what in ("train", "test"):  # opened again, with the cache
+        found._made.pop(what, None)
+    return found, folder
 
 
 def _with_weights(job: Job, given: Weights) -> Job:

@@ -138,6 +138,8 @@ class SampleSource(ABC):
     spec: str | None = None
     sample_bytes: int | None = None
     chunk_rows: int = 1
+    #: Bytes of one decoded sample where reading decodes, so that keeping it saves time; otherwise None.
+    decoded_bytes: int | None = None
     #: Of texts that are padded to one length: that length, and the real tokens of every sample, (samples,) int64.
     length: int | None = None
     lengths: torch.Tensor | None = None
@@ -276,6 +278,7 @@ class SlicedSource(SampleSource):
         self.spec = _slice_spec(source.spec, start, stop)
         self.sample_bytes = source.sample_bytes
         self.chunk_rows = source.chunk_rows
+        self.decoded_bytes = source.decoded_bytes
         self.length = source.length
         self.lengths = None if source.lengths is None else source.lengths[start:stop]
 

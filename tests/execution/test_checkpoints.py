@@ -280,3 +280,27 @@ def test_a_damaged_mean_is_made_again(files, images, kernels, tmp_path):
     found.mean()
     shutil.rmtree(tmp_path / "out" / "mean")
     assert oracle.error(found.mean(), np.mean(kernels, axis=0)) <= SMOOTH
+
+
+def test_images_are_decoded_once_for_all_checkpoints(tmp_path, monkeypatch):
+    from ooc_ntk.inputs.images.pixels import FileImages
+    from ooc_ntk.inputs.zoo.build import build_model
+    from tests.inputs.images.real_files import write_imagefolder
+
+    write_imagefolder(tmp_path / "photos")
+    data = f"imagefolder:{tmp_path / 'photos'},resize=8,crop=8"
+    files = []
+    for index in range(3):
+        files.append(tmp_path / f"{index}.pt")
+        torch.save(build_model(f"mlp,width=3,inputs=192,classes=2,seed={index}").state_dict(), files[-1])
+    decoded = []
+    read = FileImages.read
+    monkeypatch.setattr(FileImages, "read", lambda self, number: decoded.append(number) or read(self, number))
+    wanted = ooc_ntk.Job("mlp,width=3,classes=2", data)
+    found = ooc_ntk.run_checkpoints(wanted, tmp_path / "out", files, progress=False)
+    assert sorted(decoded) == list(range(found[0].train_samples))
+    assert not (tmp_path / "out" / "decoded").exists()
+    decoded.clear()
+    alone = ooc_ntk.run(wanted.with_model(weights=files[2]), tmp_path / "alone", progress=False)
+    assert decoded
+    assert (alone[:] == found[2][:]).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
@@ -70,6 +71,8 @@ class ImageSource(SampleSource):
         self._idle: DecodingWorkers | None = None
         self._lock = threading.Lock()
         self._what = what
+        if not images.ready:
+            self.decoded_bytes = math.prod(images.shape)
         if isinstance(images, ArrayImages):
             channels, height, width = images.shape
             self.sample_bytes = max(channels, spec.channels) * height * width * 4 + 8
