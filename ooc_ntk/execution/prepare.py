@@ -36,6 +36,7 @@ from ooc_ntk.compute.rules.table import registered_rules
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.compute.surrogates import FEATURES, Narrowed, agrees, feature_model, narrowed
 from ooc_ntk.errors import DataChangedError, InputError
+from ooc_ntk.inputs.images.spec import is_image_spec
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits, Resources
@@ -536,6 +537,11 @@ def _notes(prepared: PreparedJob, found: Probe, blocks: Sequence[ParameterBlock]
     notes = []
     if isinstance(prepared.job.model, str):
         notes.append("the model was built from its spec and put in eval mode")
+    named = [
+        f"{what} {data}" for what, data in (("train", prepared.job.train), ("test", prepared.job.test)) if _named(data)
+    ]
+    if named:
+        notes.append(f"images are {', '.join(named)}")
     structure = prepared.function.structure
     if structure is not None and structure.layers:
         by_reason: dict[str, list[str]] = {}
@@ -569,6 +575,11 @@ def _notes(prepared: PreparedJob, found: Probe, blocks: Sequence[ParameterBlock]
     if frozen:
         notes.append(f"{len(frozen)} frozen parameters (requires_grad=False) are left out")
     return tuple(notes)
+
+
+def _named(data: object) -> bool:
+    """Whether data are images by name, whose preprocessing is part of the name."""
+    return isinstance(data, str) and is_image_spec(data)
 
 
 def _length_notes(reader: SampleReader, cut: bool) -> tuple[str, ...]:
