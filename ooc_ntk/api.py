@@ -398,7 +398,12 @@ def _named_job(data: str, model: str | None, given: Mapping[str, object]) -> dic
             )
     train, test = train_and_test(data)
     found: dict[str, object] = {"train": train}
-    if test is not None and given.get("test") is None:
+    if test is not None and given.get("test") is not None:
+        raise InputError(
+            f"{data!r} names test data as well, {test}, beside --test {given['test']}; leave --test out, or name the "
+            f"train data alone: --train {train}"
+        )
+    if test is not None:
         found["test"] = test
     return found if model is None else {**found, "model": model}
 

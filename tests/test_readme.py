@@ -6,16 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readme")
 
 
 def _named_file(body: str) -> str | None:
@@ -31,8 +24,13 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_block_runs_as_printed(folder: Path, index: int) -> None:
+def test_blocks_run_as_printed(tmp_path: Path) -> None:
+    """One after the other in one folder, as a reader would; later blocks need what earlier ones left."""
+    for index in range(len(BLOCKS)):
+        _run_block(tmp_path, index)
+
+
+def _run_block(folder: Path, index: int) -> None:
     kind, body = BLOCKS[index]
     name = _named_file(body)
     if name is not None:
@@ -46,7 +44,7 @@ def test_block_runs_as_printed(folder: Path, index: int) -> None:
             text=True,
             check=False,
         )
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0, f"block {index}: {result.stderr}"
     elif kind == "console":
         for line in body.splitlines():
             assert line.startswith("$ ooc-ntk "), line
@@ -67,7 +65,10 @@ def test_set_up_commands_are_the_ones_ci_runs() -> None:
     commands = [body.strip() for kind, body in BLOCKS if kind == "bash"]
     assert commands == [
         'python -m pip install -c tests/constraints.txt ".[demo]" && ooc-ntk demo',
-        'python -m pip install -c tests/constraints.txt -e ".[test]" && python -m pytest',
+        'python -m pip install -c tests/constraints.txt -e ".[test]" && python -m pytest -n logical --dist worksteal',
     ]
     script = (ROOT / ".ci" / "run").read_text()
-    assert 'pip install --quiet -c tests/constraints.txt -e ".[test]" && python -m pytest' in script
+    assert (
+        'pip install --quiet -c tests/constraints.txt -e ".[test]" && python -m pytest -n logical --dist worksteal'
+        in script
+    )

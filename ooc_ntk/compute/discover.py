@@ -322,7 +322,7 @@ def _sample_axis(one: Tensor, two: Tensor, three: Tensor, *, single: bool) -> Sa
         return SampleAxis(grown[0])
     for axis in (SampleAxis(grown[0]), SampleAxis(grown[0], fastest=True)):
         first, wanted = to_samples(three, axis, 3)[0], to_samples(one, axis, 1)[0]
-        if first.shape == wanted.shape and torch.allclose(first, wanted, rtol=SAME_OUTPUT, atol=1e-5):
+        if alike(first, wanted):
             return axis
     return "it does not see the samples of a batch in their order"
 

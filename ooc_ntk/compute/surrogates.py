@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from ooc_ntk.errors import InputError, OocNtkError, unknown_name
+from ooc_ntk.planning.layers import FEATURES
 
 from .jacobian import ModelBatch, ModelFunction, plain_layers
 from .outputs import model_logits
 from .structure import SAME_OUTPUT
-
-#: Parameters of a feature model begin with this.
-FEATURES: Final = "features"
 
 #: Keyword of the mask of texts, (samples, tokens), 0 at padding.
 MASK: Final = "attention_mask"

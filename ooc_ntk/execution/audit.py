@@ -19,7 +19,7 @@ from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.layers import LAYERS
 from ooc_ntk.compute.functions import ClipOutput
 from ooc_ntk.errors import StorageError
-from ooc_ntk.planning.layers import MODEL
+from ooc_ntk.planning.layers import layer_of
 from ooc_ntk.planning.outputs import OutputSpec
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
@@ -295,7 +295,7 @@ class _Reference:
         self._columns: dict[str, list[int]] = {}
         for name, parameter in self._module.named_parameters():
             if name in chosen:
-                self._columns.setdefault(name.rpartition(".")[0] or MODEL, []).append(parameter.numel())
+                self._columns.setdefault(layer_of(name), []).append(parameter.numel())
 
     def layers(self) -> dict[str, slice]:
         """The columns of every layer; a layer's parameters stand side by side."""

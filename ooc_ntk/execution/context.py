@@ -86,8 +86,13 @@ class SampleReader:
                 longest = int(source.lengths[[number - offset for number in chosen]].max())
                 yield chosen, trimmed(taken(whole, places), source.length, longest)
 
-    def pieces(self, samples: Range, batch: int) -> Iterator[tuple[Range, Samples]]:
+    def pieces(self, samples: Range, batch: int, *, ahead: bool = False) -> Iterator[tuple[Range, Samples]]:
         """Read a range of samples in batches that do not mix train and test.
+
+        Args:
+            samples: the range.
+            batch: samples per batch.
+            ahead: whether sources that decode do so ahead, with their loader workers.
 
         Yields:
             The global range of a batch and its samples.
@@ -107,8 +112,7 @@ class SampleReader:
             parts[-1][2].append((start - offset, stop - offset))
             start = stop
         for source, offset, ranges in parts:
-            # A single range is not worth a loader that reads ahead.
-            read = source.stream(ranges) if len(ranges) > 1 else iter([source.fetch(*ranges[0])])
+            read = source.stream(ranges) if ahead else (source.fetch(*part) for part in ranges)
             for (first, last), found in zip(ranges, read, strict=True):
                 self._check_finite(found, offset + first)
                 yield Range(offset + first, offset + last), found

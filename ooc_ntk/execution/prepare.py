@@ -34,13 +34,14 @@ from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.probe import LARGEST_CAPTURE, LARGEST_PROJECTED, CaptureFailed, Probe, look_at, probe
 from ooc_ntk.compute.rules.table import registered_rules
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.compute.surrogates import FEATURES, Narrowed, agrees, feature_model, narrowed
+from ooc_ntk.compute.surrogates import Narrowed, agrees, feature_model, narrowed
 from ooc_ntk.errors import DataChangedError, InputError
 from ooc_ntk.inputs.images.spec import is_image_spec
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits, Resources
 from ooc_ntk.planning.factors import LayerFactors
+from ooc_ntk.planning.layers import FEATURES
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
 from ooc_ntk.planning.plan import Plan

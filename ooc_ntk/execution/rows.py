@@ -86,7 +86,7 @@ def _batches(context: RunContext, tile: Range) -> Iterator[tuple[Sequence[int], 
     if plan.by_length:
         yield from context.reader.by_length(tile, plan.batch_size)
         return
-    for samples, found in context.reader.pieces(tile, plan.batch_size):
+    for samples, found in context.reader.pieces(tile, plan.batch_size, ahead=True):
         yield range(samples.start, samples.stop), found
 
 

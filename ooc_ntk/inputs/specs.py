@@ -15,7 +15,7 @@ from .callables import absolute_callable, call_factory, is_callable_spec
 from .datasets import Collate
 from .files import open_columns, split_members
 from .images.catalog import CATALOG
-from .images.seeds import parse_seed_name
+from .images.seeds import SEED_NAMES, parse_seed_name
 from .images.spec import is_image_spec, parse_image_spec
 from .options import parse_named, plain_name
 from .samples import as_source
@@ -124,6 +124,11 @@ def parse_spec(text: str, what: str = "train") -> DataSpec:
             f"{what} data {target!r} is of a kind that cannot be read; use {', '.join(FILE_KINDS)}, "
             "or file.py:function that returns the data"
         )
+    numbers = re.fullmatch(r"(.+?)(_\d+){4}", target, flags=re.ASCII)
+    if numbers is not None:
+        given, rest = numbers.group(1), target[numbers.end(1) :]
+        same = [name for name in SEED_NAMES if plain_name(name) == plain_name(given)]
+        raise unknown_name("data set", target, [f"{name}{rest}" for name in same or SEED_NAMES])
     named = [*BUILTIN, *CATALOG, "text:FILE", "cola:train"]
     raise unknown_name("data set", target, [*named, "file.npy", "file.npz", "file.zarr", "file.py:function"])
 

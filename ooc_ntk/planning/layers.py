@@ -8,6 +8,9 @@ from typing import Final, Protocol
 
 from .spans import Choice, Span
 
+#: Where the pseudo-parameters of kernels of features lie, under the names of the layers whose features they take.
+FEATURES: Final = "(features)"
+
 #: Name of the layer of parameters that belong to the model itself.
 MODEL: Final = "(model)"
 
@@ -37,14 +40,23 @@ class LayerRun:
     columns: slice | None
 
 
+def layer_of(parameter: str) -> str:
+    """The layer of a parameter: its name without the last part; of a pseudo-parameter, whose features it takes.
+
+    >>> layer_of("block.fc.weight"), layer_of("(features).block.fc.weight"), layer_of("scale")
+    ('block.fc', 'block.fc', '(model)')
+    """
+    return parameter.rpartition(".")[0].removeprefix(f"{FEATURES}.") or MODEL
+
+
 def layer_name(block: LayerBlock) -> str:
-    """The layer of a block: its parameters' names without their last part.
+    """The layer of a block.
 
     >>> from .workload import ParameterBlock
     >>> layer_name(ParameterBlock("fc", ("block.fc.weight", "block.fc.bias"), 0, 6)), MODEL
     ('block.fc', '(model)')
     """
-    return block.parameters[0].rpartition(".")[0] or MODEL
+    return layer_of(block.parameters[0])
 
 
 def layer_names(blocks: Sequence[LayerBlock]) -> tuple[str, ...]:

@@ -395,6 +395,8 @@ class Plan:
     def _jacobian(self) -> str:
         """Size of the Jacobian, and what is held of it."""
         size = f"{self.samples * self.rows_per_sample:,} rows × {self.columns:,} parameters"
+        if self.head is not None:
+            size += ", the head's counted for one output,"
         dense = format_bytes(self.jacobian_bytes)
         if self.projection is not None:
             return f"{size} ({dense} as gradients; projected, never held)"

@@ -193,7 +193,9 @@ class NumbaBackend:
     def __init__(self) -> None:
         """Run with as many threads as torch does."""
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        numba.set_num_threads(min(torch.get_num_threads(), most))
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, most))
+        torch.set_num_threads(threads)  # numba's threads are started by OpenMP, whose number they set to their own
         self._tile: NDArray[np.float32] = np.empty(0, dtype=np.float32)
         self._known_runs: dict[object, tuple[NDArray[Any], ...]] = {}
 

@@ -24,6 +24,10 @@ _SPECS: Final = {
 }
 
 
+#: Names of that project.
+SEED_NAMES: Final = tuple(_SPECS)
+
+
 def parse_seed_name(text: str) -> tuple[str, str] | None:
     """Read ``NAME`` or ``NAME_trainbegin_trainend_testbegin_testend``.
 
