@@ -423,3 +423,12 @@ def test_shipped_weights_in_every_parameter(minilm, real, memory_path):
     rows = oracle.jacobian(module, tokens, outputs=lambda output, target: output[5:6])
     assert oracle.error(found, oracle.kernel(rows, 3)) <= SMOOTH
     assert command("verify", memory_path / "out", "--samples", "2").exit_code == 0
+
+
+def test_a_tokenizer_of_another_model_is_refused_at_once(bert, gpt2, cola, memory_path):
+    data = f"text:{cola},tokenizer={gpt2}"
+    said = refused(
+        "run", "--model", f"hf:{bert},task=classification", "--train", data, *CPU, "--out", memory_path / "o"
+    )
+    assert "and the model knows tokens 0 to 19; use the tokenizer that belongs to the model" in said
+    assert not (memory_path / "o").exists()

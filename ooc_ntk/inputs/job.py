@@ -246,13 +246,13 @@ class Job:
             None if place is None else folder / Path(place).expanduser()
             for place in (self.data_dir or os.environ.get("OOC_NTK_DATA"), self.image_cache)
         )
-        tokenizer, limit = None, None
+        tokenizer, limit, vocabulary = None, None, None
         if isinstance(self.model, str) and self.model.partition(":")[0].strip() == "hf":
-            from .text import max_tokens, tokenizer_place  # needed for texts alone
+            from .text import max_tokens, tokenizer_place, vocabulary_size  # needed for texts alone
 
             tokenizer = tokenizer_place(self.model, self.base)
-            limit = max_tokens(tokenizer)
-        return Reading(data_dir, self.loader_workers, cache, self.download, tokenizer, limit)
+            limit, vocabulary = max_tokens(tokenizer), vocabulary_size(tokenizer)
+        return Reading(data_dir, self.loader_workers, cache, self.download, tokenizer, limit, vocabulary)
 
     def data_digests(self) -> list[str]:
         """Digests of the train samples and of the test samples if there are any, each computed once.

@@ -40,6 +40,7 @@ class Reading:
         download: whether missing files are downloaded through torchvision.
         tokenizer: folder or package of the tokenizer where a spec of texts names none.
         limit: most tokens that the model takes, or None.
+        vocabulary: different tokens that the model knows, or None.
     """
 
     data_dir: Path | None = None
@@ -48,6 +49,7 @@ class Reading:
     download: bool = False
     tokenizer: str | None = None
     limit: int | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ def resolve_spec(
             data_dir=reading.data_dir,
             tokenizer=reading.tokenizer,
             limit=reading.limit,
+            vocabulary=reading.vocabulary,
             what=what,
         )
     else:

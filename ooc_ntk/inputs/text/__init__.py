@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .configs import max_tokens
+from .configs import max_tokens, vocabulary_size
 from .models import absolute_text_model, build_text_model, tokenizer_place
 from .network import TextNetwork
 from .sources import TextSource, absolute_text, open_text
@@ -24,6 +24,7 @@ __all__ = [
     "max_tokens",
     "open_text",
     "tokenizer_place",
+    "vocabulary_size",
 ]
 
 #: Names of model specs that :func:`build_text_model` takes.

@@ -68,6 +68,22 @@ def max_tokens(path: str | Path, base: Path | None = None) -> int | None:
     return min(limits, default=None)
 
 
+def vocabulary_size(path: str | Path, base: Path | None = None) -> int | None:
+    """Different tokens that a model knows; None where its configuration does not say.
+
+    Args:
+        path: folder or package, as in a spec after ``hf:``.
+        base: folder that a relative path is relative to; None is the current one.
+
+    Raises:
+        InputError: as :func:`max_tokens`.
+    """
+    folder = find_folder(str(path), base)
+    with quiet_transformers() as transformers:
+        size = getattr(read_config(transformers, folder), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def read_config(transformers: ModuleType, folder: Path) -> Config:
     """Read the configuration of a model of text.
 

@@ -217,6 +217,7 @@ def open_text(
     data_dir: Path | None,
     tokenizer: str | None,
     limit: int | None = None,
+    vocabulary: int | None = None,
     what: str = "train",
 ) -> TextSource:
     """Open and tokenise the texts that a spec names.
@@ -232,6 +233,7 @@ def open_text(
         data_dir: folder with the release of CoLA.
         tokenizer: folder or package of the tokenizer where the spec names none; usually the model's own.
         limit: most tokens that the model takes, None for no limit.
+        vocabulary: different tokens that the model knows, None if that is not known.
         what: name of the data set, for messages.
 
     Returns:
@@ -265,6 +267,12 @@ def open_text(
     labels = None if following else label_tensor(rows, what)
     most = length if length is not None else limit
     tokens = tokenise(load_tokenizer(place), rows.texts, rows.pairs, most if truncate else None)
+    largest = max(int(tokens.ids.max(initial=0)), tokens.pad_id)
+    if vocabulary is not None and largest >= vocabulary:
+        raise InputError(
+            f"{what} data {text!r} has token {largest} by the tokenizer {place}, and the model knows tokens 0 to "
+            f"{vocabulary - 1}; use the tokenizer that belongs to the model"
+        )
     _check_lengths(tokens, rows, most, "length" if length is not None else "the model's limit", what)
     return TextSource(
         tokens,
