@@ -18,7 +18,7 @@ from torch import nn
 import ooc_ntk
 from tests import oracle
 from tests.cases import PROBABILITY, SMOOTH
-from tests.named import command, done
+from tests.named import command, done, refused
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers are imported
 transformers = pytest.importorskip("transformers")
