@@ -31,7 +31,7 @@ from .inputs.images.seeds import parse_seed_name
 from .inputs.job import LIVE, Job, checked_device
 from .inputs.jobfile import read_job_file
 from .inputs.models import absolute_model
-from .inputs.specs import absolute_spec, train_and_test
+from .inputs.specs import FILE_KINDS, absolute_spec, train_and_test
 from .planning.budget import Budget
 from .planning.plan import Plan
 from .planning.planner import Preferences
@@ -386,7 +386,7 @@ def describe_job(
 
 def _is_job_file(text: str | Path) -> bool:
     """Whether a word is a job file and no data set."""
-    return isinstance(text, Path) or text.endswith(".toml") or Path(text).is_file()
+    return isinstance(text, Path) or text.endswith(".toml") or (Path(text).is_file() and not text.endswith(FILE_KINDS))
 
 
 def _named_job(data: str, model: str | None, given: Mapping[str, object]) -> dict[str, object]:

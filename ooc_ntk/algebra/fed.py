@@ -28,12 +28,12 @@ class FedTile(msgspec.Struct, frozen=True):
     Attributes:
         samples: how many it holds.
         digest: digest of the samples.
-        crc32c: checksum of its file of features.
+        checksums: CRC-32C of its file of features and, if there is one, of that of the heaviest gradients.
     """
 
     samples: int
     digest: str
-    crc32c: int
+    checksums: tuple[int, ...]
 
 
 class FedState(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,6 +21,9 @@ class ManyWeights(TyperCommand):
         """Give every file that follows ``--weights`` an option of its own."""
         found: list[str] = []
         for arg in args:
+            if arg.startswith("--weights="):
+                found += ["--weights", arg.partition("=")[2]]
+                continue
             after = len(found) >= 2 and found[-2] == "--weights"
             if after and arg.endswith(WEIGHT_FILES):
                 found.append("--weights")

@@ -116,8 +116,13 @@ class ModelFunction:
 
     def logits(self, parameters: Mapping[str, Tensor], batch: ModelBatch) -> Tensor:
         """Model outputs (samples, outputs) of a batch with some parameters replaced."""
+        return self.rows.model_output(self.returned(parameters, batch))
+
+    def returned(self, parameters: Mapping[str, Tensor], batch: ModelBatch) -> object:
+        """What the model returns for a batch, as it is, with some parameters replaced."""
         state = {**self.parameters, **self.buffers, **parameters}
-        return self.rows.model_output(functional_call(self.module, state, batch.args, dict(batch.kwargs)))
+        found: object = functional_call(self.module, state, batch.args, dict(batch.kwargs))
+        return found
 
 
 @contextmanager

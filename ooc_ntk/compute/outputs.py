@@ -25,10 +25,7 @@ def model_logits(output: object) -> Tensor:
     Raises:
         InputError: if there is no such tensor.
     """
-    if isinstance(output, dict) and "logits" in output:
-        output = output["logits"]
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        output = output.logits
+    output = logits_of(output)
     if not isinstance(output, Tensor):
         raise InputError(
             f"the model returned a {type(output).__name__}, not a tensor or something with .logits; "
@@ -37,6 +34,13 @@ def model_logits(output: object) -> Tensor:
     if not output.is_floating_point():
         raise InputError(f"the model's output is {output.dtype}; an NTK needs a real floating-point output")
     return output.reshape(output.shape[0], -1) if output.ndim > 1 else output.reshape(-1, 1)
+
+
+def logits_of(output: object) -> object:
+    """The logits in what a model returned, in the shape that they have; anything else as it is."""
+    if isinstance(output, dict) and "logits" in output:
+        return output["logits"]
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 
 def pair_embeddings(output: object) -> Tensor:
@@ -159,6 +163,37 @@ class OutputRows:
             return every[index : index + 1]
         return every
 
+    def check_shape(self, returned: object, targets: Tensor | None) -> None:
+        """Refuse outputs that a named function would pair with the wrong targets once they are flattened.
+
+        Args:
+            returned: what the model returned for a batch, as it is.
+            targets: labels of the batch, or None.
+
+        Raises:
+            InputError: if the output is neither one row of logits per sample nor one per token of a sequence target.
+        """
+        found = logits_of(returned)
+        if self.function not in NAMED.values() or not isinstance(found, Tensor):
+            return
+        shape = tuple(found.shape)
+        real = targets is not None and targets.is_floating_point()
+        sequence = self.function in (NAMED["loss"], NAMED["next-token"]) and not real
+        if sequence and targets is not None and targets.ndim > 1 and targets[0].numel() > 1:
+            if len(shape) == 3 and tuple(targets.shape) == shape[:2]:
+                return
+            raise InputError(
+                f"the model returned {shape} for targets of shape {tuple(targets.shape)}; a row of logits for each "
+                "target token is needed, (samples, tokens, vocabulary) for (samples, tokens): transpose the output, or "
+                "pass a function as outputs"
+            )
+        rows = len(shape) > 2 and any(size > 1 for size in shape[2:])
+        if rows and not (real and self.function in (NAMED["loss"], NAMED["next-token"])):
+            raise InputError(
+                f"this output function needs one row of logits a sample, the model returned {shape}; pass a function "
+                "as outputs"
+            )
+
     def check_labels(self, targets: Tensor | None, outputs: int) -> None:
         """Refuse class labels that the model has no output for; they would silently count as no class.
 
@@ -171,8 +206,15 @@ class OutputRows:
         """
         if self.function not in NAMED.values() or targets is None or targets.is_floating_point():
             return
+        if self.function is NAMED["logprob"]:  # of all classes, whatever the label
+            return
         sequence = targets.ndim > 1 and targets[0].numel() > 1
         classes = outputs // targets[0].numel() if sequence else outputs
+        if sequence and self.function is NAMED["next-token"] and bool((targets.flatten(1) == NOTHING).all(1).any()):
+            raise InputError(
+                "a text has no token to predict; outputs='next-token' needs texts of at least two tokens, and a target "
+                "that is not -100"
+            )
         wrong = targets[((targets < 0) & ~(sequence & (targets == NOTHING))) | (targets >= classes)]
         if wrong.numel():
             what = "token" if sequence else "label"

@@ -326,6 +326,8 @@ def look_at(function: ModelFunction, batch: ModelBatch) -> Look:
         )
     target = None if batch.targets is None else batch.targets[0]
     output = logits[0].detach()
+    with torch.no_grad(), plain_layers():
+        function.rows.check_shape(function.returned({}, batch), batch.targets)
     function.rows.check_labels(batch.targets, output.shape[0])
     count = function.rows.count(output, target)
     function.rows.check(count)

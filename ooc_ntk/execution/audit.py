@@ -322,6 +322,8 @@ class _Reference:
     def _output(self, output: Any) -> Tensor:
         """What a model returned for one sample, as one row: its logits, or the embeddings of a pair."""
         if isinstance(self._outputs, ClipOutput):
+            if isinstance(output, dict):
+                output = (output["image_embeds"], output["text_embeds"])
             pair = output[:2] if isinstance(output, tuple | list) else (output.image_embeds, output.text_embeds)
             return torch.cat([part.reshape(-1) for part in pair])
         found: Tensor = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)

@@ -7,6 +7,7 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ import torch
 
 from ooc_ntk.algebra.checkpoints import INDEX, Checkpoints, read_index, write_index
 from ooc_ntk.compute.machine import return_free_memory
-from ooc_ntk.errors import InputError, RunConflictError
+from ooc_ntk.errors import InputError, NonFiniteError, RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
 from ooc_ntk.inputs.weights import apply_weights, check_alike, load_weights
 from ooc_ntk.storage.directory import free_disk_bytes
@@ -71,11 +72,18 @@ def run_checkpoints(
     _check_all(weights)
     entries = _entries(weights, job)
     _check_directory(out, entries)
-    write_index(out, entries)
     template = asked.template
-    base, decoded = _decoded_once(job, out, len(weights))
-    if job.model_is_live:
-        base = base.with_model(model=copy.deepcopy(job.module()))
+    base = job.with_model(model=copy.deepcopy(job.module())) if job.model_is_live else job
+    base, decoded = _decoded_once(base, out, len(weights))
+    try:
+        _with_weights(base, weights[0]).module()  # weights of another model are refused before anything is computed
+    except InputError:
+        if decoded is not None:
+            shutil.rmtree(decoded, ignore_errors=True)
+        with suppress(OSError):
+            out.rmdir()
+        raise
+    write_index(out, entries)
     for number, (entry, given) in enumerate(zip(entries, weights, strict=True)):
         announce(number, entry["name"])
         chosen = _with_weights(base, given)
@@ -135,6 +143,12 @@ def _check_all(weights: Sequence[Weights]) -> None:
     first: dict[str, Any] = {}
     for number, given in enumerate(weights):
         state = dict(given) if isinstance(given, Mapping) else load_weights(given)
+        for name, value in state.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                which = f"number {number}" if isinstance(given, Mapping) else str(given)
+                raise NonFiniteError(
+                    f"weight {name!r} of checkpoint {which} holds NaN or infinity; leave that checkpoint out"
+                )
         shapes = {name: torch.empty(value.shape, device="meta") for name, value in state.items()}
         if number:
             check_alike(first, shapes, f"number {number}" if isinstance(given, Mapping) else given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +28,10 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.planner import Preferences
 from ooc_ntk.planning.projection import Projection
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.atomic import StagedFile, checksum_file
 from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE
 
-from .context import reproducible
+from .context import joined, reproducible, taken
 from .driver import planned_structure
 from .features import Projector, projector_of
 from .prepare import PreparedJob, prepare
@@ -80,6 +80,8 @@ class Featurizer:
             InputError: for settings that are wrong, or that only data by name have.
             RunConflictError: if the folder holds something else.
         """
+        if settings.get("outputs") == "clip":
+            raise InputError("outputs='clip' draws its bank from all train samples; give a ClipOutput with a bank here")
         for name in ("train", "test", "collate", "by"):
             if settings.get(name) is not None:
                 raise InputError(f"a Featurizer is fed with batches and keeps features alone; leave {name} out")
@@ -97,6 +99,7 @@ class Featurizer:
         self._train = self._test = self._tiles = 0
         self._tile = TILE_SAMPLES if self._state is None else self._state.tile_samples
         self._work: _Work | None = None
+        self._prepared: PreparedJob | None = None
 
     @property
     def samples(self) -> int:
@@ -116,18 +119,22 @@ class Featurizer:
             NonFiniteError: if inputs or gradients are not finite.
             StorageError: if features cannot be written.
         """
-        if self._state is not None and self._state.finished:
-            raise InputError(f"the features in {self.path} are finished; open them with open_features, or take another")
         found = _batch(batch, self.samples)
         if not test and self._test:
             raise InputError("train samples come before test samples; feed all train batches first")
-        self._train, self._test = self._train + (0 if test else found.size), self._test + (found.size if test else 0)
+        if self._state is not None and self._state.finished and self.samples + found.size > self._state.samples:
+            raise InputError(f"the features in {self.path} are finished; open them with open_features, or take another")
         if self._state is None and not self._pending and not self._tiles:
             each = sum(value[0].numel() * value.element_size() for _, value in found.named())
             self._tile = max(1, min(TILE_SAMPLES, GATHERED_BYTES // max(1, each)))
-        self._pending.append(found)
-        while sum(part.size for part in self._pending) >= self._tile:
-            self._pending = _cut(self._pending, self._tile, self._take_tile)
+        pending = [joined([*self._pending, found])] if self._pending else [found]
+        self._train, self._test = self._train + (0 if test else found.size), self._test + (found.size if test else 0)
+        self._pending = pending
+        while self._pending and self._pending[0].size >= self._tile:
+            (whole,) = self._pending
+            self._take_tile(taken(whole, slice(0, self._tile)))
+            # Only now, so that what fails is tried again with the next batch, and nothing is stored in its place.
+            self._pending = [taken(whole, slice(self._tile, whole.size))] if whole.size > self._tile else []
 
     def finish(self) -> Kernel:
         """Compute what is left and close the features.
@@ -139,6 +146,9 @@ class Featurizer:
             InputError: if no train sample was fed, or fewer samples than are on disk.
             OocNtkError: as :meth:`featurize`.
         """
+        if self._state is not None and self._state.finished and self._pending:
+            self._take_tile(self._pending[0])
+            self._pending = []
         if self._state is None or not self._state.finished:
             if not self._train:
                 raise InputError("no train sample was fed; call featurize(batch) for every batch before finish()")
@@ -148,9 +158,8 @@ class Featurizer:
                     "again"
                 )
             if self._pending:
-                rest = _joined(self._pending)
+                self._take_tile(self._pending[0])
                 self._pending = []
-                self._take_tile(rest)
             state = self._state
             assert state is not None
             self._create_arrays(state)
@@ -168,9 +177,14 @@ class Featurizer:
 
     def _take_tile(self, samples: Samples) -> None:
         """Compute and store a tile, or compare it with the one that is there."""
-        index, self._tiles = self._tiles, self._tiles + 1
-        first = index * self._tile
+        index, first = self._tiles, self._tiles * self._tile
         digest = digest_samples(samples)
+        if self._prepared is None:
+            self._prepared = _prepared(self._settings, samples)
+            job = {name: self._prepared.digests[name] for name in ("model", "kernel")}
+            if self._state is not None and self._state.job != job:
+                other = " and ".join(name for name in job if self._state.job.get(name) != job[name])
+                raise RunConflictError(f"{self.path} holds features of another {other}; take another folder")
         if self._state is not None and index < len(self._state.tiles):
             there = self._state.tiles[index]
             # A tile that ended the feeding once may be followed by more samples now.
@@ -180,17 +194,29 @@ class Featurizer:
                         f"samples {first} to {first + samples.size} are not those whose features are in {self.path}; a "
                         "loader must hand out the same samples in the same order: switch off shuffling"
                     )
-                return
-            if index < len(self._state.tiles) - 1:
+                if self._is_whole(index, there):
+                    self._tiles += 1
+                    return
+            elif index < len(self._state.tiles) - 1:
                 raise InputError(f"{self.path} was fed with other batches; take another folder")
         if self._work is None:
-            self._work = _Work.begin(self._settings, samples, self.path, self._budget, self._state, self._tile)
-            self._state = self._work.state
-        crc = self._work.store(self.path, index, samples, first)
+            self._work = _Work.begin(self._prepared, self.path, self._budget, self._state, self._tile)
+            self._state = self._state or self._work.state
+        checksums = self._work.store(self.path, index, samples, first)
         assert self._state is not None
-        tiles = (*self._state.tiles[:index], FedTile(samples.size, digest, crc))
-        self._state = msgspec.structs.replace(self._state, tiles=tiles)
+        tiles = list(self._state.tiles)
+        tiles[index : index + 1] = [FedTile(samples.size, digest, checksums)]
+        self._state = msgspec.structs.replace(self._state, tiles=tuple(tiles))
         write_state(self.path, self._state)
+        self._tiles += 1
+
+    def _is_whole(self, index: int, there: FedTile) -> bool:
+        """Whether the files of a tile are what was stored."""
+        files = (self.path / name / "c" / str(index) / "0" for name in ("features.zarr", "heavy.zarr"))
+        try:
+            return all(checksum_file(path) == crc for path, crc in zip(files, there.checksums, strict=False))
+        except OSError:
+            return False
 
     def _create_arrays(self, state: FedState) -> None:
         """Write the metadata of the arrays, whose length is known now."""
@@ -209,8 +235,7 @@ class _Work:
     @classmethod
     def begin(
         cls,
-        settings: dict[str, Any],
-        samples: Samples,
+        prepared: PreparedJob,
         root: Path,
         budget: Budget | None,
         state: FedState | None,
@@ -218,15 +243,7 @@ class _Work:
     ) -> _Work:
         """Plan on the first tile, or take the plan that is there."""
         before = peak_resident_bytes()
-        source = ArraySource(
-            tuple(as_column(value, "batch") for value in samples.args),
-            {name: as_column(value, "batch") for name, value in samples.kwargs.items()},
-            None if samples.targets is None else as_column(samples.targets, "batch"),
-            "batch",
-        )
-        prepared = prepare(Job(**settings, train=source))
         root.mkdir(parents=True, exist_ok=True)
-        job = {name: prepared.digests[name] for name in ("model", "kernel")}
         if state is None:
             plan = planned(prepared, before, budget, Preferences(features_only=True), root, None)
             plan.save(root / PLAN)
@@ -242,14 +259,11 @@ class _Work:
                 heavy=plan.heavy,
                 heavy_share=plan.heavy_share,
                 sketch=prepared.sketch_digest(plan),
-                job=job,
+                job={name: prepared.digests[name] for name in ("model", "kernel")},
             )
             write_state(root, state)
         else:
             plan = Plan.load(root / PLAN)
-            if state.job != job:
-                other = " and ".join(name for name in job if state.job.get(name) != job[name])
-                raise RunConflictError(f"{root} holds features of another {other}; take another folder")
         structure = planned_structure(plan, prepared)
         prepared.function.structure = structure
 
@@ -258,13 +272,13 @@ class _Work:
 
         return cls(plan, prepared, projector_of(plan, prepared.function, capture), state)
 
-    def store(self, root: Path, index: int, samples: Samples, first: int) -> int:
-        """Compute and write one tile; returns the checksum of its features."""
+    def store(self, root: Path, index: int, samples: Samples, first: int) -> tuple[int, ...]:
+        """Compute and write one tile; returns the checksums of its files."""
         plan, state = self.plan, self.state
         features, heavy = [], []
         with reproducible(plan):
             for start in range(0, samples.size, plan.batch_size):
-                part = _part(samples, start, min(start + plan.batch_size, samples.size))
+                part = taken(samples, slice(start, min(start + plan.batch_size, samples.size)))
                 batch = ModelBatch(part.args, part.kwargs, part.targets).to(plan.device, plan.precision)
                 where = f"samples {first + start} to {first + start + part.size}"
                 found = self.projector.project(batch, plan.rows_per_sample, samples=where)
@@ -276,10 +290,20 @@ class _Work:
             bad = int((~torch.isfinite(whole).all(1)).nonzero()[0]) // plan.rows_per_sample
             raise InputError(f"the gradients of sample {first + bad} are not finite; check it and the weights")
         arrays = _arrays(root, plan, (index + 1) * state.tile_samples, state.tile_samples)
-        checksums = [
+        return tuple(
             _publish(array, index, torch.cat(rows)) for array, rows in zip(arrays, (features, heavy), strict=False)
-        ]
-        return checksums[0]
+        )
+
+
+def _prepared(settings: dict[str, Any], samples: Samples) -> PreparedJob:
+    """The job with a tile's samples as its data."""
+    source = ArraySource(
+        tuple(as_column(value, "batch") for value in samples.args),
+        {name: as_column(value, "batch") for name, value in samples.kwargs.items()},
+        None if samples.targets is None else as_column(samples.targets, "batch"),
+        "batch",
+    )
+    return prepare(Job(**settings, train=source))
 
 
 def _arrays(root: Path, plan: Plan, samples: int, tile: int) -> list[TileArray]:
@@ -327,34 +351,3 @@ def _batch(batch: object, first: int) -> Samples:
     if found.size == 0:
         raise InputError(f"the batch from sample {first} on is empty")
     return found
-
-
-def _part(samples: Samples, start: int, stop: int) -> Samples:
-    """Some samples of a range."""
-    return Samples(
-        tuple(value[start:stop] for value in samples.args),
-        {name: value[start:stop] for name, value in samples.kwargs.items()},
-        None if samples.targets is None else samples.targets[start:stop],
-    )
-
-
-def _joined(parts: list[Samples]) -> Samples:
-    """Several ranges as one."""
-    first = parts[0]
-    try:
-        return Samples(
-            tuple(torch.cat([part.args[index] for part in parts]) for index in range(len(first.args))),
-            {name: torch.cat([part.kwargs[name] for part in parts]) for name in first.kwargs},
-            None if first.targets is None else torch.cat([part.targets for part in parts if part.targets is not None]),
-        )
-    except (RuntimeError, IndexError, KeyError) as error:
-        raise InputError(
-            f"batches differ in their inputs or their shapes ({error}); all samples must be of one shape"
-        ) from error
-
-
-def _cut(parts: list[Samples], count: int, take: Callable[[Samples], None]) -> list[Samples]:
-    """Hand the first samples on, as many as a tile has; returns what is left."""
-    whole = _joined(parts) if len(parts) > 1 else parts[0]
-    take(_part(whole, 0, count))
-    return [_part(whole, count, whole.size)] if whole.size > count else []

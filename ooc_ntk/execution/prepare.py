@@ -20,7 +20,9 @@ from torch import nn
 from ooc_ntk.compute.check import checked_structure, with_matches
 from ooc_ntk.compute.contract import TORCH_DTYPE, check_precision, measure_block, tf32
 from ooc_ntk.compute.discover import find_structure
+from ooc_ntk.compute.features import FeatureModel, feature_model
 from ooc_ntk.compute.functions import ClipOutput, SampleFunction
+from ooc_ntk.compute.heads import narrowed
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
     device_memory,
@@ -34,8 +36,7 @@ from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.compute.probe import LARGEST_CAPTURE, LARGEST_PROJECTED, CaptureFailed, Probe, look_at, probe
 from ooc_ntk.compute.rules.table import registered_rules
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.compute.surrogates import Narrowed, agrees, feature_model, narrowed
-from ooc_ntk.errors import DataChangedError, InputError
+from ooc_ntk.errors import DataChangedError, InputError, RunConflictError
 from ooc_ntk.inputs.images.spec import is_image_spec
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
@@ -50,7 +51,7 @@ from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import HeadRows, ParameterBlock, Workload
 
 from .blame import failing_on
-from .context import SampleReader
+from .context import SampleReader, joined
 from .lengths import cut_share
 from .pilot import measure_sketch
 
@@ -212,18 +213,35 @@ def output_identity(outputs: str | SampleFunction) -> str:
 def callable_identity(function: Callable[..., Any]) -> str:
     """What identifies a user's function: its source, its defaults and the values it closes over."""
     if isinstance(function, functools.partial):
-        return f"{callable_identity(function.func)} {function.args!r} {sorted(function.keywords.items())!r}"
+        given = _value_identity(function.args), _value_identity(function.keywords)
+        return f"{callable_identity(function.func)} {' '.join(given)}"
     try:
         parts = [inspect.getsource(function)]
     except (OSError, TypeError):
         parts = [f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(type(function)))}"]
     if inspect.isfunction(function):
         closed = inspect.getclosurevars(function).nonlocals
-        parts += [repr(function.__defaults__), repr(function.__kwdefaults__), repr(sorted(closed.items()))]
+        parts += [_value_identity(value) for value in (function.__defaults__, function.__kwdefaults__, closed)]
     else:
-        parts.append(repr(sorted(getattr(function, "__dict__", {}).items())))
+        parts.append(_value_identity(getattr(function, "__dict__", {})))
     # Addresses of objects differ from process to process.
     return re.sub(r" at 0x[0-9a-f]+", "", " ".join(parts))
+
+
+def _value_identity(value: object) -> str:
+    """What identifies a value: of tensors and arrays their bytes, which their text form leaves out."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        content = hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
+        return f"array {value.dtype} {value.shape} {content}"
+    if isinstance(value, dict):
+        items = sorted(f"{key!r}: {_value_identity(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value_identity, value))}]"
+    return repr(value)
 
 
 def _digest(text: str) -> str:
@@ -237,40 +255,41 @@ def available_resources(device: str, disk_free: int) -> Resources:
 
 
 def with_head(prepared: PreparedJob, name: str) -> PreparedJob:
-    """The same job with a narrow head in the place of the named one, as a plan has it."""
+    """The same job with a narrow head in the place of the named one, as a plan has it.
+
+    Raises:
+        RunConflictError: if these weights, or this model, do not allow it.
+    """
     if name not in prepared.stand_ins:
-        made = narrowed(prepared.function, first_samples(prepared, 1), name)
-        assert made is not None  # nothing is looked for where the name is given
-        prepared.stand_ins[name] = replace(prepared, module=made.module, function=_narrow_function(prepared, made))
+        found = find_head(prepared)
+        if found is None or found.name != name:
+            raise RunConflictError(
+                f"the plan derives fewer rows than outputs by the layer {name!r}, which this model does not allow; "
+                "make a new plan in another --out"
+            )
     return prepared.stand_ins[name]
 
 
-def _narrow_function(prepared: PreparedJob, made: Narrowed) -> ModelFunction:
-    """The function of a stand-in, sharing all parameters but the head's."""
-    mine = prepared.function
-    return ModelFunction(
-        made.module, mine.names, mine.rows, prepared.job.precision, prepared.device, shared=mine.parameters
-    )
-
-
-def _head_rows(prepared: PreparedJob) -> HeadRows | None:
+def find_head(prepared: PreparedJob) -> HeadRows | None:
     """The head of a model whose trace kernel needs fewer rows than outputs; None where every output needs one.
 
-    Only where the kernel is the exact trace of the raw logits, and gradients along a random combination agree.
+    Only where the kernel is the exact trace of the raw logits, and gradients along a random combination agree on the
+    first and the last sample of train and test.
     """
-    job = prepared.job
+    job, reader = prepared.job, prepared.reader
     if job.kernel != "trace" or prepared.outputs != "logits" or job.sketch is not None:
         return None
-    first = first_samples(prepared, 1)
-    made = narrowed(prepared.function, first)
-    if made is None:
+    train = len(reader.train)
+    ends = sorted({0, train - 1, *([train, len(reader) - 1] if reader.test is not None else [])})
+    batches = [first_samples(prepared, 1, number) for number in ends]
+    with tf32(allowed=False):
+        both = narrowed(prepared.function, batches, job.precision, prepared.device)
+    if both is None:
         return None
+    made, function = both
     found = HeadRows(made.name, made.outputs, made.width)
-    function = _narrow_function(prepared, made)
-    if not found.pays or not agrees(prepared.function, function, made, first):
-        return None
     prepared.stand_ins[made.name] = replace(prepared, module=made.module, function=function)
-    return found
+    return found if found.pays else None
 
 
 def measure(
@@ -299,8 +318,7 @@ def measure(
     head = None
     if not every_output:
         look_at(prepared.function, first_samples(prepared, 1))  # what is wrong with the model is said first
-        with tf32(allowed=False):
-            head = _head_rows(prepared)
+        head = find_head(prepared)
         if head is not None:
             prepared = with_head(prepared, head.name)
     function = prepared.function
@@ -500,12 +518,8 @@ def _together(batches: Sequence[ModelBatch]) -> ModelBatch:
 
 def _joined(pieces: Sequence[Samples]) -> ModelBatch:
     """Single samples as one batch."""
-    first = pieces[0]
-    return ModelBatch(
-        tuple(torch.cat([piece.args[index] for piece in pieces]) for index in range(len(first.args))),
-        {name: torch.cat([piece.kwargs[name] for piece in pieces]) for name in first.kwargs},
-        None if first.targets is None else torch.cat([piece.targets for piece in pieces if piece.targets is not None]),
-    )
+    whole = joined(pieces)
+    return ModelBatch(whole.args, whole.kwargs, whole.targets)
 
 
 def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows: int) -> tuple[ParameterBlock, ...]:
@@ -543,6 +557,8 @@ def _notes(prepared: PreparedJob, found: Probe, blocks: Sequence[ParameterBlock]
     ]
     if named:
         notes.append(f"images are {', '.join(named)}")
+    if isinstance(prepared.module, FeatureModel):
+        notes.append(f"features are {prepared.module.describe()}")
     structure = prepared.function.structure
     if structure is not None and structure.layers:
         by_reason: dict[str, list[str]] = {}

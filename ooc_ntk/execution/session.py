@@ -20,9 +20,9 @@ from ooc_ntk.planning.representation import allowed_choices
 from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 
 from . import calibration
-from .driver import Observer, check_budget, check_same_job, create_run, execute
+from .driver import Observer, check_budget, check_same_job, create_run, execute, planned_structure
 from .executors import Executor
-from .prepare import PreparedJob, available_resources, measure, prepare
+from .prepare import PreparedJob, available_resources, measure, prepare, with_head
 from .progress import TerminalProgress
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def _plan_of(directory: RunDirectory, prepared: PreparedJob, asked: Asked, befor
         _check_batches(stored, job)
         _check_backend(stored, job)
         return stored
-    if plan is None and asked.template is not None:
+    if plan is None and asked.template is not None and _serves(asked.template, prepared):
         plan, preferences = replace(asked.template, job_digest=prepared.digest), None
     chosen = plan or planned(prepared, before, budget, preferences, directory.root, None)
     if chosen.job_digest != prepared.digest:
@@ -149,6 +149,18 @@ def _plan_of(directory: RunDirectory, prepared: PreparedJob, asked: Asked, befor
     _check_backend(chosen, job)
     _write_new_run(directory, chosen, prepared)
     return chosen
+
+
+def _serves(template: Plan, prepared: PreparedJob) -> bool:
+    """Whether the plan of other weights serves these: the same layers by the same rules, and the same head."""
+    try:
+        if template.head is not None:
+            prepared = with_head(prepared, template.head.name)
+        prepared.function.structure = planned_structure(template, prepared)
+    except RunConflictError as error:
+        logger.info("planned anew: %s", error)
+        return False
+    return True
 
 
 def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:

@@ -365,6 +365,8 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     widths = [sum(span.columns for span in layout.pass_spans(workload, index)) for index in range(len(layout.passes))]
     row_bytes = max(1, *widths) * workload.item_bytes
 
+    if workload.by_length:  # a tile's texts are read together, and sorted
+        batch += layout.tile_samples * workload.sample_bytes
     rows = {"one batch of samples": batch}
     if derivation.method == "loop" and layout.span_columns < GATHERED_COLUMNS and any(widths):
         rows["gathered rows"] = group_rows(layout.span_columns, max(1, *widths), workload.item_bytes) * row_bytes

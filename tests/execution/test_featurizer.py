@@ -196,3 +196,54 @@ def test_batches_as_dicts_and_without_targets(tmp_path, compute):
     torch.manual_seed(0)
     run = compute(ooc_ntk.Job(ByName(), data, projection="sjlt:16"))
     assert oracle.error(fed.finish(), np.asarray(run, np.float64)) <= 1e-6
+
+
+def test_damaged_and_missing_tiles_are_computed_again(tmp_path):
+    whole = np.asarray(feed(tmp_path / "whole").finish())
+    feed(tmp_path / "fed", upto=26)
+    chunks = tmp_path / "fed" / "features.zarr" / "c"
+    content = bytearray((chunks / "0" / "0").read_bytes())
+    content[8] ^= 255
+    (chunks / "0" / "0").write_bytes(bytes(content))
+    (chunks / "1" / "0").unlink()
+    assert (np.asarray(feed(tmp_path / "fed").finish()) == whole).all()
+
+
+def test_a_tile_that_fails_is_tried_again_in_its_place(tmp_path, monkeypatch):
+    whole = np.asarray(feed(tmp_path / "whole").finish())
+    store, fails = featurizer._Work.store, [1]
+
+    def once(self, root, index, *rest):
+        if index in fails:
+            fails.clear()
+            raise KeyboardInterrupt
+        return store(self, root, index, *rest)
+
+    monkeypatch.setattr(featurizer._Work, "store", once)
+    chosen = case("attention", trained=True)
+    fed = ooc_ntk.Featurizer(chosen.module, tmp_path / "fed", projection=f"sjlt:{DIM}")
+    interrupted = 0
+    for start in range(0, len(chosen.images), 4):
+        part = slice(start, min(start + 4, TRAIN) if start < TRAIN else start + 4)
+        try:
+            fed.featurize((chosen.images[part], chosen.targets[part]), test=start >= TRAIN)
+        except KeyboardInterrupt:
+            interrupted += 1
+        if part.stop == TRAIN:
+            rest = slice(TRAIN, start + 4)
+            fed.featurize((chosen.images[rest], chosen.targets[rest]), test=True)
+    assert interrupted == 1
+    assert (np.asarray(fed.finish()) == whole).all()
+
+
+def test_a_finished_script_run_again_computes_nothing_and_checks_the_model(tmp_path, monkeypatch):
+    whole = np.asarray(feed(tmp_path / "fed").finish())
+    monkeypatch.setattr(featurizer._Work, "store", None)
+    assert (np.asarray(feed(tmp_path / "fed").finish()) == whole).all()
+    with pytest.raises(RunConflictError, match="features of another model"):
+        feed(tmp_path / "fed", module=case("attention").module)
+
+
+def test_a_bank_has_to_be_given(tmp_path):
+    with pytest.raises(InputError, match="give a ClipOutput with a bank"):
+        ooc_ntk.Featurizer(case("attention").module, tmp_path / "fed", outputs="clip")

@@ -271,5 +271,25 @@ def test_embeddings_of_all_layers_do_not_see_padding(texts, compute):
     assert oracle.error(kernels[1], kernels[0]) <= 1e-6
 
 
+@pytest.mark.parametrize("kernel", ["embedding", "conjugate"])
+def test_features_of_language_models_depend_on_no_order_and_no_padding(kernel, texts, compute):
+    ids, lengths, _ = texts
+    module = encoder("causal")
+    order = torch.argsort(lengths[:TRAIN], descending=True)
+    one = np.asarray(compute(ooc_ntk.Job(module, Texts(ids[:TRAIN], lengths[:TRAIN]), kernel=kernel)), np.float64)
+    other = np.asarray(compute(ooc_ntk.Job(module, Texts(ids[order], lengths[order]), kernel=kernel)), np.float64)
+    assert oracle.error(other, one[np.ix_(order, order)]) <= 1e-6
+    cut = int(lengths[:TRAIN].sort().values[-2])
+    kept = (lengths[:TRAIN] <= cut).nonzero()[:, 0]
+    short = np.asarray(compute(ooc_ntk.Job(module, Texts(ids[kept, :cut], lengths[kept]), kernel=kernel)), np.float64)
+    assert oracle.error(short, one[np.ix_(kept, kept)]) <= 1e-6
+
+    seen = []
+    module.head.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].detach()))
+    module(**padded(texts, slice(0, TRAIN)))
+    h = (seen[-1] * padded(texts, slice(0, TRAIN))["attention_mask"][:, :, None]).flatten(1).double().numpy()
+    assert oracle.error(one, h @ h.T / (WIDTH if kernel == "conjugate" else 1)) <= SMOOTH
+
+
 def test_a_source_of_texts_is_a_source(texts):
     assert isinstance(Texts(texts[0], texts[1]), SampleSource)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ooc_ntk
 from ooc_ntk.compute.functions import ClipOutput
 from ooc_ntk.errors import InputError
+from ooc_ntk.execution import prepare
 from tests import oracle
 from tests.cases import PROBABILITY, SMOOTH, TRAIN, case
 
@@ -234,9 +235,9 @@ def test_targets_that_do_not_fit(sentences):
     wrong[0, 0] = VOCABULARY
     with pytest.raises(InputError, match=f"token {VOCABULARY} is out of range: the model has {VOCABULARY} outputs a"):
         ooc_ntk.plan(ooc_ntk.Job(model, ({"input_ids": ids}, wrong), outputs="loss"))
-    with pytest.raises(InputError, match="needs a row of logits for each of the 5 target tokens, the model has 66"):
+    with pytest.raises(InputError, match=r"the model returned \(1, 6, 11\) for targets of shape \(1, 5\); a row of"):
         ooc_ntk.plan(ooc_ntk.Job(model, ({"input_ids": ids}, following[:, :5]), outputs="loss"))
-    with pytest.raises(InputError, match="margin needs integer class labels, got 6 labels a sample"):
+    with pytest.raises(InputError, match=r"needs one row of logits a sample, the model returned \(1, 6, 11\)"):
         ooc_ntk.plan(ooc_ntk.Job(model, ({"input_ids": ids}, following), outputs="margin"))
     with pytest.raises(InputError, match="next-token needs token numbers"):
         ooc_ntk.plan(ooc_ntk.Job(model, ({"input_ids": ids}, following.float()), outputs="next-token"))
@@ -244,3 +245,60 @@ def test_targets_that_do_not_fit(sentences):
         ClipOutput(torch.ones(3, 2), torch.ones(3, 4))
     with pytest.raises(InputError, match="the bank holds embeddings of width 3, the model gives 10 numbers"):
         ooc_ntk.plan(case("smooth-mlp").job(outputs=lambda z, y: ClipOutput(torch.ones(4, 3), torch.ones(4, 3))(z, y)))
+
+
+class Maps(nn.Module):
+    """A row of logits for each of four pixels, classes first as convolutions give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("outputs", ["loss", "next-token"])
+def test_classes_first_are_not_taken_for_positions_first(outputs):
+    images, labels = torch.randn(5, 1, 2, 2), torch.randint(0, 3, (5, 2, 2))
+    with pytest.raises(InputError, match=r"the model returned \(1, 3, 2, 2\) for targets of shape \(1, 2, 2\)"):
+        ooc_ntk.plan(ooc_ntk.Job(Maps(), (images, labels), outputs=outputs))
+    with pytest.raises(InputError, match=r"the model returned \(1, 6\) for targets of shape \(1, 2\)"):
+        ooc_ntk.plan(ooc_ntk.Job(nn.Linear(4, 6), (torch.randn(5, 4), labels[:, 0]), outputs=outputs))
+
+
+@pytest.mark.parametrize("outputs", ["margin", "logprob"])
+def test_one_softmax_over_several_rows_of_logits_is_refused(outputs):
+    images, labels = torch.randn(5, 1, 2, 2), torch.randint(0, 3, (5,))
+    with pytest.raises(InputError, match=r"needs one row of logits a sample, the model returned \(1, 3, 2, 2\)"):
+        ooc_ntk.plan(ooc_ntk.Job(Maps(), (images, labels), outputs=outputs))
+
+
+def test_log_probabilities_do_not_mind_the_labels(compute):
+    chosen = case("smooth-mlp")
+    labels = torch.full_like(chosen.targets, -1)
+    one = compute(chosen.job(outputs="logprob"))
+    other = compute(ooc_ntk.Job(chosen.module, (chosen.images[:TRAIN], labels[:TRAIN]), outputs="logprob"))
+    assert (one[:TRAIN] == other[:]).all()
+
+
+def test_a_text_without_a_next_token_is_refused(sentences):
+    model, ids, following = sentences
+    with pytest.raises(InputError, match="a text has no token to predict"):
+        ooc_ntk.plan(ooc_ntk.Job(model, ({"input_ids": ids}, torch.full_like(following, -100)), outputs="next-token"))
+
+
+def test_a_pair_by_name_is_verified(pairs, compute):
+    torch.manual_seed(0)
+    job = ooc_ntk.Job(Pair("dict").eval(), {"image": pairs[0], "text": pairs[1]}, outputs="clip")
+    assert ooc_ntk.verify(compute(job).path, job).passed
+
+
+def test_functions_over_other_tensors_are_other_jobs():
+    def scaled(by: Tensor):
+        return lambda z, y: (z * by[: len(z)]).sum()
+
+    one, other = torch.ones(5000), torch.ones(5000)
+    other[2500] = 2
+    found = {prepare.callable_identity(scaled(tensor)) for tensor in (one, one.clone(), other)}
+    assert len(found) == 2

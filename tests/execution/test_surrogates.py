@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -154,6 +155,25 @@ class Wide(nn.Module):
         if how == "tied":
             self.table = nn.Embedding(CLASSES, HIDDEN)
             self.table.weight = self.head.weight
+        self.bound = 1e3
+        self.register_buffer("mask", torch.ones(CLASSES))
+        self.register_buffer("same", torch.arange(CLASSES))
+        if how == "listed":
+            self.apart = [self.head]  # called, but not as a part of the model
+        if how == "branch":
+            self.beside = nn.Linear(HIDDEN, CLASSES)
+            nn.init.zeros_(self.beside.weight)
+            nn.init.zeros_(self.beside.bias)
+        if how == "normed":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.nn.utils.weight_norm(self.head)
+        if how == "parametrised":
+            torch.nn.utils.parametrizations.weight_norm(self.head)
+        if how == "more":
+            self.head.register_parameter("extra", nn.Parameter(torch.ones(2)))
+        if how == "hooked":
+            self.head.register_forward_hook(lambda module, inputs, output: 2 * output)
         if how == "dead":
             with torch.no_grad():
                 self.head.weight[:, 0] = 0
@@ -164,9 +184,23 @@ class Wide(nn.Module):
             h = h + self.table(torch.zeros(len(x), dtype=torch.long, device=x.device))
         if self.how == "penalised":
             h = h * (1 + self.head.weight.square().mean())
+        if self.how == "listed":
+            return self.apart[0](h)
         if self.how == "positions":
             return self.head(torch.stack([h, 2 * h], 1)).flatten(1)
         z = self.head(h)
+        if self.how == "clamp":
+            return z.clamp(-self.bound, self.bound)
+        if self.how == "mask":
+            return z * self.mask
+        if self.how == "order":
+            return z[:, self.same]
+        if self.how == "branch":
+            return z + self.beside(h)
+        if self.how == "temperature":
+            return z / 3.0
+        if self.how == "view":
+            return z.view(len(z), 1, -1).flatten(1)
         return z.softmax(1) if self.how == "softmax" else z
 
 
@@ -181,7 +215,7 @@ def wide(how: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("settings", [{}, {"dataflow": "spill"}, {"representation": "dense"}, {"layer_rules": False}])
-@pytest.mark.parametrize("how", ["plain", "no bias", "dead"])
+@pytest.mark.parametrize("how", ["plain", "no bias", "dead", "view"])
 def test_a_wide_head_needs_as_many_rows_as_it_has_inputs(how, settings, digits, compute):
     module = wide(how)
     job = ooc_ntk.Job(module, digits[:TRAIN], digits[TRAIN:])
@@ -228,12 +262,22 @@ def test_some_parameters(patterns, digits, compute):
     assert oracle.error(found, oracle.kernel(rows, TRAIN)) <= SMOOTH
 
 
-@pytest.mark.parametrize("how", ["tied", "penalised", "positions", "softmax"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("tied", "penalised", "positions", "softmax", "clamp", "mask", "order", "branch", "temperature"),
+        *("parametrised", "more", "hooked", "listed"),
+    ],
+)
 def test_what_stands_in_the_way(how, digits, compute):
     module = wide(how)
     found = compute(ooc_ntk.Job(module, digits[:TRAIN]))
     assert found.plan.head is None
     assert oracle.error(found, oracle.kernel(oracle.jacobian(module, digits[:TRAIN]), TRAIN)) <= SMOOTH
+
+
+def test_a_head_whose_weight_is_made_before_every_call(digits):
+    assert ooc_ntk.plan(ooc_ntk.Job(wide("normed"), digits)).head is None
 
 
 @pytest.mark.parametrize(
@@ -278,3 +322,81 @@ def test_a_head_that_is_the_whole_model(compute):
     found = compute(ooc_ntk.Job(module, data))
     assert found.plan.head is not None
     assert oracle.error(found, 9 * ((data @ data.T).double().numpy() + 1)) <= SMOOTH
+
+
+def test_checkpoints_share_a_narrow_head_only_where_each_allows_it(digits, tmp_path):
+    module = wide("clamp")
+    states = [{name: value.clone() for name, value in module.state_dict().items()}]
+    module.how = "plain"
+    job = ooc_ntk.Job(module, digits[:TRAIN])
+
+    class Switched(Wide):
+        """Plain as long as its norm is what it was drawn with, clamped after that."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.how = "clamp" if float(self.norm.bias.detach()[0]) else "plain"
+            self.bound = 0.05
+            return super().forward(x)
+
+    torch.manual_seed(2)
+    module = Switched().eval()
+    states = [{name: value.clone() for name, value in module.state_dict().items()} for _ in range(2)]
+    states[1]["norm.bias"] += 0.1
+    job = ooc_ntk.Job(module, digits[:TRAIN])
+    found = ooc_ntk.run_checkpoints(job, tmp_path / "out", states, progress=False)
+    assert found[0].plan.head is not None
+    assert found[1].plan.head is None
+    for kernel, state in zip(found, states, strict=True):
+        module.load_state_dict(state)
+        wanted = oracle.kernel(oracle.jacobian(module, digits[:TRAIN]), TRAIN)
+        assert oracle.error(kernel, wanted) <= KINKED
+
+
+class Odd(nn.Module):
+    """Two layers and a head of some kind, all of whose kinds read the same features."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Linear(64, 6)
+
+        class Other(nn.Linear):
+            pass
+
+        self.head = Other(6, 3) if how == "subclass" else nn.Linear(6, 3)
+        if how == "parametrised":
+            torch.nn.utils.parametrizations.weight_norm(self.head)
+        if how == "adapter":
+            self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x.flatten(1)))
+        z = self.head(h)
+        if self.how == "adapter":
+            z = z + self.up(self.down(h))
+        return z.log_softmax(1) / 2.0 if self.how == "softened" else z
+
+
+@pytest.mark.parametrize("how", ["plain", "subclass", "parametrised", "adapter", "softened"])
+def test_the_last_features_of_heads_of_all_kinds(how, digits, compute):
+    torch.manual_seed(3)
+    module = Odd(how).eval()
+    h = torch.tanh(module.body.double()(digits.double().flatten(1))).detach().numpy()
+    module.float()
+    found = compute(ooc_ntk.Job(module, digits[:TRAIN], digits[TRAIN:], kernel="embedding"))
+    assert oracle.error(found, (h @ h.T)[:, :TRAIN]) <= SMOOTH
+    assert "features are the input of 'head', 6 numbers a sample" in str(found.plan)
+
+
+def test_no_single_last_layer_is_said(digits):
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 4), nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.flatten(1))
+            return h + self.second(h)
+
+    with pytest.raises(InputError, match="come from more than one layer .* name the layers"):
+        ooc_ntk.plan(ooc_ntk.Job(Residual(), digits, kernel="embedding"))

@@ -196,8 +196,9 @@ class FileImages(Images):
             raise self._problem(number, error) from error
 
     def identity(self) -> str:
-        """Digest of the names, sizes and times of all files; none is read."""
-        total = blake2b(f"files {self.count} {self._geometry}\n".encode(), digest_size=16)
+        """Digest of the folder, and of the names, sizes and times of all files; none is read."""
+        folder = self._folder.resolve()
+        total = blake2b(f"files {self.count} {self._geometry} in {folder}\n".encode(), digest_size=16)
         for number, name in enumerate(self._names):
             status = self._status(number)
             total.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
