@@ -1,8 +1,10 @@
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ooc_ntk.errors import InputError, StorageError
 from ooc_ntk.inputs.images import ahead
@@ -131,6 +133,20 @@ def test_other_geometry_or_files_have_a_cache_of_their_own_and_normalisation_has
     real_files.write_photo(photos / "ant" / "000.jpg", 40, 40, 99)
     open_photos(photos, cache)
     assert len(list(cache.glob("*.u8"))) == 3
+
+
+def test_folders_whose_files_look_the_same_have_caches_of_their_own(tmp_path):
+    values = []
+    for folder, shade in (("a", 10), ("b", 200)):
+        for kind in ("x", "y"):
+            path = tmp_path / folder / kind / "0.bmp"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (6, 6), (shade, shade, shade)).save(path)
+            os.utime(path, ns=(10**18, 10**18))
+        spec = f"imagefolder:{tmp_path / folder},resize=6,crop=6,normalize=none"
+        source = open_images(spec, data_dir=None, cache=tmp_path / "cache")
+        values.append(float(source.fetch(0, 1).args[0].mean()) * 255)
+    assert values == pytest.approx([10, 200])
 
 
 def test_another_decoder_has_a_cache_of_its_own(photos, tmp_path, monkeypatch):
