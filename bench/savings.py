@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import ooc_ntk
-from ooc_ntk.execution import prepare
+from ooc_ntk.execution import measure as measuring
 from ooc_ntk.inputs.zoo.build import build_model
 
 from .contenders import DEVICE
@@ -92,7 +92,7 @@ def _cut(folder: Path, smoke: bool) -> ooc_ntk.Kernel:
 
 
 def _padded(folder: Path, smoke: bool) -> ooc_ntk.Kernel:
-    prepare.cut_share = lambda *_: None  # type: ignore[assignment]
+    measuring.cut_share = lambda *_: None  # type: ignore[assignment]
     return _run(text_job(smoke, folder), folder / "padded")
 
 

@@ -19,7 +19,8 @@ from ooc_ntk.compute.jacobian import ModelBatch
 from ooc_ntk.compute.machine import steady_allocator
 from ooc_ntk.compute.projection.backends import load_backend
 from ooc_ntk.execution.features import Projector, projector_of
-from ooc_ntk.execution.prepare import first_samples, prepare, structure_of
+from ooc_ntk.execution.measure import structure_of
+from ooc_ntk.execution.prepare import first_samples, prepare
 from ooc_ntk.planning.projection import SPARSE_KINDS
 
 from .bars import Check

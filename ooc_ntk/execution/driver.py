@@ -30,7 +30,8 @@ from ooc_ntk.units import format_bytes
 from .context import PeakMeter, RunContext, reproducible
 from .executors import Executor
 from .layers import layers_array
-from .prepare import PreparedJob, known_structure, structure_of, with_head
+from .measure import known_structure, structure_of
+from .prepare import PreparedJob, with_head
 from .resume import Remaining, remaining_tasks
 from .stores import FACTORS, JACOBIAN, DiskStore, store_of
 from .work import perform

@@ -22,7 +22,8 @@ from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from . import calibration
 from .driver import Observer, check_budget, check_same_job, create_run, execute, planned_structure
 from .executors import Executor
-from .prepare import PreparedJob, available_resources, measure, prepare, with_head
+from .measure import measure
+from .prepare import PreparedJob, available_resources, prepare, with_head
 from .progress import TerminalProgress
 
 logger = logging.getLogger(__name__)
