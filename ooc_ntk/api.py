@@ -66,6 +66,7 @@ __all__ = [
     "info",
     "info_checkpoints",
     "layer_rule",
+    "missing_checkpoints",
     "open",
     "open_checkpoints",
     "open_features",
@@ -334,6 +335,16 @@ def info_checkpoints(path: str | Path) -> list[RunInfo]:
     entries = read_index(Path(path)) or []
     folders = [Path(path) / entry["name"] for entry in entries]
     return [run_info(folder) for folder in folders if RunDirectory(folder).holds_run]
+
+
+def missing_checkpoints(path: str | Path) -> list[str]:
+    """Names of the checkpoints of a directory whose runs were never begun, or are gone.
+
+    Args:
+        path: the directory.
+    """
+    entries = read_index(Path(path)) or []
+    return [entry["name"] for entry in entries if not RunDirectory(Path(path) / entry["name"]).holds_run]
 
 
 def describe_job(

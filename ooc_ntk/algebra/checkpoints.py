@@ -146,6 +146,30 @@ class Checkpoints:
                     tile += kernel[i * edge : (i + 1) * edge, j * edge : (j + 1) * edge]
                 _publish(array, (i, j), tile / len(self))
 
+    def check_mean(self) -> str:
+        """Compare the mean that is kept with the kernels, tile by tile.
+
+        Returns:
+            What is wrong, empty if nothing is or no mean was made.
+        """
+        if not (self.path / WHOLE).exists():
+            return ""
+        try:
+            array = open_tile_array(self.path / MEAN, "kernel.zarr")
+        except StorageError as error:
+            return str(error)
+        rows, columns = self._kernels[0].shape
+        edge = self._kernels[0].chunk_rows
+        for i in range(0, rows, edge):
+            for j in range(0, columns, edge):
+                place = (slice(i, min(i + edge, rows)), slice(j, min(j + edge, columns)))
+                wanted = np.mean([kernel[place].astype(np.float64) for kernel in self._kernels], axis=0)
+                found = np.asarray(array[place], dtype=np.float64)
+                if not np.allclose(found, wanted, rtol=1e-6, atol=1e-6 * float(np.abs(wanted).max(initial=0.0))):
+                    tile = f"tile {i // edge}, {j // edge}"
+                    return f"FAILED, {tile} is not the mean of the kernels; delete {self.path / MEAN}"
+        return ""
+
     def drift(self) -> Drift:
         """Distances between all kernels over the train square, in one pass over them; kept in ``drift.json``.
 

@@ -50,7 +50,7 @@ class Kernel:
         self.path = Path(path)
         directory = RunDirectory(self.path)
         if not directory.holds_run:
-            raise StorageError(f"{self.path} holds no run: there is no plan.json in it")
+            raise no_run(self.path)
         plan = Plan.load(directory.plan_path)
         self.plan: Plan | None = plan
         manifest = Manifest(self.path, read_only=True)
@@ -308,6 +308,15 @@ class Kernel:
             for start in range(columns, rows, step)
         ]
         return np.concatenate(parts)
+
+
+def no_run(path: Path) -> StorageError:
+    """The error where there is no run, saying what is there in its place."""
+    if (path / "featurizer.json").exists():
+        return StorageError(f"{path} holds features that a Featurizer was fed with, and no run; use open_features")
+    if (path / "checkpoints.json").exists():
+        return StorageError(f"{path} holds several checkpoints, a run in each folder; use open_checkpoints")
+    return StorageError(f"{path} holds no run: there is no plan.json in it")
 
 
 def _is_fancy(index: Any) -> bool:

@@ -187,12 +187,14 @@ def info(
 
         several = api.info_checkpoints(run)
         if several:
-            finished = all(each.finished for each in several)
+            missing = api.missing_checkpoints(run)
+            finished = not missing and all(each.finished for each in several)
             drift = api.open_checkpoints(run).drift() if finished else None
             if as_json:
                 typer.echo("[" + ",\n".join(each.to_json() for each in several) + "]")
             else:
                 _print(checkpoints_table(several, drift))
+                _say_missing(missing)
             return
         found = api.info(run)
         if as_json:
@@ -224,11 +226,24 @@ def verify(
         given = JobFlags(model=model, weights=weights, train=train, test=test, outputs=outputs)
         if several:
             passed = [_verify(each.path, given, samples, seed, heading=each.path.name) for each in several]
+            missing = api.missing_checkpoints(run)
+            _say_missing(missing)
+            if not missing and all(each.finished for each in several):
+                wrong = api.open_checkpoints(run).check_mean()
+                typer.echo(f"\nmean: {wrong or 'passed, as far as it was made'}")
+                passed.append(not wrong)
+            passed.append(not missing)
         else:
             api.open(run)
             passed = [_verify(run, given, samples, seed)]
         if not all(passed):
             raise typer.Exit(EXIT_FINDING)
+
+
+def _say_missing(names: list[str]) -> None:
+    """Say which checkpoints of a directory are not there."""
+    if names:
+        typer.secho(f"missing: {', '.join(names)}; run the same command again to compute them", fg="red")
 
 
 def _verify(run: Path, given: JobFlags, samples: int, seed: int, heading: str | None = None) -> bool:

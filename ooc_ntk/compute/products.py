@@ -17,6 +17,10 @@ NARROW_ROWS: Final = 16
 NARROW_COLUMNS: Final = 1024
 
 
+#: Blocks that are added up one after the other; more are added in groups of as many, in float64.
+CHAINED_BLOCKS: Final = 64
+
+
 def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, columns: int | None = None) -> Tensor:
     """``left @ right.T``, summed over blocks of columns in the dtype of ``out``.
 
@@ -31,6 +35,12 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, columns: in
     """
     if columns is None:
         columns = NARROW_COLUMNS if min(len(left), len(right)) < NARROW_ROWS else PRODUCT_COLUMNS
+    group = columns * CHAINED_BLOCKS
+    if left.shape[1] > group:
+        whole = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+        for start in range(0, left.shape[1], group):
+            whole += multiply(left[:, start : start + group], right[:, start : start + group], columns=columns)
+        return whole.to(left.dtype) if out is None else out.copy_(whole)
     total = torch.mm(left[:, :columns], right[:, :columns].T, out=out)
     for start in range(columns, left.shape[1], columns):
         total.addmm_(left[:, start : start + columns], right[:, start : start + columns].T)

@@ -99,6 +99,7 @@ class Featurizer:
         self._train = self._test = self._tiles = 0
         self._tile = TILE_SAMPLES if self._state is None else self._state.tile_samples
         self._work: _Work | None = None
+        self._left = False
         self._prepared: PreparedJob | None = None
 
     @property
@@ -146,6 +147,10 @@ class Featurizer:
             InputError: if no train sample was fed, or fewer samples than are on disk.
             OocNtkError: as :meth:`featurize`.
         """
+        if self._left:
+            raise InputError(
+                "the block of this Featurizer was left with samples that are not computed yet; call finish() inside it"
+            )
         if self._state is not None and self._state.finished and self._pending:
             self._take_tile(self._pending[0])
             self._pending = []
@@ -173,7 +178,7 @@ class Featurizer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._work, self._pending = None, []
+        self._work, self._left = None, bool(self._pending)
 
     def _take_tile(self, samples: Samples) -> None:
         """Compute and store a tile, or compare it with the one that is there."""

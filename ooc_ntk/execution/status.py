@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ooc_ntk.algebra.kernel import Kernel
+from ooc_ntk.algebra.kernel import Kernel, no_run
 from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.directory import RunDirectory
@@ -121,7 +121,7 @@ def run_info(path: str | Path) -> RunInfo:
     """
     directory = RunDirectory(path)
     if not directory.holds_run:
-        raise StorageError(f"{directory.root} holds no run: there is no plan.json in it")
+        raise no_run(directory.root)
     plan = Plan.load(directory.plan_path)
     manifest = Manifest(directory.root, read_only=True)
     try:

@@ -20,6 +20,8 @@ from ooc_ntk.errors import InputError, StorageError
 _log = logging.getLogger(__name__)
 
 _PICKLED: Final = (".pt", ".pth", ".bin")
+#: Keys under which training scripts keep the model's state dict beside the optimizer's.
+_CHECKPOINT_KEYS: Final = ("state_dict", "model_state_dict", "model")
 _SHOWN: Final = 5  # names shown of a long list; the count says the rest
 
 
@@ -70,14 +72,18 @@ def _load_pickled(path: Path) -> object:
         raise InputError(f"weights {path} are not a file of torch.save: {text.splitlines()[0]}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"weights {path} are damaged or not a file of torch.save: {error}; copy the file again"
+            f"weights {path} are damaged or not a file of torch.save ({type(error).__name__}: {error}); copy the file "
+            "again"
         ) from error
 
 
 def _state_dict(state: object, path: Path) -> dict[str, torch.Tensor]:
     """Take the state dict out of what a file holds."""
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    if isinstance(state, Mapping):
+        kept = next((key for key in _CHECKPOINT_KEYS if isinstance(state.get(key), Mapping)), None)
+        if kept is not None:
+            _log.info("weights %s: the state dict under %r is taken", path, kept)
+            state = state[kept]
     if not isinstance(state, Mapping) or not state:
         raise InputError(
             f"weights {path} hold {'nothing' if isinstance(state, Mapping) else f'a {type(state).__name__}'}, not a "
@@ -93,11 +99,12 @@ def _state_dict(state: object, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _strip_prefix(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """Drop the prefix that DataParallel puts before every name."""
-    if not all(name.startswith("module.") for name in state):
-        return state
-    _log.info("weights %s: 'module.' dropped from the names of all %d tensors", path, len(state))
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    """Drop the prefixes that DataParallel and torch.compile put before every name."""
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            _log.info("weights %s: %r dropped from the names of all %d tensors", path, prefix, len(state))
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _listed(names: Iterable[str]) -> str:

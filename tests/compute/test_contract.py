@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ooc_ntk.compute.contract import KernelAccumulator, check_precision
+from ooc_ntk.compute.products import multiply
 from ooc_ntk.compute.rownorms import squared_norms
 from ooc_ntk.errors import InputError
 
@@ -113,3 +114,12 @@ def test_float32_means_float32_on_a_gpu(kind):
     accumulator.begin(64, 48)
     accumulator.add(left, right)
     assert error(accumulator.result(), left.double() @ right.double().T) <= CONTRACTION
+
+
+def test_long_products_lose_no_digits():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(3, 2**22, generator=generator) + 0.5
+    wanted = rows.double() @ rows.double().T
+    for out in (None, torch.empty(3, 3)):
+        found = multiply(rows, rows, out)
+        assert float(((found.double() - wanted) / wanted).abs().max()) <= 3e-7

@@ -304,3 +304,27 @@ def test_images_are_decoded_once_for_all_checkpoints(tmp_path, monkeypatch):
     alone = ooc_ntk.run(wanted.with_model(weights=files[2]), tmp_path / "alone", progress=False)
     assert decoded
     assert (alone[:] == found[2][:]).all()
+
+
+def test_a_missing_run_and_a_damaged_mean_are_seen(files, images, tmp_path):
+    found = ooc_ntk.run_checkpoints(job(files, images), tmp_path / "out", files, progress=False)
+    assert found.check_mean() == ""
+    found.mean()
+    assert found.check_mean() == ""
+    chunk = tmp_path / "out" / "mean" / "kernel.zarr" / "c" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 64
+    chunk.write_bytes(bytes(content))
+    assert "FAILED, tile 0, 0" in found.check_mean()
+    shutil.rmtree(tmp_path / "out" / "001-epoch1")
+    assert ooc_ntk.api.missing_checkpoints(tmp_path / "out") == ["001-epoch1"]
+    assert [info.path.name for info in ooc_ntk.api.info_checkpoints(tmp_path / "out")] == ["000-epoch0", "002-epoch2"]
+
+
+@pytest.mark.parametrize("key", ["model", "model_state_dict", "state_dict"])
+def test_whole_training_checkpoints(key, training, images, kernels, tmp_path):
+    compiled = {f"_orig_mod.{name}": value for name, value in training[1].items()}
+    torch.save({"epoch": 3, key: compiled, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "c.pt")
+    (tmp_path / "nets.py").write_text(NETS)
+    wanted = job([tmp_path / "c.pt"], images, weights=tmp_path / "c.pt")
+    assert oracle.error(ooc_ntk.run(wanted, tmp_path / "out", progress=False), kernels[1]) <= SMOOTH

@@ -247,3 +247,11 @@ def test_a_finished_script_run_again_computes_nothing_and_checks_the_model(tmp_p
 def test_a_bank_has_to_be_given(tmp_path):
     with pytest.raises(InputError, match="give a ClipOutput with a bank"):
         ooc_ntk.Featurizer(case("attention").module, tmp_path / "fed", outputs="clip")
+
+
+def test_finish_belongs_inside_the_block(tmp_path):
+    with feed(tmp_path / "fed") as fed:
+        pass
+    with pytest.raises(InputError, match=r"call finish\(\) inside it"):
+        fed.finish()
+    assert feed(tmp_path / "fed").finish().shape == (len(case("attention").images), TRAIN)
