@@ -38,7 +38,7 @@ from .table import aligned, relative_error
 CHECKPOINTS, BAR = 5, 5.0
 
 #: Memory of every run.
-HOST: Final = "6GiB"
+HOST: Final = "14GiB"
 
 
 def checkpoint_job(smoke: bool) -> ooc_ntk.Job:
