@@ -73,6 +73,7 @@ class KernelAccumulator:
         self._products = torch.empty(edge * edge, dtype=self._dtype, device=device)
         self._sum, self._product = self._sums, self._products
         self._expanded: tuple[Tensor, Tensor] | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def begin(self, rows: int, columns: int) -> None:
         """Start a new tile of rows × columns entries, at zero."""
@@ -90,6 +91,7 @@ class KernelAccumulator:
         right = None if right is None else self._there(right)
         if not self._on_cpu or min(self._product.shape) < SYRK_EDGE or self._dtype == torch.bfloat16:
             self._add_by_torch(left, right)
+            self._settle()
             return
         for start in range(0, left.shape[1], CONTRACTION_COLUMNS):
             a = left[:, start : start + CONTRACTION_COLUMNS]
@@ -143,6 +145,7 @@ class KernelAccumulator:
             self._add_by_torch(expanded, other)
         if factors.bias:
             self._add_by_torch(self._summed(left, entries), None if right is None else self._summed(right, entries))
+        self._settle()
 
     def add_pairwise(self, factors: LayerFactors, left: Tile, right: Tile | None, entries: int) -> None:
         """Add a layer's contraction from its factors; see :meth:`add_factored`."""
@@ -157,6 +160,7 @@ class KernelAccumulator:
             with tf32(self._tf32):
                 contract_crossed(factors, left, right, entries, add_block)
             self.add_matching(looked_up(left), None if right is None else looked_up(right), entries)
+        self._settle()
 
     def add_matching(self, left: Tile, right: Tile | None, entries: int) -> None:
         """Add an embedding's contraction from tokens and gradients; see :meth:`add_factored`."""
@@ -171,6 +175,7 @@ class KernelAccumulator:
 
         with tf32(self._tf32):
             contract_matching(self._move(left), None if right is None else self._move(right), entries, self.add, add_at)
+        self._settle()
 
     def _expand(self, factors: LayerFactors, tile: Tile, piece: Piece, side: int, items: int, entries: int) -> Tensor:
         """One piece of one side: (samples · entries, depth)."""
@@ -189,7 +194,22 @@ class KernelAccumulator:
         return tile[1].sum(1).reshape(len(tile[0]) * entries, -1)
 
     def _there(self, value: Tensor) -> Tensor:
-        return value if self._on_cpu else value.to(self._device, non_blocking=True)
+        if self._on_cpu:
+            return value
+        moved = value.to(self._device, non_blocking=True)
+        if value.is_pinned():
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(self._device))
+        return moved
+
+    def _settle(self) -> None:
+        """Wait for copies from page-locked memory, not for the products behind them: the caller may reuse that memory.
+
+        A copy from other memory has read it all when the call returns.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
 
     def _move(self, tile: Tile) -> Tile:
         return tuple(self._there(part) for part in tile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, StagedFile, read_checked
-from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE
+from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE, format_bytes
+
+logger = logging.getLogger(__name__)
 
 #: Name of the Zarr array of dense tiles: (samples, rows per sample, columns).
 JACOBIAN: str = "tiles/jacobian.zarr"
@@ -223,6 +226,28 @@ class _MemoryWriter(RowWriter):
         self._target = {}
 
 
+def page_locked(size: int, device: str) -> Matrix:
+    """Bytes to read into: page-locked where they go to a CUDA device, which copies from them beside its products.
+
+    Plain memory where the system allows no more of it to be locked, and on a CPU.
+
+    Args:
+        size: bytes.
+        device: torch device string.
+
+    Returns:
+        (size,) uint8, not initialised.
+    """
+    if torch.device(device).type == "cuda":
+        try:
+            found: Matrix = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError as error:
+            logger.info("reading into plain memory, as %s could not be locked: %s", format_bytes(size), error)
+        else:
+            return found
+    return np.empty(size, dtype=np.uint8)
+
+
 class DiskStore(TileStore):
     """Tiles as raw chunk files of Zarr arrays in the run directory."""
 
@@ -321,7 +346,7 @@ class DiskStore(TileStore):
 
     def buffer(self) -> Matrix:
         """See :meth:`TileStore.buffer`."""
-        return np.empty(max(self.load_bytes(span.index) for span in self.spans), dtype=np.uint8)
+        return page_locked(max(self.load_bytes(span.index) for span in self.spans), self.plan.device)
 
     def load_bytes(self, span: int) -> int:
         """See :meth:`TileStore.load_bytes`."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
-
-from ooc_ntk.units import format_bytes
 
 from .factors import LayerFactors
 from .layers import layer_names, layer_runs, open_layers
 from .layout import Layout
+from .need import MemoryNeed, Terms
 from .projection import HEAVY, SIGN_KINDS, SPARSE_KINDS, Projection
 from .spans import FACTORED
 from .workload import ParameterBlock, Workload
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
 #: touched for the first time, SQLite. Measured on torch 2.13 with 2 threads: 20–75 MiB,
 #: the most after a network was trained in the same process.
 LIBRARY_GROWTH_BYTES: Final = 96 * 2**20
+
+#: Device bytes that libraries take beside what is modelled: cuBLAS workspaces (32 MiB on Hopper, by torch's default),
+#: and segments of 2 to 20 MiB that torch's allocator cuts small tensors from (a guess, not measured).
+DEVICE_LIBRARY_BYTES: Final = 64 * 2**20
 
 #: What deriving a batch may take over what the probe saw: the allocator keeps freed blocks of one batch beside those of
 #: the next (measured: up to 1.5 times on batches of many small gradients).
@@ -130,29 +133,13 @@ GATHERED_BYTES: Final = 2**26
 READ_SLOTS: Final = 2
 
 
-@dataclass(frozen=True)
-class MemoryNeed:
-    """Bytes needed of each memory, by term; the peak is what is promised.
+def page_locked_bytes(size: int) -> int:
+    """Bytes that torch locks for a page-locked buffer: its host allocator hands out powers of two.
 
-    Attributes:
-        host: named terms of host memory held at the peak, in bytes.
-        device: named terms of device memory held at the peak, in bytes.
-        disk: named terms of disk space, in bytes.
+    >>> page_locked_bytes(2**20), page_locked_bytes(2**20 + 1)
+    (1048576, 2097152)
     """
-
-    host: Mapping[str, int]
-    device: Mapping[str, int]
-    disk: Mapping[str, int]
-
-    def total(self, memory: str) -> int:
-        """Bytes needed of ``host``, ``device`` or ``disk``."""
-        return sum(getattr(self, memory).values())
-
-    def largest(self, memory: str) -> str:
-        """The largest term of one memory, in words."""
-        terms: Mapping[str, int] = getattr(self, memory)
-        name = max(terms, key=lambda term: terms[term])
-        return f"{name} ({format_bytes(terms[name])})"
+    return 1 << max(0, size - 1).bit_length()
 
 
 def slab_rows(span_columns: int, item_bytes: int) -> int:
@@ -346,34 +333,59 @@ def fixed_host_bytes(workload: Workload) -> int:
 def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     """Bytes that running ``layout`` needs of every memory.
 
-    Rows tasks and kernel tasks never run at once, so the larger of the two counts; what both keep (the process,
-    resident tiles) counts beside it.
+    Tasks run one at a time and no kind leaves to another what it held, so the kind that takes the most counts; what all
+    of them keep (the process, resident tiles) counts beside it.
 
     Args:
         workload: the measured job.
         layout: tiles, spans and passes.
 
     Returns:
-        The need of host, device and disk, by term.
+        The need of host, device, pinned memory and disk, by term, of what stays and of every kind of task.
     """
+    tasks = {
+        "rows": _rows_terms(workload, layout),
+        "kernel": _kernel_terms(workload, layout),
+        "release": Terms(),  # tiles are given up and files deleted
+    }
+    stays = Terms(disk=_disk_stays(workload, layout))
+    stays.host["the process itself (Python, torch, model, live data)"] = workload.baseline_bytes
+    if workload.loader_bytes:
+        stays.host["processes that decode images"] = workload.loader_bytes
+    if layout.in_memory:
+        stays.host["Jacobian tiles in memory"] = store_bytes(workload, layout)
+    if workload.device != "cpu":
+        computed = max(terms.total("device") for terms in tasks.values())
+        stays.device["the model"] = workload.model_bytes
+        stays.device["libraries and allocator"] = DEVICE_LIBRARY_BYTES + int(ALLOCATOR_SHARE * computed)
+    modelled = stays.total("host") + max(terms.total("host") for terms in tasks.values())
+    variable = modelled - workload.baseline_bytes - workload.loader_bytes
+    stays.host["libraries and allocator"] = LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
+    spent = workload.planning_bytes - modelled - stays.host["libraries and allocator"]
+    if spent > 0:
+        stays.host["calibration and probe, already spent"] = spent
+    return MemoryNeed(stays, tasks)
+
+
+def _rows_terms(workload: Workload, layout: Layout) -> Terms:
+    """What a rows task takes: a batch of samples, what deriving it takes, and what is gathered of it."""
     on_device = workload.device != "cpu"
     derivation = workload.derivation
-    cut = layout.cut(workload)
-    chunk = layout.tile_samples * max(cut.stored)
-    sides = 1 if layout.sample_grid(workload).row_tiles == 1 else 2
+    terms = Terms()
+    rows = terms.host
     batch = 3 * derivation.batch_size * workload.sample_bytes
-    widths = [sum(span.columns for span in layout.pass_spans(workload, index)) for index in range(len(layout.passes))]
-    row_bytes = max(1, *widths) * workload.item_bytes
-
     if workload.by_length:  # a tile's texts are read together, and sorted
         batch += layout.tile_samples * workload.sample_bytes
-    rows = {"one batch of samples": batch}
+    rows["one batch of samples"] = batch
+    widths = [sum(span.columns for span in layout.pass_spans(workload, index)) for index in range(len(layout.passes))]
+    row_bytes = max(1, *widths) * workload.item_bytes
     if derivation.method == "loop" and layout.span_columns < GATHERED_COLUMNS and any(widths):
         rows["gathered rows"] = group_rows(layout.span_columns, max(1, *widths), workload.item_bytes) * row_bytes
     if derivation.capture_seconds_per_sample and any(widths):
         rows["gradients by rules"] = max(_rule_bytes(workload, layout, index) for index in range(len(layout.passes)))
         if any(block.factors is not None and block.factors.window is not None for block in workload.blocks):
             rows["unfolded inputs"] = 2 * UNFOLDED_BYTES
+    cut = layout.cut(workload)
     held = sum(size for span, size in zip(cut.spans, cut.held, strict=True) if span.block is not None)
     if not layout.in_memory and held:
         rows["factors of one batch"] = min(derivation.batch_size, layout.tile_samples) * held
@@ -384,44 +396,41 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     )
     if kept:
         rows["factors of dense blocks"] = derivation.batch_size * kept
-    kernel = {"conversion stripes": 2 * STRIPE_BYTES}
-    device: dict[str, int] = {}
-    (device if on_device else rows)["deriving one batch"] = int(DERIVING_SHARE * derivation.working_bytes)
+    computed = terms.device if on_device else rows
+    computed["deriving one batch"] = int(DERIVING_SHARE * derivation.working_bytes)
+    if workload.sketch is not None:
+        computed.update(workload.sketch.batch_terms)
+    if on_device or not layout.in_memory:
+        rows["staging slab"] = STAGING_BYTES
+    return terms
+
+
+def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
+    """What a kernel task takes: panels being read, what they are contracted in and with, and the tile being written."""
+    on_device = workload.device != "cpu"
+    terms = Terms()
+    kernel = terms.host
+    chunk = layout.tile_samples * max(layout.cut(workload).stored)
+    sides = 1 if layout.sample_grid(workload).row_tiles == 1 else 2
+    kernel["conversion stripes"] = 2 * STRIPE_BYTES
     accumulators = accumulator_bytes(workload, layout)
+    computed = terms.device if on_device else kernel
+    computed["kernel tile accumulators"] = accumulators
     workspace = workspace_bytes(workload, layout)
+    if workspace:
+        computed["expanded factors"] = workspace
     if on_device:
-        device["the model"] = workload.model_bytes
-        device["tiles in transit"] = 2 * READ_SLOTS * chunk
-        device["kernel tile accumulators"] = accumulators
-        if workspace:
-            device["expanded factors"] = workspace
-        rows["staging slab"] = STAGING_BYTES
+        terms.device["tiles in transit"] = 2 * READ_SLOTS * chunk
         kernel["finished kernel tile"] = accumulators
-    else:
-        kernel["kernel tile accumulators"] = accumulators
-        if workspace:
-            kernel["expanded factors"] = workspace
     if not layout.in_memory:
-        rows["staging slab"] = STAGING_BYTES
-        kernel["read buffers"] = sides * READ_SLOTS * chunk
+        kernel["read buffers"] = sides * READ_SLOTS * (page_locked_bytes(chunk) if on_device else chunk)
+        if on_device:
+            terms.pinned["read buffers"] = kernel["read buffers"]
     if workload.by_layer:
         kernel["tiles of open layers"] = layers_bytes(workload, layout)
-    if workload.sketch is not None:
-        (device if on_device else rows).update(workload.sketch.batch_terms)
-    phase = max(rows, kernel, key=lambda terms: sum(terms.values()))
-
-    host = {"the process itself (Python, torch, model, live data)": workload.baseline_bytes}
-    if workload.loader_bytes:
-        host["processes that decode images"] = workload.loader_bytes
-    if layout.in_memory:
-        host["Jacobian tiles in memory"] = store_bytes(workload, layout)
-    host.update(phase)
-    variable = sum(host.values()) - workload.baseline_bytes - workload.loader_bytes
-    host["libraries and allocator"] = LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
-    spent = workload.planning_bytes - sum(host.values())
-    if spent > 0:
-        host["calibration and probe, already spent"] = spent
-    return MemoryNeed(host=host, device=device, disk=_disk_need(workload, layout))
+    if len(layout.passes) > 1:
+        terms.disk["the tile being replaced"] = 2 * _stored_tile_bytes(workload, layout)
+    return terms
 
 
 def expanded_items(blocks: Iterable[ParameterBlock | PlannedBlock], rows: int) -> int:
@@ -456,11 +465,17 @@ def _rule_bytes(workload: Workload, layout: Layout, index: int) -> int:
     return max(per_sample, min(RULE_BYTES, workload.derivation.batch_size * per_sample))
 
 
-def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
-    """Disk bytes by term; edge tiles are padded to whole ones."""
+def _stored_tile_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of one kernel tile as it is stored."""
+    edge = layout.tile_samples * workload.entries_per_sample
+    return edge * edge * workload.item_bytes
+
+
+def _disk_stays(workload: Workload, layout: Layout) -> dict[str, int]:
+    """Disk bytes by term, of what is kept from task to task; edge tiles are padded to whole ones."""
     grid = layout.sample_grid(workload)
     edge = layout.tile_samples * workload.entries_per_sample
-    tile = edge * edge * workload.item_bytes
+    tile = _stored_tile_bytes(workload, layout)
     sketch = workload.sketch
     disk = {
         "kernel": 0 if sketch is not None and sketch.features_only else grid.row_tiles * grid.column_tiles * tile,
@@ -473,8 +488,6 @@ def _disk_need(workload: Workload, layout: Layout) -> dict[str, int]:
         disk["kernels of single layers"] = (
             len(layer_names(workload.blocks)) * grid.row_tiles * grid.column_tiles * (tile + TASK_RECORD_BYTES)
         )
-    if len(layout.passes) > 1:
-        disk["the tile being replaced"] = 2 * tile
     if not layout.in_memory:
         stored = sum(layout.cut(workload).stored)
         if sketch is not None and sketch.heavy:

@@ -92,6 +92,7 @@ class Promise:
         seconds: wall-clock of all tasks.
         rows_seconds: the part spent deriving.
         kernel_seconds: the part spent contracting.
+        pinned_bytes: the page-locked part of the host memory (0 on a CPU).
     """
 
     host_bytes: int
@@ -100,6 +101,7 @@ class Promise:
     seconds: float
     rows_seconds: float
     kernel_seconds: float
+    pinned_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,11 @@ class Plan:
                 f"kernel {format_seconds(promised.kernel_seconds)})"
                 + ("" if self.calibrated else "; not calibrated: run 'ooc-ntk calibrate' for a promise that holds"),
             ),
-            ("host memory", f"{format_bytes(promised.host_bytes)} of {limits.describe('host')}"),
+            (
+                "host memory",
+                f"{format_bytes(promised.host_bytes)} of {limits.describe('host')}"
+                + (f", {format_bytes(promised.pinned_bytes)} of it pinned" if promised.pinned_bytes else ""),
+            ),
         ]
         if promised.device_bytes:
             lines.append(("device memory", f"{format_bytes(promised.device_bytes)} of {limits.describe('device')}"))

@@ -12,7 +12,8 @@ from ooc_ntk.units import format_bytes, format_seconds
 from .budget import Limits
 from .cost import Cost, block_flops, price
 from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
-from .memory import ALLOCATOR_SHARE, MemoryNeed, memory_need
+from .memory import ALLOCATOR_SHARE, memory_need
+from .need import MemoryNeed
 from .plan import Alternative, Plan, PlannedBlock, Promise
 from .projection import SPARSE_KINDS
 from .rates import MachineRates
@@ -192,6 +193,7 @@ def make_plan(
             host_bytes=need.total("host"),
             device_bytes=need.total("device"),
             disk_bytes=need.total("disk"),
+            pinned_bytes=need.total("pinned"),
             seconds=cost.seconds,
             rows_seconds=cost.rows_seconds,
             kernel_seconds=cost.kernel_seconds,

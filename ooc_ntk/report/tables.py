@@ -198,6 +198,8 @@ def info_table(info: RunInfo) -> RenderableType:
     for name, before, after in sizes:
         if before or after:
             table.add_row(name, format_bytes(before), format_bytes(after), _ratio(after, before))
+        if name == "peak host memory" and promised.pinned_bytes:
+            table.add_row("  pinned", format_bytes(promised.pinned_bytes), "-", "-")
     audited = info.audited or {}
     if info.expected_error is not None:
         seen = audited.get("relative_error")

@@ -10,6 +10,7 @@ from ooc_ntk.planning.layout import Layout
 from ooc_ntk.planning.memory import (
     ALLOCATOR_SHARE,
     DERIVING_SHARE,
+    DEVICE_LIBRARY_BYTES,
     LIBRARY_GROWTH_BYTES,
     STAGING_BYTES,
     STRIPE_BYTES,
@@ -17,6 +18,7 @@ from ooc_ntk.planning.memory import (
     memory_need,
     store_bytes,
 )
+from ooc_ntk.planning.need import MemoryNeed, Terms
 from ooc_ntk.planning.tiles import ColumnGrid, Range, even_ranges
 from tests.planning.strategies import MIB, small_workload, workloads
 
@@ -55,7 +57,7 @@ def test_the_larger_phase_counts():
     need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
     variable = 3 * 8 * 1000 + int(DERIVING_SHARE * 900 * MIB) + STAGING_BYTES
     assert need.total("host") == 200 * MIB + variable + LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
-    assert need.largest("host") == "deriving one batch (1.3 GiB)"
+    assert need.largest("host") == "deriving one batch (1.3 GiB, of rows tasks)"
     assert "read buffers" not in need.host
 
 
@@ -102,11 +104,34 @@ def test_promises_grow_with_the_tile(workload, dataflow, tile, span):
 
 @pytest.mark.parametrize("dataflow", ["resident", "spill"])
 def test_on_a_device_the_tiles_in_transit_are_the_devices(dataflow):
+    """Contracting takes more of the device than deriving here, and only one of them is done at a time."""
     workload = small_workload(device="cuda")
     need = memory_need(workload, layout_of(workload, dataflow, 100, 10_000))
+    contracting = {"tiles in transit": 4 * 100 * 4 * 10_000 * 4, "kernel tile accumulators": 100 * 100 * 12}
+    assert need.tasks["rows"].device == {"deriving one batch": int(DERIVING_SHARE * 4 * MIB)}
     assert need.device == {
-        "deriving one batch": int(DERIVING_SHARE * 4 * MIB),
         "the model": 200_000,
-        "tiles in transit": 4 * 100 * 4 * 10_000 * 4,
-        "kernel tile accumulators": 100 * 100 * 12,
+        "libraries and allocator": DEVICE_LIBRARY_BYTES + int(ALLOCATOR_SHARE * sum(contracting.values())),
+        **contracting,
     }
+
+
+def test_read_buffers_are_page_locked_on_a_device_and_count_as_host_memory_too():
+    workload = small_workload(device="cuda")
+    need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
+    # Chunks of 16,000,000 bytes: torch locks 2**24 for each.
+    assert need.pinned == {"read buffers": 4 * 2**24}
+    assert need.host["read buffers"] == need.total("pinned")
+    assert memory_need(workload, layout_of(workload, "resident", 100, 10_000)).total("pinned") == 0
+    assert memory_need(small_workload(), layout_of(workload, "spill", 100, 10_000)).total("pinned") == 0
+
+
+def test_the_kind_of_task_that_takes_the_most_counts_for_each_memory_by_itself():
+    stays = Terms(host={"process": 100}, disk={"kernel": 7})
+    tasks = {"rows": Terms(host={"batch": 30}, disk={}), "kernel": Terms(host={"sums": 20}, disk={"old tile": 2})}
+    need = MemoryNeed(stays, tasks)
+    assert dict(need.host) == {"process": 100, "batch": 30}
+    assert dict(need.disk) == {"kernel": 7, "old tile": 2}
+    assert need.largest("host") == "process (100 B)"
+    assert need.largest("disk") == "kernel (7 B)"
+    assert MemoryNeed(Terms(), tasks).largest("host") == "batch (30 B, of rows tasks)"
