@@ -55,11 +55,10 @@ class Kernel:
         self.plan: Plan | None = plan
         manifest = Manifest(self.path, read_only=True)
         try:
-            kind, last = ("rows", 0) if plan.features_only else ("kernel", len(plan.passes) - 1)
-            done = sum(key.startswith(f"{kind}-{last}-") for key in manifest.receipts())
+            done = plan.finished_tiles(manifest.keys())
         finally:
             manifest.close()
-        wanted = plan.sample_grid.row_tiles if plan.features_only else plan.sample_grid.kernel_tile_count
+        wanted = plan.tile_count
         if done < wanted:
             what = "feature" if plan.features_only else "kernel"
             raise IncompleteRunError(

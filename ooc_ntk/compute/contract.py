@@ -226,6 +226,27 @@ class KernelAccumulator:
             part = total[start : start + step].numpy()
             np.add(part, (values.float() if values.dtype == torch.bfloat16 else values).numpy(), out=part)
 
+    def add_to(self, total: Tensor, *, first: bool) -> None:
+        """Add the tile to a sum held elsewhere, or set it to the tile.
+
+        Args:
+            total: (entries or more,) in float32 or float64, on the device.
+            first: whether nothing was added yet.
+        """
+        part = total[: self._sum.numel()]
+        if not self._on_cpu:
+            part.copy_(self._sum.view(-1)) if first else part.add_(self._sum.view(-1))
+            return
+        values = self._sum.numpy().reshape(-1)
+        if first:
+            np.copyto(part.numpy(), values, casting="same_kind")
+        else:
+            np.add(part.numpy(), values, out=part.numpy(), casting="same_kind")
+
+    def take_from(self, total: Tensor) -> None:
+        """Set the tile to a sum held elsewhere; see :meth:`add_to`."""
+        self._sum.copy_(total[: self._sum.numel()].view(self._sum.shape))
+
     def result(self) -> Tensor:
         """The tile so far: (rows, columns) float64 on the host; a view of a buffer that the next tile reuses."""
         return self._sum.cpu()

@@ -21,6 +21,7 @@ from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import InputError, NonFiniteError, RunInterrupted
 from ooc_ntk.inputs.samples import Samples, SampleSource
 from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.superblocks import Superblock
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, StagedFile
@@ -28,7 +29,7 @@ from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.units import STORED_DTYPE
 
 from .features import Projector, projector_of
-from .stores import TileStore
+from .stores import Matrix, Tile, TileStore
 
 
 class SampleReader:
@@ -226,6 +227,7 @@ class RunContext:
         tiles_only: keys of ``rows`` tasks that are finished but for their tiles, which were lost.
         structure: what layer rules cover of the model.
         phases: wall-clock of the phases of the task at hand, by name.
+        kept: panels that stay in memory while kernel tiles are contracted, by span and row tile.
     """
 
     plan: Plan
@@ -241,6 +243,9 @@ class RunContext:
     tiles_only: set[str] = field(default_factory=set)
     structure: Structure = field(default_factory=Structure)
     phases: dict[str, float] = field(default_factory=dict)
+    kept: dict[tuple[int, int], Tile] = field(default_factory=dict)
+    _buffers: list[Matrix] = field(default_factory=list)
+    _sums: torch.Tensor | None = None
     _accumulator: KernelAccumulator | None = None
     _projector: Projector | None = None
     _phase: str = ""
@@ -290,11 +295,33 @@ class RunContext:
             self._accumulator = KernelAccumulator(edge, self.plan.precision, self.plan.device)
         return self._accumulator
 
+    def superblock_sums(self, block: Superblock) -> list[torch.Tensor]:
+        """Reused memory for the sums of a superblock's tiles, as they are stored: (edge²,) each; none for one tile."""
+        if len(block.tiles) == 1:
+            return []
+        if self._sums is None:
+            most = max(len(each.tiles) for each in self.plan.superblocks)
+            edge = self.plan.tile_samples * self.plan.entries_per_sample
+            kind = torch.float64 if self.plan.precision == "float64" else torch.float32
+            self._sums = torch.empty(most, edge * edge, dtype=kind, device=self.plan.device)
+        return list(self._sums[: len(block.tiles)])
+
+    def panel_buffers(self, count: int) -> list[Matrix]:
+        """Reused buffers for panels; none where tiles are in memory."""
+        while len(self._buffers) < count:
+            buffer = self.store.buffer()
+            if buffer is None:
+                return []
+            self._buffers.append(buffer)
+        return self._buffers[:count]
+
     def enter(self, phase: str) -> None:
         """Note which kind of task runs, and give back what the other kind held: the plan counts only one of them."""
         if phase != self._phase:
             if phase != "kernel":
-                self._accumulator = None
+                self._accumulator, self._sums = None, None
+                self.kept.clear()
+                self._buffers.clear()
             if phase != "rows":
                 self._projector = None
             return_free_memory()

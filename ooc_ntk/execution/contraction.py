@@ -1,8 +1,8 @@
-"""Kernel tasks: contract two panels of Jacobian tiles into one kernel tile and write it."""
+"""Kernel tasks: contract panels of Jacobian tiles into the kernel tiles of a superblock and write them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -12,13 +12,14 @@ from ooc_ntk.errors import NonFiniteError
 from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.spans import Span
+from ooc_ntk.planning.superblocks import KernelTile, Superblock
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
 
 from .context import Outcome, RunContext
 from .layers import LayerSums, layers_array
-from .prefetch import Loaded, prefetched
+from .prefetch import ReadAhead
 from .rows import diagonal_path, divisor, stage_diagonal
 from .stores import Matrix, Tile, as_tensor, factors_of, row_matrix
 
@@ -30,8 +31,69 @@ def kernel_path(array: TileArray, plan: Plan, generation: int, row: int, column:
     return f"tiles/partial-{generation}/{row}.{column}"
 
 
-def contract_tile(context: RunContext, task: Task) -> Outcome:
-    """Stream both panels through the accumulator, add the generation before, stage the tile and its mirror image.
+class _Panels:
+    """The panels of a superblock, each read once per span: ahead into reused buffers, or kept in memory.
+
+    A context manager.
+
+    Attributes:
+        bytes_read: bytes read from disk so far.
+    """
+
+    def __init__(self, context: RunContext, generation: int, block: Superblock) -> None:
+        plan, store = context.plan, context.store
+        spans = plan.passes[generation]
+        self._context, self._block, self._held = context, block, dict[int, Tile]()
+        self._kept, self._first = context.kept, spans.start
+        self.bytes_read = 0
+        keys = [(s, r) for s in range(spans.start, spans.stop) for r in block.panels if (s, r) not in self._kept]
+
+        def load(key: tuple[int, int], buffer: Matrix | None) -> Tile:
+            span, row = key
+            if buffer is None and self._stays(key):
+                buffer = store.buffer(span)
+            return store.load(generation, row, span, buffer)
+
+        buffers = context.panel_buffers(min(block.buffers, len(keys)))
+        self._ahead = ReadAhead(keys, load, buffers, self._stays)
+
+    def _stays(self, key: tuple[int, int]) -> bool:
+        span, row = key
+        return self._context.plan.kept_panels.holds(row, span - self._first)
+
+    def get(self, span: int, row: int) -> Tile:
+        """A panel; it must be asked for in the order of the superblock's tiles."""
+        found = self._held.get(row)
+        if found is None:
+            found = self._kept.get((span, row))
+            if found is None:
+                with self._context.phase("wait for tiles"):
+                    found = self._ahead.take()
+                self.bytes_read += self._context.store.load_bytes(span)
+                if self._stays((span, row)):
+                    self._kept[span, row] = found
+            self._held[row] = found
+        return found
+
+    def contracted(self, span: int, number: int) -> None:
+        """Tile ``number`` of the superblock is contracted: panels that no later one needs may go."""
+        for row in set(self._block.tiles[number]):
+            if self._block.last_uses[row] == number:
+                del self._held[row]
+                self._ahead.give_back((span, row))
+
+    def __enter__(self) -> _Panels:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ahead.__exit__(None, None, None)
+
+
+def contract_superblock(context: RunContext, task: Task) -> Outcome:
+    """Stream the panels of a superblock past its kernel tiles, and stage the tiles and their mirror images.
+
+    A single tile is summed up in float64. The sums of several are held as they are stored, the products of one span
+    being added up in float64 first.
 
     Args:
         context: what the tasks of this process share.
@@ -45,61 +107,95 @@ def contract_tile(context: RunContext, task: Task) -> Outcome:
         StorageError: if a tile is missing or damaged.
         RunInterrupted: if the run should stop.
     """
-    plan, store, array = context.plan, context.store, context.kernel_array
-    spans = plan.passes[task.generation]
-    symmetric = task.row == task.column
-    entries = plan.entries_per_sample
-    rows = len(plan.sample_grid.rows(task.row)) * entries
-    columns = len(plan.sample_grid.columns(task.column)) * entries
-    accumulator = context.accumulator()
-    accumulator.begin(rows, rows if symmetric else columns)
-    train = len(plan.sample_grid.columns(task.column))
-
-    def load(span: int, buffers: tuple[Matrix | None, ...]) -> tuple[int, Tile, Tile | None]:
-        left = store.load(task.generation, task.row, span, buffers[0])
-        if symmetric:
-            return span, left, None
-        right = store.load(task.generation, task.column, span, buffers[1])
-        return span, left, tuple(matrix[:train] for matrix in right)
-
-    sides = 1 if symmetric else 2
+    plan, spans = context.plan, context.plan.passes[task.generation]
+    block = plan.graph.superblock(task)
     share = 1.0 / len(spans) / len(plan.passes)
-    read = 0
-    keys = range(spans.start, spans.stop)
+    accumulator = context.accumulator()
+    several = context.superblock_sums(block)
     staged: list[StagedFile] = []
     try:
-        sums = None
-        if plan.layers:
-            sums = LayerSums(
-                plan,
-                (rows, rows if symmetric else columns),
-                lambda layer, part: staged.extend(_stage_layer(context, task, layer, part)),
-            )
-        for span, left, right in _waited(context, prefetched(keys, load, store.buffer, sides)):
-            context.check_stop()
-            if sums is None:
-                _add_span(context, accumulator, store.spans[span], left, right)
-            else:
-                _add_runs(context, accumulator, store.spans[span], left, right, sums)
-            read += sides * store.load_bytes(span)
-            context.advance("kernel", share)
-        tile = accumulator.result().numpy() if sums is None else sums.total
-        if symmetric:
-            mirror_lower(tile)
-        tile = _natural(context, task, tile[:, :columns])
-
-        replaces: tuple[str, ...] = ()
-        if task.generation:
-            path = kernel_path(array, plan, task.generation - 1, task.row, task.column)
-            _add_partial(context, array, path, tile)
-            read += array.chunk_bytes
-            replaces = (path,)
-        staged += _stage_tile(context, task, tile)
+        layered = (
+            LayerSums(plan, _shape(plan, task.tile), _stage_layers(context, task, staged)) if plan.layers else None
+        )
+        with _Panels(context, task.generation, block) as panels:
+            for span in range(spans.start, spans.stop):
+                for number, tile in enumerate(block.tiles):
+                    context.check_stop()
+                    left, right = _sides(plan, panels, span, tile)
+                    if layered is not None:
+                        _add_runs(context, accumulator, context.store.spans[span], left, right, layered)
+                    else:
+                        if several or span == spans.start:
+                            accumulator.begin(*_shape(plan, tile))
+                        _add_span(context, accumulator, context.store.spans[span], left, right)
+                        if several:
+                            with context.phase("superblock"):
+                                accumulator.add_to(several[number], first=span == spans.start)
+                    panels.contracted(span, number)
+                    context.advance("kernel", share)
+        diagonals: dict[int, np.ndarray] = {}
+        read, replaces = panels.bytes_read, list[str]()
+        # Those on the diagonal first: the others are divided by them.
+        for number in sorted(range(len(block.tiles)), key=lambda number: len(set(block.tiles[number]))):
+            row, column = block.tiles[number]
+            if several:
+                accumulator.begin(*_shape(plan, (row, column)))
+                accumulator.take_from(several[number])
+            values = accumulator.result().numpy() if layered is None else layered.total
+            more, path = _finish(context, Task("kernel", task.generation, row, column), values, diagonals, staged)
+            read, replaces = read + more, [*replaces, *path]
     except BaseException:
         for file in staged:
             file.discard()
         raise
-    return Outcome(staged, bytes_read=read, replaces=replaces)
+    return Outcome(staged, bytes_read=read, replaces=tuple(replaces))
+
+
+def _shape(plan: Plan, tile: KernelTile) -> tuple[int, int]:
+    """Rows and columns of a tile while it is contracted; one on the diagonal is square, test samples among them."""
+    rows = len(plan.sample_grid.rows(tile[0])) * plan.entries_per_sample
+    columns = len(plan.sample_grid.columns(tile[1])) * plan.entries_per_sample
+    return rows, rows if tile[0] == tile[1] else columns
+
+
+def _sides(plan: Plan, panels: _Panels, span: int, tile: KernelTile) -> tuple[Tile, Tile | None]:
+    """Both panels of a tile; None for the second where it is the first."""
+    row, column = tile
+    left = panels.get(span, row)
+    if row == column:
+        return left, None
+    train = len(plan.sample_grid.columns(column))
+    return left, tuple(matrix[:train] for matrix in panels.get(span, column))
+
+
+def _finish(
+    context: RunContext, task: Task, tile: np.ndarray, diagonals: dict[int, np.ndarray], staged: list[StagedFile]
+) -> tuple[int, list[str]]:
+    """Add the generation before to a tile that is summed up, and stage it.
+
+    Args:
+        context: what the tasks of this process share.
+        task: the kernel task that this tile would be by itself.
+        tile: (rows, columns) float64; overwritten.
+        diagonals: the diagonals of the superblock's tiles so far, by row tile.
+        staged: files, added to here.
+
+    Returns:
+        Bytes read, and the files that are replaced.
+    """
+    plan, array = context.plan, context.kernel_array
+    if task.row == task.column:
+        mirror_lower(tile)
+    tile = _natural(context, task, tile[:, : len(plan.sample_grid.columns(task.column)) * plan.entries_per_sample])
+    read, replaces = 0, []
+    if task.generation:
+        path = kernel_path(array, plan, task.generation - 1, task.row, task.column)
+        _add_partial(context, array, path, tile)
+        read, replaces = array.chunk_bytes, [path]
+    for file in _stage_tile(context, task, tile, diagonals):
+        staged.append(file)
+        file.seal()  # closed at once: a superblock has more tiles than a process may have open files
+    return read, replaces
 
 
 def _natural(context: RunContext, task: Task, tile: np.ndarray) -> np.ndarray:
@@ -133,6 +229,11 @@ def _add_runs(
             sums.add(span.index, run, accumulator.result().numpy())
 
 
+def _stage_layers(context: RunContext, task: Task, staged: list[StagedFile]) -> Callable[[int, np.ndarray], None]:
+    """What stages the parts of layers as they are summed up."""
+    return lambda layer, part: staged.extend(_stage_layer(context, task, layer, part))
+
+
 def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) -> list[StagedFile]:
     """Scale and stage one layer's part of a tile, and of a tile below the diagonal its mirror image."""
     plan = context.plan
@@ -155,16 +256,6 @@ def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) 
             file.discard()
         raise
     return staged
-
-
-def _waited(context: RunContext, loaded: Iterator[Loaded]) -> Iterator[Loaded]:
-    """Count the time that the reading thread is waited for."""
-    while True:
-        with context.phase("wait for tiles"):
-            found = next(loaded, None)
-        if found is None:
-            return
-        yield found
 
 
 def _add_span(
@@ -233,7 +324,9 @@ def _add_partial(context: RunContext, array: TileArray, path: str, tile: np.ndar
         start += len(rows)
 
 
-def _stage_tile(context: RunContext, task: Task, tile: np.ndarray) -> list[StagedFile]:
+def _stage_tile(
+    context: RunContext, task: Task, tile: np.ndarray, diagonals: dict[int, np.ndarray]
+) -> list[StagedFile]:
     """Scale, normalise and stage a kernel tile and, below the diagonal, its mirror image."""
     plan, array = context.plan, context.kernel_array
     last = task.generation == len(plan.passes) - 1
@@ -241,9 +334,9 @@ def _stage_tile(context: RunContext, task: Task, tile: np.ndarray) -> list[Stage
     if last:
         tile /= divisor(plan)
         if task.row == task.column and plan.sample_grid.is_train(task.row):
-            diagonal = tile.diagonal().copy()
+            diagonals[task.row] = diagonal = tile.diagonal().copy()
         if plan.normalize == "cosine":
-            _normalise(context, task, tile, diagonal)
+            _normalise(context, task, tile, diagonals)
     if not np.isfinite(tile.sum()) and not np.isfinite(tile).all():
         rows = plan.sample_grid.rows(task.row)
         columns = plan.sample_grid.columns(task.column)
@@ -285,24 +378,23 @@ def _stage(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -
     return file
 
 
-def _normalise(context: RunContext, task: Task, tile: np.ndarray, diagonal: np.ndarray | None) -> None:
+def _normalise(context: RunContext, task: Task, tile: np.ndarray, diagonals: Mapping[int, np.ndarray]) -> None:
     """Divide by the square roots of the diagonal, in place; 0 where a diagonal entry is 0.
 
     Args:
         context: what the tasks of this process share.
         task: a ``kernel`` task of the last pass.
         tile: its tile.
-        diagonal: the tile's own diagonal if it brings that of its samples, otherwise None.
+        diagonals: the diagonals of this superblock's tiles so far, by row tile.
     """
     plan, array = context.plan, context.diagonal_array
     inverse = []
     for index, count in ((task.row, tile.shape[0]), (task.column, tile.shape[1])):
-        if diagonal is None:
+        values = diagonals.get(index)
+        if values is None:
             values = np.empty(array.chunks, dtype="<f8")
             path = diagonal_path(array, plan, len(plan.passes) - 1, index)
             read_checked(context.directory.root, context.records[path], values)
-        else:
-            values = diagonal
         roots = np.sqrt(np.maximum(values[:count], 0))
         inverse.append(np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0))
     tile *= inverse[0][:, None]

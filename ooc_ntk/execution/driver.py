@@ -288,7 +288,7 @@ def _totals(plan: Plan, remaining: Remaining) -> dict[str, tuple[float, float]]:
         if task.kind == "rows":
             left["rows"] += len(plan.sample_grid.rows(task.row))
         elif task.kind == "kernel":
-            left["kernel"] += 1 / passes
+            left["kernel"] += len(plan.graph.superblock(task).tiles) / passes
     tiles = 0 if plan.features_only else plan.sample_grid.kernel_tile_count
     totals = {"rows": float(plan.samples * passes), "kernel": float(tiles)}
     return {phase: (totals[phase] - left[phase], totals[phase]) for phase in totals}

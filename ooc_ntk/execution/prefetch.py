@@ -1,69 +1,91 @@
-"""Reading ahead: a thread loads the next tiles while the present ones are multiplied."""
+"""Reading ahead: a thread loads the next panels while the present ones are multiplied."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
-
-from ooc_ntk.planning.memory import READ_SLOTS
+from collections.abc import Callable, Hashable, Sequence
+from types import TracebackType
+from typing import Generic, TypeVar
 
 from .stores import Matrix
 
+Key = TypeVar("Key", bound=Hashable)
 Loaded = TypeVar("Loaded")
 
 
-def prefetched(
-    keys: Sequence[int],
-    load: Callable[[int, tuple[Matrix | None, ...]], Loaded],
-    make_buffer: Callable[[], Matrix | None],
-    sides: int,
-) -> Iterator[Loaded]:
-    """Load every key in order, one ahead of the consumer, through a ring of reused buffers.
+class ReadAhead(Generic[Key, Loaded]):
+    """Loads keys in order, as far ahead of their consumer as there are free buffers.
 
-    Args:
-        keys: what to load.
-        load: loads a key into one buffer per side and returns what the consumer wants; its result is valid until
-            the consumer asks for the next one.
-        make_buffer: allocates a buffer, or returns None where loading needs none (then nothing is threaded).
-        sides: buffers per slot.
-
-    Yields:
-        The loaded values, in order. An exception of ``load`` is raised here.
+    A context manager: on leaving, the thread is ended and every buffer free again.
     """
-    first = make_buffer()
-    if first is None:
-        for key in keys:
-            yield load(key, (None,) * sides)
-        return
-    slots = [tuple(make_buffer() for _ in range(sides)) for _ in range(min(READ_SLOTS, len(keys)) - 1)]
-    slots.append((first, *(make_buffer() for _ in range(sides - 1))))
-    free: queue.Queue[tuple[Matrix | None, ...] | None] = queue.Queue()
-    for slot in slots:
-        free.put(slot)
-    ready: queue.Queue[tuple[Loaded, tuple[Matrix | None, ...]] | BaseException] = queue.Queue()
 
-    def read() -> None:
+    def __init__(
+        self,
+        keys: Sequence[Key],
+        load: Callable[[Key, Matrix | None], Loaded],
+        buffers: Sequence[Matrix],
+        stays: Callable[[Key], bool] = lambda key: False,  # noqa: ARG005
+    ) -> None:
+        """Start reading.
+
+        Args:
+            keys: what to load.
+            load: loads a key into a buffer and returns what the consumer wants, a view of it.
+            buffers: reused buffers; with none (tiles are in memory) loading takes no thread.
+            stays: whether a key is loaded into memory of its own, so that it takes no buffer.
+        """
+        self._keys, self._load, self._stays = list(keys), load, stays
+        self._next = 0
+        self._threaded = bool(buffers)
+        self._holding: dict[Key, Matrix] = {}
+        self._free: queue.Queue[Matrix | None] = queue.Queue()
+        self._ready: queue.Queue[tuple[Loaded, Matrix | None] | BaseException] = queue.Queue()
+        for buffer in buffers:
+            self._free.put(buffer)
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        if self._threaded and self._keys:
+            self._thread = threading.Thread(target=self._read, name="ooc-ntk-reader", daemon=True)
+            self._thread.start()
+
+    def _read(self) -> None:
         try:
-            for key in keys:
-                slot = free.get()
-                if slot is None:
+            for key in self._keys:
+                buffer = None if self._stays(key) else self._free.get()
+                if self._ended.is_set():
                     return
-                ready.put((load(key, slot), slot))
+                self._ready.put((self._load(key, buffer), buffer))
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            ready.put(error)
+            self._ready.put(error)
 
-    thread = threading.Thread(target=read, name="ooc-ntk-reader", daemon=True)
-    thread.start()
-    try:
-        for _ in keys:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            value, slot = item
-            yield value
-            free.put(slot)
-    finally:
-        free.put(None)
-        thread.join()
+    def take(self) -> Loaded:
+        """The next key's value, in order; an exception of ``load`` is raised here."""
+        key = self._keys[self._next]
+        self._next += 1
+        if not self._threaded:
+            return self._load(key, None)
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        value, buffer = item
+        if buffer is not None:
+            self._holding[key] = buffer
+        return value
+
+    def give_back(self, key: Key) -> None:
+        """A value that was taken is not needed any more; its buffer is used again."""
+        buffer = self._holding.pop(key, None)
+        if buffer is not None:
+            self._free.put(buffer)
+
+    def __enter__(self) -> ReadAhead[Key, Loaded]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._free.put(None)
+        if self._thread is not None:
+            self._thread.join()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ooc_ntk.planning.plan import Plan
-from ooc_ntk.planning.tasks import Task, dependencies, task_list
+from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.atomic import FileRecord, checksum_file
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest, Receipt
@@ -39,15 +39,8 @@ class Remaining:
     def waits(self, plan: Plan) -> dict[Task, tuple[Task, ...]]:
         """Direct dependencies of every remaining task among the remaining ones."""
         left = set(self.tasks)
-        in_memory, grid = plan.layout.in_memory, plan.sample_grid
-        normalised = len(plan.passes) - 1 if plan.normalize else None
         return {
-            task: tuple(
-                earlier
-                for earlier in dependencies(task, grid, in_memory=in_memory, normalised=normalised)
-                if earlier in left
-            )
-            for task in self.tasks
+            task: tuple(earlier for earlier in plan.graph.dependencies(task) if earlier in left) for task in self.tasks
         }
 
 
@@ -110,9 +103,9 @@ def remaining_tasks(
         "%d tasks finished, %d adopted, %d undone, %d files swept", len(finished), len(adopted), len(undone), swept
     )
 
-    every = list(task_list(plan.sample_grid, len(plan.passes), features_only=plan.features_only))
+    every = list(plan.graph.tasks())
     left = [task for task in every if task.key not in finished]
-    again = _lost_rows(left, finished, store)
+    again = _lost_rows(plan, left, finished, store)
     kernels = {task.generation for task in left if task.kind != "release"} | {task.generation for task in again}
     wanted = {*left, *again, *(Task("release", generation) for generation in kernels)}
     manifest.withdraw(task.key for task in wanted if task.kind == "release" and task.key in finished)
@@ -138,11 +131,12 @@ def _undo(plan: Plan, damaged: Iterable[str]) -> set[str]:
     return undone
 
 
-def _lost_rows(left: list[Task], finished: set[str], store: TileStore) -> set[Task]:
+def _lost_rows(plan: Plan, left: list[Task], finished: set[str], store: TileStore) -> set[Task]:
     """Finished ``rows`` tasks whose tiles an unfinished kernel task needs and the store does not hold."""
-    needed = set()
-    for task in left:
-        if task.kind == "kernel":
-            needed.add(Task("rows", task.generation, task.row))
-            needed.add(Task("rows", task.generation, task.column))
+    needed = {
+        Task("rows", task.generation, index)
+        for task in left
+        if task.kind == "kernel"
+        for index in plan.graph.superblock(task).panels
+    }
     return {task for task in needed if task.key in finished and not store.holds(task.generation, task.row)}

@@ -37,6 +37,7 @@ class RunInfo:
         disk_bytes: present size of the run directory.
         bytes_read: measured bytes read by tasks.
         bytes_written: measured bytes written by tasks.
+        moved_bytes: measured bytes that kernel tasks read and wrote (Q); 0 unless tiles are on disk.
         job_digests: digests of model, data and kernel settings.
         versions: versions of what computed it.
         phases: measured seconds by what was done in them, longest first; what tasks spend between phases is left out.
@@ -57,6 +58,7 @@ class RunInfo:
     disk_bytes: int
     bytes_read: int
     bytes_written: int
+    moved_bytes: int
     job_digests: dict[str, str]
     versions: dict[str, str]
     phases: dict[str, float]
@@ -68,6 +70,11 @@ class RunInfo:
     def finished(self) -> bool:
         """Whether the kernel is complete."""
         return self.kernel_tiles_done == self.kernel_tiles
+
+    @property
+    def io_ratio(self) -> float | None:
+        """Measured ``Q/LB``, None before the kernel is complete and where nothing is spilled."""
+        return self.moved_bytes / self.plan.bound_bytes if self.finished and self.plan.bound_bytes else None
 
     @property
     def seconds(self) -> float:
@@ -82,7 +89,7 @@ class RunInfo:
                 "path": str(self.path),
                 "finished": self.finished,
                 "kernel_tiles": [self.kernel_tiles_done, self.kernel_tiles],
-                "promised": asdict(promised),
+                "promised": {**asdict(promised), "moved_bytes": self.plan.moved_bytes, "io_ratio": self.plan.io_ratio},
                 "measured": {
                     "host_bytes": self.host_bytes,
                     "device_bytes": self.device_bytes,
@@ -92,6 +99,8 @@ class RunInfo:
                     "kernel_seconds": self.kernel_seconds,
                     "bytes_read": self.bytes_read,
                     "bytes_written": self.bytes_written,
+                    "moved_bytes": self.moved_bytes,
+                    "io_ratio": self.io_ratio,
                     "phases": self.phases,
                 },
                 "projection": None
@@ -129,7 +138,6 @@ def run_info(path: str | Path) -> RunInfo:
         job, versions = manifest.meta("job"), manifest.meta("versions")
     finally:
         manifest.close()
-    last = f"kernel-{len(plan.passes) - 1}-"
     seconds = {
         kind: sum(receipt.seconds for key, receipt in receipts.items() if key.startswith(kind))
         for kind in ("rows", "kernel")
@@ -137,9 +145,7 @@ def run_info(path: str | Path) -> RunInfo:
     phases: Counter[str] = Counter()
     for receipt in receipts.values():
         phases.update(receipt.phases)
-    tiles, done = plan.sample_grid.kernel_tile_count, sum(key.startswith(last) for key in receipts)
-    if plan.features_only:
-        tiles, done = plan.sample_grid.row_tiles, sum(key.startswith("rows-0-") for key in receipts)
+    tiles, done = plan.tile_count, plan.finished_tiles(receipts)
     expected = plan.expected_error
     if plan.projection is not None and done == tiles:
         expected = Kernel(directory.root).expected_error()
@@ -159,6 +165,11 @@ def run_info(path: str | Path) -> RunInfo:
         disk_bytes=directory.size_bytes(),
         bytes_read=sum(receipt.bytes_read for receipt in receipts.values()),
         bytes_written=sum(receipt.bytes_written for receipt in receipts.values()),
+        moved_bytes=sum(
+            receipt.bytes_read + receipt.bytes_written
+            for key, receipt in receipts.items()
+            if key.startswith("kernel") and not plan.layout.in_memory
+        ),
         job_digests=json.loads(job or "{}"),
         versions=json.loads(versions or "{}"),
         phases=dict(phases.most_common()),

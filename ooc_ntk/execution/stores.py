@@ -109,8 +109,8 @@ class TileStore(ABC):
         """
 
     @abstractmethod
-    def buffer(self) -> Matrix | None:
-        """A buffer for :meth:`load` of any span, or None if none is needed."""
+    def buffer(self, span: int | None = None) -> Matrix | None:
+        """A buffer for :meth:`load` of one span or of any, or None if none is needed."""
 
     @abstractmethod
     def load_bytes(self, span: int) -> int:
@@ -170,7 +170,7 @@ class MemoryStore(TileStore):
         """See :meth:`TileStore.load`; views, nothing is copied."""
         return self._tiles[generation, row][span]
 
-    def buffer(self) -> Matrix | None:
+    def buffer(self, span: int | None = None) -> Matrix | None:  # noqa: ARG002
         """See :meth:`TileStore.buffer`."""
         return None
 
@@ -344,9 +344,11 @@ class DiskStore(TileStore):
             position += size
         return tuple(found)
 
-    def buffer(self) -> Matrix:
+    def buffer(self, span: int | None = None) -> Matrix:
         """See :meth:`TileStore.buffer`."""
-        return page_locked(max(self.load_bytes(span.index) for span in self.spans), self.plan.device)
+        if span is not None:
+            return page_locked(self.load_bytes(span), self.plan.device)
+        return page_locked(max(self.load_bytes(each.index) for each in self.spans), self.plan.device)
 
     def load_bytes(self, span: int) -> int:
         """See :meth:`TileStore.load_bytes`."""

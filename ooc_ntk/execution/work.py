@@ -10,7 +10,7 @@ from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.manifest import Receipt
 
 from .context import Outcome, RunContext
-from .contraction import contract_tile
+from .contraction import contract_superblock
 from .rows import derive_rows
 
 
@@ -44,7 +44,7 @@ def perform(context: RunContext, task: Task, *upstream: Receipt) -> Receipt:
         earlier = known.get(Task("rows", task.generation - 1, task.row).key)
         outcome = derive_rows(context, task, earlier or context.digests.get(task.row))
     else:
-        outcome = contract_tile(context, task)
+        outcome = contract_superblock(context, task)
     return _publish(context, task, outcome, start)
 
 

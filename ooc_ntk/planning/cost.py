@@ -12,6 +12,7 @@ from .layout import CONTRACTION_COLUMNS, Layout
 from .memory import fixed_host_bytes, group_rows, slab_rows, store_bytes
 from .rates import CALIBRATED_DEPTH, MachineRates
 from .spans import Choice
+from .superblocks import kept_panels, panel_loads
 from .tiles import count_tiles
 from .workload import ParameterBlock, Workload
 
@@ -44,7 +45,9 @@ class Cost:
         flops: contraction FLOPs, symmetric part counted once.
         bytes_read: bytes read from disk.
         bytes_written: bytes written to disk.
-        io_ratio: ``Q/LB`` of the disk→host level for a spill layout, otherwise None.
+        moved_bytes: bytes that cross the disk→host level while contracting (Q): tiles read, kernel written; of a spill
+            layout, otherwise 0.
+        bound_bytes: fewest bytes that any schedule moves there (LB), otherwise 0.
     """
 
     rows_seconds: float
@@ -53,7 +56,13 @@ class Cost:
     flops: int
     bytes_read: int
     bytes_written: int
-    io_ratio: float | None
+    moved_bytes: int = 0
+    bound_bytes: float = 0.0
+
+    @property
+    def io_ratio(self) -> float | None:
+        """``Q/LB``, None where nothing is spilled."""
+        return self.moved_bytes / self.bound_bytes if self.bound_bytes else None
 
     @property
     def seconds(self) -> float:
@@ -322,40 +331,46 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
     """
     grid, item, entries = layout.sample_grid(workload), workload.item_bytes, workload.entries_per_sample
     passes, blocks = len(layout.passes), _sum_up(workload, layout, rates)
-    tiles = _kernel_tile_classes(workload, layout)
-    stored_sample = sum(layout.cut(workload).stored)
-    panel_bytes = layout.tile_samples * stored_sample
+    features_only = workload.sketch is not None and workload.sketch.features_only
+    tiles = Counter[_TileClass]() if features_only else _kernel_tile_classes(workload, layout)
     tile_bytes = (layout.tile_samples * entries) ** 2 * item
     layers = len(layer_names(workload.blocks)) if workload.by_layer else 0
-    kernel_seconds, longest, read, written = 0.0, 0.0, 0, 0
-    if workload.sketch is not None and workload.sketch.features_only:
-        tiles.clear()
+    loads = _loads(workload, layout, tiles)
+    kernel_seconds, longest, computed, written = 0.0, 0.0, 0.0, 0
     for tile, count in tiles.items():
         seconds = _contraction_seconds(workload, layout, rates, blocks, tile)
-        loaded = panel_bytes * (1 if tile.symmetric else 2)
-        if workload.device != "cpu":
-            seconds = max(seconds, loaded / rates.host_to_device)
-        if not layout.in_memory:
-            seconds = max(seconds, loaded / rates.disk_read)
-            read += count * loaded
+        if layout.superblock_tiles > 1:
+            # The sum of every span is added to the tile's, 24 bytes an entry, where one addition above moves 28.
+            seconds += len(layout.spans(workload)) * tile.rows * tile.columns * entries**2 * 24 / (3 * rates.copy)
         stored = tile_bytes * (2 if tile.mirrored else 1) + (passes - 1) * tile_bytes
         if layers:
             stored += layers * tile_bytes * (2 if tile.mirrored else 1)
             # Every block's part is taken out, added to two sums and converted.
             seconds += (len(workload.blocks) + layers) * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS
-        read += count * (passes - 1) * tile_bytes
+        if workload.device != "cpu":
+            seconds = max(seconds, loads.bytes_per_tile / rates.host_to_device)
+        computed += count * seconds
         written += count * stored
-        seconds += passes * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS
-        seconds += (stored + (passes - 1) * tile_bytes) / rates.disk_write + passes * rates.commit_seconds
-        longest = max(longest, seconds / passes)
-        kernel_seconds += count * seconds
-    ratio = None
+        rest = passes * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS
+        rest += (stored + (passes - 1) * tile_bytes) / rates.disk_write
+        if layout.superblock_tiles == 1:
+            rest += passes * rates.commit_seconds
+        longest = max(longest, (seconds + rest) / passes)
+        kernel_seconds += count * rest
+    read = sum(tiles.values()) * (passes - 1) * tile_bytes
     if not layout.in_memory:
-        fast = max(1, host_limit - fixed_host_bytes(workload))
-        held = sum(layout.cut(workload).held)
-        # Q counts what moves while contracting: every read of a tile and the kernel written (DESIGN: dataflows).
-        ratio = (read + workload.kernel_bytes) / lower_bound_bytes(workload, fast, held)
-        written += grid.row_tiles * panel_bytes
+        read += loads.bytes
+        # While some panels are multiplied the next ones are read.
+        computed = max(computed, loads.bytes / rates.disk_read)
+        if tiles:
+            longest = max(longest * loads.tiles_per_task, loads.bytes / rates.disk_read / loads.tasks)
+    if layout.superblock_tiles > 1:
+        kernel_seconds += loads.tasks * rates.commit_seconds
+    kernel_seconds += computed
+    moved, bound = 0, 0.0
+    if not layout.in_memory:
+        moved, bound = read + written, _bound(workload, layout, host_limit)
+        written += grid.row_tiles * layout.tile_samples * sum(layout.cut(workload).stored)
     return Cost(
         rows_seconds=_rows_seconds(workload, layout, rates, blocks),
         kernel_seconds=kernel_seconds,
@@ -363,5 +378,40 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
         flops=contraction_flops(workload, layout),
         bytes_read=read,
         bytes_written=written,
-        io_ratio=ratio,
+        moved_bytes=moved,
+        bound_bytes=bound,
     )
+
+
+def _bound(workload: Workload, layout: Layout, host_limit: int) -> float:
+    """The lower bound of what a layout holds, with all memory beside the process itself as the fast one."""
+    fast = max(1, host_limit - fixed_host_bytes(workload))
+    return lower_bound_bytes(workload, fast, sum(layout.cut(workload).held))
+
+
+@dataclass(frozen=True)
+class _Loads:
+    """What is read of spilled tiles.
+
+    Attributes:
+        bytes: bytes read in all.
+        bytes_per_tile: bytes that one kernel tile needs, read for it or kept.
+        tasks: kernel tasks of one pass.
+        tiles_per_task: most kernel tiles of one of them.
+    """
+
+    bytes: int
+    bytes_per_tile: int
+    tasks: int
+    tiles_per_task: int
+
+
+def _loads(workload: Workload, layout: Layout, tiles: Counter[_TileClass]) -> _Loads:
+    sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
+    panel = sum(sizes)
+    if layout.in_memory or not tiles:
+        return _Loads(0, 2 * panel, sum(tiles.values()), 1)
+    found = layout.superblocks(layout.sample_grid(workload))
+    loads = panel_loads(found)
+    saved = kept_panels(loads, sizes, layout.kept_bytes).saved_bytes if layout.kept_bytes else 0
+    return _Loads(loads.total() * panel - saved, 2 * panel, len(found), max(len(block.tiles) for block in found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, Literal
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from ooc_ntk.units import format_count
 
 from .spans import DENSE, Choice, Cut, Span
+from .superblocks import Order, Superblock, superblocks
 from .tiles import Range, SampleGrid, count_tiles, even_size
 from .workload import Workload
 
@@ -47,6 +48,9 @@ class Layout:
         span_columns: Jacobian columns per span.
         passes: the range of spans of each pass.
         choices: how every block is held and contracted; empty means all dense.
+        order: how kernel tiles are grouped into superblocks (``spill`` only).
+        superblock_tiles: most kernel tiles of one superblock.
+        kept_bytes: memory for panels that stay once they were read, until all tiles are contracted.
     """
 
     dataflow: Dataflow
@@ -54,6 +58,9 @@ class Layout:
     span_columns: int
     passes: tuple[Range, ...]
     choices: tuple[Choice, ...] = ()
+    order: Order = "square"
+    superblock_tiles: int = 1
+    kept_bytes: int = 0
 
     @property
     def in_memory(self) -> bool:
@@ -63,6 +70,10 @@ class Layout:
     def sample_grid(self, workload: Workload) -> SampleGrid:
         """The grid of sample tiles."""
         return SampleGrid(workload.train_samples, workload.test_samples, self.tile_samples)
+
+    def superblocks(self, grid: SampleGrid) -> tuple[Superblock, ...]:
+        """Kernel tiles grouped into what one task contracts."""
+        return superblocks(grid, self.order, self.superblock_tiles)
 
     def block_choices(self, workload: Workload | Plan) -> tuple[Choice, ...]:
         """How every block is held and contracted."""
@@ -116,23 +127,27 @@ class Layout:
         grid = self.sample_grid(workload)
         if workload.sketch is not None and workload.sketch.features_only:
             return grid.row_tiles
-        return len(self.passes) * (grid.row_tiles + grid.kernel_tile_count + 1)
+        kernel_tasks = grid.kernel_tile_count if self.superblock_tiles == 1 else len(self.superblocks(grid))
+        return len(self.passes) * (grid.row_tiles + kernel_tasks + 1)
 
     def describe(self) -> str:
         """One phrase for tables."""
         passes = f", {len(self.passes)} passes" if len(self.passes) > 1 else ""
+        if self.superblock_tiles > 1:
+            passes = f", superblocks of {self.superblock_tiles}"
         held = sum(choice.representation != "dense" for choice in self.choices)
         if not held:
             return f"{self.dataflow}, tiles of {self.tile_samples} × {format_count(self.span_columns)}{passes}"
         return f"{self.dataflow}, tiles of {self.tile_samples}, {held} of {len(self.choices)} blocks factored{passes}"
 
 
-def tile_sizes(workload: Workload, wanted: int | None = None) -> list[int]:
+def tile_sizes(workload: Workload, wanted: int | None = None, counts: Iterable[int] = ()) -> list[int]:
     """Sample tile sizes worth pricing: even cuts of the samples, from everything at once down to 16 at a time.
 
     Args:
         workload: the measured job.
         wanted: a size the user asked for; then only that one (capped at the number of samples).
+        counts: numbers of tiles of the train samples that are worth pricing as well.
 
     Returns:
         Distinct sizes, largest first, none of them above :data:`MAX_TILE_ELEMENTS` kernel entries.
@@ -148,6 +163,11 @@ def tile_sizes(workload: Workload, wanted: int | None = None) -> list[int]:
         if size <= 16:
             break
         largest = max(16, int(largest / 1.25))
+    smallest = min(sizes, default=1)
+    for count in counts:
+        size = count_tiles(workload.train_samples, count)
+        if size > smallest and count_tiles(workload.train_samples, size) == count:
+            sizes.add(size)
     return sorted(sizes, reverse=True)
 
 

@@ -192,6 +192,22 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     return edge * edge * (8 + workload.item_bytes)
 
 
+def superblock_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the sums of a superblock's kernel tiles, as they are stored; 0 where tiles are contracted one by one."""
+    if layout.superblock_tiles == 1:
+        return 0
+    most = max(len(block.tiles) for block in layout.superblocks(layout.sample_grid(workload)))
+    return most * _stored_tile_bytes(workload, layout)
+
+
+def read_buffers(workload: Workload, layout: Layout) -> int:
+    """Panels that are in memory at once while a superblock is contracted, those read ahead among them."""
+    grid = layout.sample_grid(workload)
+    if layout.superblock_tiles == 1:
+        return READ_SLOTS * (1 if grid.row_tiles == 1 else 2)
+    return max(block.buffers for block in layout.superblocks(grid))
+
+
 def layers_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of what is summed up layer by layer: open layers, all of them together, and columns of a dense span."""
     edge = layout.tile_samples * workload.entries_per_sample
@@ -367,6 +383,18 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     return MemoryNeed(stays, tasks)
 
 
+def panel_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the largest panel: one row tile in one span, as it is stored."""
+    return layout.tile_samples * max(layout.cut(workload).stored)
+
+
+def kernel_room(workload: Workload, layout: Layout, limit: int) -> int:
+    """Host bytes that a budget leaves to kernel tasks beside what they take; negative where it leaves none."""
+    variable = (limit - fixed_host_bytes(workload) - workload.loader_bytes) / (1 + ALLOCATOR_SHARE)
+    resident = store_bytes(workload, layout) if layout.in_memory else 0
+    return int(variable) - resident - _kernel_terms(workload, layout).total("host")
+
+
 def _rows_terms(workload: Workload, layout: Layout) -> Terms:
     """What a rows task takes: a batch of samples, what deriving it takes, and what is gathered of it."""
     on_device = workload.device != "cpu"
@@ -410,12 +438,13 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
     on_device = workload.device != "cpu"
     terms = Terms()
     kernel = terms.host
-    chunk = layout.tile_samples * max(layout.cut(workload).stored)
-    sides = 1 if layout.sample_grid(workload).row_tiles == 1 else 2
+    chunk = panel_bytes(workload, layout)
     kernel["conversion stripes"] = 2 * STRIPE_BYTES
     accumulators = accumulator_bytes(workload, layout)
     computed = terms.device if on_device else kernel
     computed["kernel tile accumulators"] = accumulators
+    if layout.superblock_tiles > 1:
+        computed["sums of a superblock"] = superblock_bytes(workload, layout)
     workspace = workspace_bytes(workload, layout)
     if workspace:
         computed["expanded factors"] = workspace
@@ -423,7 +452,10 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
         terms.device["tiles in transit"] = 2 * READ_SLOTS * chunk
         kernel["finished kernel tile"] = accumulators
     if not layout.in_memory:
-        kernel["read buffers"] = sides * READ_SLOTS * (page_locked_bytes(chunk) if on_device else chunk)
+        each = page_locked_bytes(chunk) if on_device else chunk
+        kernel["read buffers"] = read_buffers(workload, layout) * each
+        if layout.kept_bytes:
+            kernel["panels kept"] = layout.kept_bytes
         if on_device:
             terms.pinned["read buffers"] = kernel["read buffers"]
     if workload.by_layer:
@@ -479,7 +511,7 @@ def _disk_stays(workload: Workload, layout: Layout) -> dict[str, int]:
     sketch = workload.sketch
     disk = {
         "kernel": 0 if sketch is not None and sketch.features_only else grid.row_tiles * grid.column_tiles * tile,
-        "records, diagonal and weights": layout.task_count(workload) * TASK_RECORD_BYTES
+        "records, diagonal and weights": (layout.task_count(workload) + grid.kernel_tile_count) * TASK_RECORD_BYTES
         + 2 * grid.row_tiles * edge * 8
         + workload.model_bytes
         + 2**20,

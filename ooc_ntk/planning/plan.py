@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from .layers import layer_names
 from .layout import Dataflow, Layout
 from .projection import Projection
 from .spans import DENSE, BlockShape, Choice, Contraction, Representation
+from .superblocks import KeptPanels, Order, Superblock, kept_panels, panel_loads
+from .tasks import Task, TaskGraph
 from .tiles import Range, SampleGrid
 from .workload import HeadRows
 
@@ -136,7 +139,9 @@ class Plan:
     assembled, and ``heavy`` are the heaviest parameters by their global index, whose gradients are kept beside the
     features for the error bars. ``head`` is the linear head that has fewer rows than outputs,
     ``by_layer`` says that every layer's summand of the kernel is kept as well, and ``by_length`` that the texts of a
-    tile are derived from short to long, each batch cut at its longest.
+    tile are derived from short to long, each batch cut at its longest. ``order`` and ``superblock_tiles`` say how
+    kernel tiles are grouped, and ``kept_bytes`` what memory is for panels that stay in it; ``moved_bytes`` (Q) and
+    ``bound_bytes`` (LB) are what crosses the level from disk to host while contracting, promised and at least.
     """
 
     kernel: str
@@ -185,6 +190,49 @@ class Plan:
     head: HeadRows | None = None
     by_layer: bool = False
     by_length: bool = False
+    order: Order = "square"
+    superblock_tiles: int = 1
+    kept_bytes: int = 0
+    moved_bytes: int = 0
+    bound_bytes: float = 0.0
+
+    @cached_property
+    def superblocks(self) -> tuple[Superblock, ...]:
+        """Kernel tiles grouped into what one task contracts."""
+        return self.layout.superblocks(self.sample_grid)
+
+    @cached_property
+    def graph(self) -> TaskGraph:
+        """Every task, and what each waits for."""
+        return TaskGraph(
+            self.sample_grid,
+            self.superblocks,
+            len(self.passes),
+            in_memory=self.layout.in_memory,
+            normalised=self.normalize is not None,
+            features_only=self.features_only,
+        )
+
+    @cached_property
+    def kept_panels(self) -> KeptPanels:
+        """Panels that stay in memory once they were read; none unless tiles are on disk."""
+        if self.layout.in_memory or not self.kept_bytes:
+            return KeptPanels()
+        sizes = [self.tile_samples * stored for stored in self.layout.cut(self).stored]
+        return kept_panels(panel_loads(self.superblocks), sizes, self.kept_bytes)
+
+    def finished_tiles(self, keys: Iterable[str]) -> int:
+        """Kernel tiles (of features alone, row tiles) that are there, from the keys of finished tasks."""
+        if self.features_only:
+            return sum(key.startswith("rows-0-") for key in keys)
+        last = len(self.passes) - 1
+        tiles = {Task("kernel", last, *block.name).key: len(block.tiles) for block in self.superblocks}
+        return sum(tiles.get(key, 0) for key in keys)
+
+    @property
+    def tile_count(self) -> int:
+        """Kernel tiles, or row tiles of features alone."""
+        return self.sample_grid.row_tiles if self.features_only else self.sample_grid.kernel_tile_count
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -195,7 +243,16 @@ class Plan:
     def layout(self) -> Layout:
         """Tiles, spans and passes."""
         choices = (DENSE,) if self.projection is not None else tuple(block.choice for block in self.blocks)
-        return Layout(self.dataflow, self.tile_samples, self.span_columns, self.passes, choices)
+        return Layout(
+            self.dataflow,
+            self.tile_samples,
+            self.span_columns,
+            self.passes,
+            choices,
+            self.order,
+            self.superblock_tiles,
+            self.kept_bytes,
+        )
 
     @property
     def held_shapes(self) -> list[BlockShape]:
@@ -247,6 +304,8 @@ class Plan:
             covered["by_layer"] = True
         if self.by_length:
             covered["by_length"] = True
+        if self.superblock_tiles > 1:
+            covered["superblocks"] = [self.order, self.superblock_tiles]
         if self.head is not None:
             covered["head"] = asdict(self.head)
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
@@ -416,13 +475,22 @@ class Plan:
         factored = sum(block.representation != "dense" for block in self.blocks)
         held = [f"{self.tile_samples:,} samples"]
         if self.projection is not None:
-            return (
-                f"{self.tile_samples:,} samples × {self.span_columns:,} columns of features, {self.task_count:,} tasks"
-            )
+            width = f"{self.tile_samples:,} samples × {self.span_columns:,} columns of features"
+            return f"{width}{self._grouped()}, {self.task_count:,} tasks"
         if factored < len(self.blocks):
             held.append(f"{self.span_columns:,} dense columns" if factored else f"{self.span_columns:,} columns")
         also = f" and {factored} factored block{'s' if factored != 1 else ''}" if factored else ""
-        return f"{' × '.join(held)}{also}, {self.task_count:,} tasks"
+        return f"{' × '.join(held)}{also}{self._grouped()}, {self.task_count:,} tasks"
+
+    def _grouped(self) -> str:
+        """How kernel tiles are grouped, and what stays in memory."""
+        if self.superblock_tiles == 1 and not self.kept_bytes:
+            return ""
+        loads = panel_loads(self.superblocks)
+        times = loads.total() / max(1, len(loads))
+        found = f", {self.order}s of up to {self.superblock_tiles} kernel tiles" if self.superblock_tiles > 1 else ""
+        kept = f", {format_bytes(self.kept_panels.bytes)} of them kept" if self.kept_bytes else ""
+        return f"{found}, each panel needed {times:.1f} times{kept}"
 
     def _rows_by(self) -> str:
         """What derives the rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -12,7 +13,14 @@ from ooc_ntk.units import format_bytes, format_seconds
 from .budget import Limits
 from .cost import Cost, block_flops, price
 from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
-from .memory import ALLOCATOR_SHARE, memory_need
+from .memory import (
+    ALLOCATOR_SHARE,
+    kernel_room,
+    memory_need,
+    panel_bytes,
+    read_buffers,
+    superblock_bytes,
+)
 from .need import MemoryNeed
 from .plan import Alternative, Plan, PlannedBlock, Promise
 from .projection import SPARSE_KINDS
@@ -20,7 +28,8 @@ from .rates import MachineRates
 from .representation import POLICIES, REPRESENTATIONS, choose
 from .sketched import features_workload, from_factors
 from .spans import DENSE, PROJECTED, TENSOR_SKETCHED, Choice
-from .tiles import Range, even_ranges
+from .superblocks import AHEAD, ORDERS, PLANE_TILES, Order, kept_panels, panel_loads
+from .tiles import Range, SampleGrid, count_tiles, even_ranges
 from .workload import ParameterBlock, Workload
 
 #: A kernel task should not run longer than this, so that stopping and resuming lose little (DESIGN: 5–60 s).
@@ -28,6 +37,16 @@ LONGEST_TASK_SECONDS: Final = 60.0
 
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
 EQUALLY_FAST: Final = 0.03
+
+#: What short tasks may cost beside the fastest layout (a choice: losing a minute's work, not a tenth of the time).
+SHORT_TASKS_SHARE: Final = 1.1
+
+#: Spans of which the products are added up in float32, at most: each addition rounds the sum by 3e-8 (root mean
+#: square), n of them by 2e-8·√n, and contraction is to stay within 5e-7 (DESIGN: run, same bits).
+SINGLE_SPANS: Final = 400
+
+#: Triangles are worth pricing where squares would read every panel so many times (DESIGN: dataflows).
+TRIANGLE_TIMES: Final = 3
 
 #: End-to-end tolerances against float64 (relative Frobenius norm), by what limits them (DESIGN: run, same bits).
 TOLERANCE_SMOOTH: Final = 2e-6
@@ -57,6 +76,7 @@ class Preferences:
         features_only: leaves a projected job at its features; entries of the kernel are computed when they are asked
             for.
         every_output: derives a row for every output, even where a linear head allows fewer.
+        order: ``square`` or ``triangle``: how kernel tiles are grouped where tiles are read from disk.
     """
 
     dataflow: str | None = None
@@ -67,6 +87,7 @@ class Preferences:
     layer_rules: bool = True
     features_only: bool = False
     every_output: bool = False
+    order: str | None = None
 
     def __post_init__(self) -> None:
         """Check names and signs."""
@@ -74,6 +95,8 @@ class Preferences:
             raise unknown_name("dataflow", self.dataflow, DATAFLOWS)
         if self.representation is not None and self.representation not in REPRESENTATIONS:
             raise unknown_name("representation", self.representation, REPRESENTATIONS)
+        if self.order is not None and self.order not in ORDERS:
+            raise unknown_name("order", self.order, ORDERS)
         for field in ("tile_samples", "span_columns", "passes"):
             value = getattr(self, field)
             if value is not None and value < 1:
@@ -135,6 +158,9 @@ def make_plan(
             "features are what a projection gives; ask for one with --projection, or leave features_only out"
         )
     candidates = list(_candidates(workload, limits, rates, preferences))
+    ordered = [c for c in candidates if c.layout.superblock_tiles > 1]
+    if preferences.order is not None and any(c.over(limits) is None for c in ordered):
+        candidates = ordered
     if not candidates:
         raise InputError(
             f"no layout of this job has at most {MAX_TASKS:,} tasks with the tiles asked for; raise --tile-samples"
@@ -185,6 +211,11 @@ def make_plan(
         bytes_read=cost.bytes_read,
         bytes_written=cost.bytes_written,
         io_ratio=cost.io_ratio,
+        moved_bytes=cost.moved_bytes,
+        bound_bytes=cost.bound_bytes,
+        order=layout.order,
+        superblock_tiles=layout.superblock_tiles,
+        kept_bytes=layout.kept_bytes,
         jacobian_bytes=job.jacobian_bytes,
         kernel_bytes=workload.kernel_bytes,
         task_count=layout.task_count(workload),
@@ -323,13 +354,17 @@ def _candidates(
             continue
         if workload.by_layer and dataflow == "recompute":
             continue  # a layer's kernel would have to be put together from several passes
-        for tile in tile_sizes(workload, preferences.tile_samples):
+        more = PLANE_TILES if dataflow == "spill" else ()
+        for tile in tile_sizes(workload, preferences.tile_samples, more):
+            if SampleGrid(workload.train_samples, workload.test_samples, tile).kernel_tile_count > MAX_TASKS:
+                continue
             held = {choose(workload, rates, dataflow, tile, policy, preferences.representation) for policy in POLICIES}
             for choices in sorted(held, key=str):
-                for layout in _layouts(workload, limits, dataflow, tile, choices, preferences):
-                    if layout.task_count(workload) <= MAX_TASKS:
-                        need = memory_need(workload, layout)
-                        yield _Candidate(layout, need, price(workload, layout, rates, limits.host))
+                for one in _layouts(workload, limits, dataflow, tile, choices, preferences):
+                    for layout in _grouped(workload, limits, one, preferences):
+                        if layout.task_count(workload) <= MAX_TASKS:
+                            need = memory_need(workload, layout)
+                            yield _Candidate(layout, need, price(workload, layout, rates, limits.host))
 
 
 def _layouts(
@@ -352,6 +387,62 @@ def _layouts(
             yield replace(one, passes=passes)
         if not dense:
             return
+
+
+def _grouped(workload: Workload, limits: Limits, layout: Layout, preferences: Preferences) -> Iterator[Layout]:
+    """A layout with its kernel tiles one by one, and in the largest superblocks that there is memory for.
+
+    What memory is left after that keeps panels. More spans than :data:`SINGLE_SPANS` would add up too many roundings.
+    """
+    grid = layout.sample_grid(workload)
+    if layout.dataflow != "spill" or grid.row_tiles == 1:
+        yield layout
+        return
+    yield layout
+    yield _keeping(workload, limits, layout)
+    if workload.by_layer or (workload.item_bytes < 8 and len(layout.spans(workload)) > SINGLE_SPANS):
+        return
+    for order, capacity in _capacities(workload, limits, layout, grid, preferences.order):
+        yield _keeping(workload, limits, replace(layout, order=order, superblock_tiles=capacity))
+
+
+def _keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
+    """The same layout with the memory that is left for panels that stay."""
+    loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
+    sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
+    kept = kept_panels(loads, sizes, max(0, kernel_room(workload, layout, limits.host)))
+    return replace(layout, kept_bytes=kept.bytes)
+
+
+def _capacities(
+    workload: Workload, limits: Limits, layout: Layout, grid: SampleGrid, wanted: str | None
+) -> Iterator[tuple[Order, int]]:
+    """The largest superblocks for which there is memory: everything at once, squares, triangles."""
+    tile = superblock_bytes(workload, replace(layout, superblock_tiles=2)) // 2
+    panel, base = panel_bytes(workload, layout), read_buffers(workload, layout)
+    host = kernel_room(workload, layout, limits.host)
+    device = limits.device - memory_need(workload, layout).total("device") if workload.device != "cpu" else None
+
+    def fits(tiles: int, live: int) -> bool:
+        buffers = (live + AHEAD - base) * panel
+        return tiles * tile + buffers <= host if device is None else tiles * tile <= device and buffers <= host
+
+    train = grid.column_tiles
+    if fits(grid.kernel_tile_count, train):
+        yield "square", grid.kernel_tile_count
+        return
+    if wanted != "triangle":
+        for groups in range(1, train):
+            side = count_tiles(train, groups)
+            tiles = side * side if groups > 1 else train * (train + 1) // 2
+            if tiles > 1 and fits(tiles, side + 1 if groups > 1 else train):
+                yield "square", tiles
+                break
+    # A tile is divided by diagonal tiles, which triangles do not finish first.
+    if wanted != "square" and workload.normalize is None:
+        side = next((k for k in range(train, 2, -1) if fits(k * (k - 1) // 2 + 1, k)), 2)
+        if side > 2 and train >= TRIANGLE_TIMES * side / math.sqrt(2):
+            yield "triangle", side * (side - 1) // 2 + 1
 
 
 def _passes(workload: Workload, limits: Limits, layout: Layout, wanted: int | None) -> Iterator[tuple[Range, ...]]:
@@ -381,16 +472,25 @@ def _passes(workload: Workload, limits: Limits, layout: Layout, wanted: int | No
 
 
 def _best(fitting: list[_Candidate]) -> _Candidate:
-    """The fastest, preferring short tasks and, among equally fast ones of that dataflow, the smallest memory."""
+    """The fastest, preferring short tasks; of equally fast ones of that dataflow the one that moves the fewest bytes.
+
+    Where bytes do not differ, or none move, the one with the smallest memory.
+    """
     short = [c for c in fitting if c.cost.longest_task_seconds <= LONGEST_TASK_SECONDS]
-    pool = short or fitting
-    fastest = min(pool, key=lambda c: c.cost.seconds)
+    fastest = min(fitting, key=lambda c: c.cost.seconds)
+    pool = fitting
+    if short:
+        quick = min(short, key=lambda c: c.cost.seconds)
+        if quick.cost.seconds <= SHORT_TASKS_SHARE * fastest.cost.seconds:
+            pool, fastest = short, quick
     equal = [
         c
         for c in pool
         if c.layout.dataflow == fastest.layout.dataflow and c.cost.seconds <= fastest.cost.seconds * (1 + EQUALLY_FAST)
     ]
-    return min(equal, key=lambda c: c.need.total("host"))
+    moved = min(c.cost.moved_bytes for c in equal)
+    few = [c for c in equal if c.cost.moved_bytes <= moved * (1 + EQUALLY_FAST)]
+    return min(few, key=lambda c: c.need.total("host"))
 
 
 def _explain(candidates: list[_Candidate], best: _Candidate, limits: Limits) -> tuple[tuple[Alternative, ...], str]:

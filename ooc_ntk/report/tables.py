@@ -200,6 +200,19 @@ def info_table(info: RunInfo) -> RenderableType:
             table.add_row(name, format_bytes(before), format_bytes(after), _ratio(after, before))
         if name == "peak host memory" and promised.pinned_bytes:
             table.add_row("  pinned", format_bytes(promised.pinned_bytes), "-", "-")
+    if info.io_ratio is not None and plan.io_ratio is not None:
+        table.add_row(
+            "moved while contracting (Q)",
+            format_bytes(plan.moved_bytes),
+            format_bytes(info.moved_bytes),
+            _ratio(info.moved_bytes, plan.moved_bytes),
+        )
+        table.add_row(
+            "  over the lower bound (Q/LB)",
+            f"{plan.io_ratio:.2f}",
+            f"{info.io_ratio:.2f}",
+            _ratio(info.io_ratio, plan.io_ratio),
+        )
     audited = info.audited or {}
     if info.expected_error is not None:
         seen = audited.get("relative_error")

@@ -236,6 +236,10 @@ class Manifest:
         with self._transaction():
             self._database.execute("DELETE FROM files WHERE path GLOB ?", (f"{folder}/*",))
 
+    def keys(self) -> list[str]:
+        """Keys of all finished tasks."""
+        return [key for (key,) in self._read("SELECT key FROM tasks")]
+
     def receipts(self) -> dict[str, Receipt]:
         """Receipts of all finished tasks, by key."""
         rows = self._read("SELECT key, receipt FROM tasks ORDER BY committed")

@@ -10,19 +10,21 @@ import torch
 import ooc_ntk
 from ooc_ntk.errors import InputError, RunConflictError, StorageError
 from ooc_ntk.execution.executors import build_graph, executor_named, run_serially, run_threaded
-from ooc_ntk.planning.tasks import dependencies, task_list
+from ooc_ntk.planning.superblocks import superblocks
+from ooc_ntk.planning.tasks import TaskGraph
 from ooc_ntk.planning.tiles import SampleGrid
 from ooc_ntk.storage.manifest import Receipt
 from tests.cases import case
 
 GRID, PASSES = SampleGrid(6, 2, 2), 2
-TASKS = list(task_list(GRID, PASSES))
+GRAPH = TaskGraph(GRID, superblocks(GRID), PASSES, in_memory=True)
+TASKS = list(GRAPH.tasks())
 
 executors = pytest.mark.parametrize("executor", [run_serially, run_threaded])
 
 
 def waits(task):
-    return dependencies(task, GRID, in_memory=True)
+    return GRAPH.dependencies(task)
 
 
 class Recorder:

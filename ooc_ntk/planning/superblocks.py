@@ -1,0 +1,308 @@
+"""Superblocks: kernel tiles that are summed up together, so that a panel of the Jacobian is read once for all of them.
+
+A panel is the part of one row tile in one span. While a superblock is contracted its kernel tiles stay in memory and
+its panels stream by; panels that several superblocks need are read several times. How tiles are grouped therefore
+decides how many bytes move. Squares of ``b × b`` samples read every panel ``⌈N/b⌉`` times. Triangles, all pairs of
+``k`` row tiles, do with √2 times less (Beaumont et al. 2022, arXiv 2202.10217); that every pair is in exactly one
+triangle takes a combinatorial design, here the lines of affine and projective planes.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Final, Literal
+
+from .tiles import SampleGrid, count_tiles, even_ranges
+
+Order = Literal["square", "triangle"]
+ORDERS: Final[tuple[Order, ...]] = ("square", "triangle")
+
+#: Row tiles for which planes give triangles that waste nothing: q² and q² + q + 1 for q = 2, 3, 5, 7, 11.
+PLANE_TILES: Final = (7, 9, 13, 25, 31, 49, 57, 121, 133)
+
+#: Panels that are read ahead while others are multiplied.
+AHEAD: Final = 2
+
+KernelTile = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """Kernel tiles that one task contracts together.
+
+    Attributes:
+        tiles: kernel tiles (row tile, column tile), in the order in which they are contracted.
+
+    >>> block = Superblock(((4, 0), (4, 1), (5, 0), (5, 1)))
+    >>> block.name, block.panels, block.live
+    ((4, 0), (4, 0, 1, 5), 3)
+    """
+
+    tiles: tuple[KernelTile, ...]
+
+    @property
+    def name(self) -> KernelTile:
+        """Its first tile, which names its task."""
+        return self.tiles[0]
+
+    @cached_property
+    def panels(self) -> tuple[int, ...]:
+        """Row tiles whose panels it needs, in the order in which they are first needed."""
+        return tuple(dict.fromkeys(index for tile in self.tiles for index in tile))
+
+    @cached_property
+    def last_uses(self) -> dict[int, int]:
+        """Number of the tile after which a panel is not needed any more, by row tile."""
+        return {index: number for number, tile in enumerate(self.tiles) for index in tile}
+
+    @cached_property
+    def live(self) -> int:
+        """Panels that are in memory at once, without those read ahead."""
+        held, most = set[int](), 0
+        for number, tile in enumerate(self.tiles):
+            held |= set(tile)
+            most = max(most, len(held))
+            held = {index for index in held if self.last_uses[index] > number}
+        return most
+
+    @property
+    def buffers(self) -> int:
+        """Panels that are in memory at once, those read ahead among them."""
+        return self.live + min(AHEAD, len(self.panels))
+
+
+def panel_loads(blocks: Iterable[Superblock]) -> Counter[int]:
+    """How often the panels of each row tile are needed."""
+    return Counter(index for block in blocks for index in block.panels)
+
+
+@dataclass(frozen=True)
+class KeptPanels:
+    """Panels that stay in memory once they were read.
+
+    Attributes:
+        rows: row tiles of which all panels stay.
+        partial: a row tile of which only the first spans stay, None if there is none.
+        spans: how many of them.
+        bytes: memory that they take.
+        saved_bytes: bytes that need not be read again.
+    """
+
+    rows: frozenset[int] = frozenset()
+    partial: int | None = None
+    spans: int = 0
+    bytes: int = 0
+    saved_bytes: int = 0
+
+    def holds(self, row: int, span: int) -> bool:
+        """Whether a panel stays, by its row tile and its span counted from the first of the pass."""
+        return row in self.rows or (row == self.partial and span < self.spans)
+
+
+def kept_panels(loads: Mapping[int, int], sizes: Sequence[int], room: int) -> KeptPanels:
+    """The panels worth keeping: those that are needed most often.
+
+    What is read in turns again and again is of no use to a cache that drops what was used longest ago; here the same
+    panels stay from the first to the last superblock.
+
+    Args:
+        loads: how often the panels of each row tile are needed.
+        sizes: bytes of the panel of each span.
+        room: bytes of memory.
+
+    >>> kept = kept_panels({0: 2, 1: 3, 2: 1}, [10, 10], 35)
+    >>> sorted(kept.rows), kept.partial, kept.spans, kept.bytes, kept.saved_bytes
+    ([1], 0, 1, 30, 50)
+    """
+    whole, used, saved, rows = sum(sizes), 0, 0, set()
+    for row, count in sorted(loads.items(), key=lambda item: (-item[1], item[0])):
+        if count < 2:
+            break
+        if used + whole <= room:
+            rows.add(row)
+            used, saved = used + whole, saved + (count - 1) * whole
+            continue
+        ends = list(accumulate(sizes))
+        spans = bisect_right(ends, room - used)
+        part = ends[spans - 1] if spans else 0
+        return KeptPanels(frozenset(rows), row if spans else None, spans, used + part, saved + (count - 1) * part)
+    return KeptPanels(frozenset(rows), None, 0, used, saved)
+
+
+@lru_cache(maxsize=512)
+def superblocks(
+    grid: SampleGrid, order: Order = "square", capacity: int = 1, alone: frozenset[KernelTile] = frozenset()
+) -> tuple[Superblock, ...]:
+    """Group the kernel tiles of a grid.
+
+    Args:
+        grid: the sample grid.
+        order: ``square`` or ``triangle``, for the train square; the test rows are cut into rectangles.
+        capacity: most kernel tiles of one superblock.
+        alone: tiles that are superblocks by themselves.
+
+    Returns:
+        Superblocks; every kernel tile is in exactly one. With ``square`` those with tiles on the diagonal come first,
+        and an off-diagonal one never holds a tile of the diagonal.
+
+    >>> [block.tiles for block in superblocks(SampleGrid(4, 0, 1), capacity=4)]
+    ... # doctest: +NORMALIZE_WHITESPACE
+    [((0, 0), (1, 0), (1, 1)), ((2, 2), (3, 2), (3, 3)), ((2, 0), (2, 1), (3, 0), (3, 1))]
+    >>> len(superblocks(SampleGrid(7, 0, 1), "triangle", capacity=4))
+    7
+    """
+    tiles = list(grid.kernel_tiles())
+    groups: list[list[KernelTile]]
+    if capacity == 1:
+        groups = [[tile] for tile in sorted(tiles, key=lambda tile: (tile[0] != tile[1], tile))]
+    elif len(tiles) <= capacity:
+        groups = [tiles]
+    else:
+        square = _triangles if order == "triangle" else _squares
+        groups = square(grid.column_tiles, capacity) + _rectangles(grid, capacity)
+    rest = [[tile for tile in group if tile not in alone] for group in groups] if alone else groups
+    return tuple(Superblock(tuple(group)) for group in [*([tile] for tile in sorted(alone)), *rest] if group)
+
+
+def _squares(count: int, capacity: int) -> list[list[KernelTile]]:
+    """Tiles on and below the diagonal, in squares of at most so many tiles; the diagonal ones first."""
+    if count * (count + 1) // 2 <= capacity:
+        return [[(i, j) for i in range(count) for j in range(i + 1)]]
+    cuts = even_ranges(count, count_tiles(count, math.isqrt(capacity)))
+    inner = [[(i, j) for i in range(cut.start, cut.stop) for j in range(cut.start, i + 1)] for cut in cuts]
+    outer = []
+    for number, rows in enumerate(cuts):
+        # To and fro, so that the columns read last are the first of the next square.
+        others = cuts[:number] if number % 2 else cuts[:number][::-1]
+        outer += [
+            [(i, j) for i in range(rows.start, rows.stop) for j in range(columns.start, columns.stop)]
+            for columns in others
+        ]
+    return inner + outer
+
+
+def _rectangles(grid: SampleGrid, capacity: int) -> list[list[KernelTile]]:
+    """Tiles of test rows, in the rectangles that need the fewest panels."""
+    train, rows = grid.column_tiles, grid.row_tiles - grid.column_tiles
+    if not rows:
+        return []
+
+    def loads(height: int) -> int:
+        width = min(train, capacity // height)
+        return count_tiles(train, width) * rows + count_tiles(rows, height) * train
+
+    height = min(range(1, min(rows, capacity) + 1), key=lambda wanted: (loads(wanted), wanted))
+    width = min(train, capacity // height)
+    groups = []
+    for high in even_ranges(rows, count_tiles(rows, height)):
+        for wide in even_ranges(train, count_tiles(train, width)):
+            across, down = range(wide.start, wide.stop), range(train + high.start, train + high.stop)
+            # The longer side streams by while the shorter one is held.
+            if len(across) <= len(down):
+                groups.append([(i, j) for i in down for j in across])
+            else:
+                groups.append([(i, j) for j in across for i in down])
+    return groups
+
+
+def triangle_side(capacity: int) -> int:
+    """Row tiles of the largest triangle of at most so many kernel tiles, one of the diagonal among them.
+
+    >>> triangle_side(4), triangle_side(22)
+    (3, 7)
+    """
+    return (1 + math.isqrt(8 * capacity - 7)) // 2
+
+
+def _triangles(count: int, capacity: int) -> list[list[KernelTile]]:
+    """Tiles on and below the diagonal, in triangles of at most so many tiles."""
+    side = triangle_side(capacity)
+    sets = min((cover(count, size) for size in range(max(2, side - 2), side + 1)), key=lambda sets: sum(map(len, sets)))
+    room = [capacity - len(members) * (len(members) - 1) // 2 for members in sets]
+    homes = _homes(count, sets, room)
+    groups = []
+    for number, members in enumerate(sets):
+        group = [(i, j) for i in members for j in members if j < i or (j == i and homes.get(i) == number)]
+        groups.append(sorted(group))
+    return groups + [[(index, index)] for index in range(count) if index not in homes]
+
+
+def _homes(count: int, sets: Sequence[Sequence[int]], room: Sequence[int]) -> dict[int, int]:
+    """The set with which the diagonal tile of each row tile is contracted, as far as there is room.
+
+    A matching by augmenting paths: every set takes in at most as many as it has room for.
+    """
+    holding: list[list[int]] = [[] for _ in sets]
+    of: dict[int, list[int]] = {index: [] for index in range(count)}
+    for number, members in enumerate(sets):
+        for index in members:
+            of[index].append(number)
+
+    def place(index: int, tried: set[int]) -> bool:
+        for number in of[index]:
+            if number in tried:
+                continue
+            tried.add(number)
+            if len(holding[number]) < room[number]:
+                holding[number].append(index)
+                return True
+            for other in holding[number]:
+                if place(other, tried):
+                    holding[number].remove(other)
+                    holding[number].append(index)
+                    return True
+        return False
+
+    for index in range(count):
+        place(index, set())
+    return {index: number for number, held in enumerate(holding) for index in held}
+
+
+@lru_cache(maxsize=512)
+def cover(count: int, size: int) -> tuple[tuple[int, ...], ...]:
+    """Sets of at most ``size`` of ``count`` things, so that every pair is in exactly one set.
+
+    ``k`` groups of ``q`` things, q a prime: the sets ``{(a + b·u) mod q of group u}`` for all a and b, and with ``k =
+    q + 1`` one more group of the b's, hold every pair from two different groups once (the triangle blocks of Beaumont
+    et al. 2022; the lines of a plane). Pairs within a group are covered in the same way, one more thing joined to all
+    groups where there is room. Things beyond ``count`` are left out.
+
+    >>> cover(7, 3)
+    ((0, 2, 4), (1, 3, 4), (0, 3, 5), (1, 2, 5), (0, 1, 6), (2, 3, 6), (4, 5, 6))
+    >>> cover(3, 4)
+    ((0, 1, 2),)
+    """
+    if count <= size:
+        return (tuple(range(count)),) if count > 1 else ()
+    if size == 2:
+        return tuple((i, j) for j in range(count) for i in range(j))
+    prime = size - 1
+    while not (_is_prime(prime) and _reach(prime, size) >= count):
+        prime += 1
+    if prime >= count:  # one group would hold everything
+        return cover(count, size - 1)
+    extra = [count - 1] if count == prime * size + 1 and prime == size - 1 else []
+    found = []
+    for slope in range(prime):
+        for start in range(prime):
+            members = [((start + slope * u) % prime if u < prime else slope) + u * prime for u in range(size)]
+            found.append(tuple(member for member in members if member < count))
+    for u in range(size):
+        group = [*range(u * prime, min((u + 1) * prime, count - len(extra))), *extra]
+        found += [tuple(group[index] for index in inner) for inner in cover(len(group), size)]
+    return tuple(members for members in found if len(members) > 1)
+
+
+def _reach(prime: int, size: int) -> int:
+    """Things that groups of a prime size take in."""
+    return prime * size + (1 if prime == size - 1 else 0)
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % factor for factor in range(2, math.isqrt(number) + 1))
