@@ -80,6 +80,11 @@ class KernelAccumulator:
         self._sum = self._sums[: rows * columns].view(rows, columns).zero_()
         self._product = self._products[: rows * columns].view(rows, columns)
 
+    def go_on(self, rows: int, columns: int, total: Tensor) -> None:
+        """Add to a sum held elsewhere, (entries or more,), in place of a tile of its own."""
+        self._sum = total[: rows * columns].view(rows, columns)
+        self._product = self._products[: rows * columns].view(rows, columns)
+
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
         """Add ``left @ right.T`` to the tile.
 
@@ -227,7 +232,7 @@ class KernelAccumulator:
             np.add(part, (values.float() if values.dtype == torch.bfloat16 else values).numpy(), out=part)
 
     def add_to(self, total: Tensor, *, first: bool) -> None:
-        """Add the tile to a sum held elsewhere, or set it to the tile.
+        """Add the tile to a sum held elsewhere, or set that to the tile.
 
         Args:
             total: (entries or more,) in float32 or float64, on the device.

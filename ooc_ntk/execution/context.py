@@ -352,12 +352,14 @@ class Outcome:
         bytes_read: bytes read from disk.
         digest: digest of the samples (``rows`` tasks).
         replaces: files of the generation before, which may go once this task is committed.
+        bytes_aside: bytes written to files that are gone already.
     """
 
     files: Sequence[StagedFile] = ()
     bytes_read: int = 0
     digest: str | None = None
     replaces: tuple[str, ...] = ()
+    bytes_aside: int = 0
 
 
 @contextmanager

@@ -12,16 +12,17 @@ from ooc_ntk.errors import NonFiniteError
 from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.spans import Span
-from ooc_ntk.planning.superblocks import KernelTile, Superblock
+from ooc_ntk.planning.superblocks import KernelTile
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
 
 from .context import Outcome, RunContext
 from .layers import LayerSums, layers_array
-from .prefetch import ReadAhead
+from .panels import Panels
 from .rows import diagonal_path, divisor, stage_diagonal
-from .stores import Matrix, Tile, as_tensor, factors_of, row_matrix
+from .stores import Tile, as_tensor, factors_of, row_matrix
+from .sums import TileSums, tile_shape
 
 
 def kernel_path(array: TileArray, plan: Plan, generation: int, row: int, column: int) -> str:
@@ -29,64 +30,6 @@ def kernel_path(array: TileArray, plan: Plan, generation: int, row: int, column:
     if generation == len(plan.passes) - 1:
         return array.chunk_path((row, column))
     return f"tiles/partial-{generation}/{row}.{column}"
-
-
-class _Panels:
-    """The panels of a superblock, each read once per span: ahead into reused buffers, or kept in memory.
-
-    A context manager.
-
-    Attributes:
-        bytes_read: bytes read from disk so far.
-    """
-
-    def __init__(self, context: RunContext, generation: int, block: Superblock) -> None:
-        plan, store = context.plan, context.store
-        spans = plan.passes[generation]
-        self._context, self._block, self._held = context, block, dict[int, Tile]()
-        self._kept, self._first = context.kept, spans.start
-        self.bytes_read = 0
-        keys = [(s, r) for s in range(spans.start, spans.stop) for r in block.panels if (s, r) not in self._kept]
-
-        def load(key: tuple[int, int], buffer: Matrix | None) -> Tile:
-            span, row = key
-            if buffer is None and self._stays(key):
-                buffer = store.buffer(span)
-            return store.load(generation, row, span, buffer)
-
-        buffers = context.panel_buffers(min(block.buffers, len(keys)))
-        self._ahead = ReadAhead(keys, load, buffers, self._stays)
-
-    def _stays(self, key: tuple[int, int]) -> bool:
-        span, row = key
-        return self._context.plan.kept_panels.holds(row, span - self._first)
-
-    def get(self, span: int, row: int) -> Tile:
-        """A panel; it must be asked for in the order of the superblock's tiles."""
-        found = self._held.get(row)
-        if found is None:
-            found = self._kept.get((span, row))
-            if found is None:
-                with self._context.phase("wait for tiles"):
-                    found = self._ahead.take()
-                self.bytes_read += self._context.store.load_bytes(span)
-                if self._stays((span, row)):
-                    self._kept[span, row] = found
-            self._held[row] = found
-        return found
-
-    def contracted(self, span: int, number: int) -> None:
-        """Tile ``number`` of the superblock is contracted: panels that no later one needs may go."""
-        for row in set(self._block.tiles[number]):
-            if self._block.last_uses[row] == number:
-                del self._held[row]
-                self._ahead.give_back((span, row))
-
-    def __enter__(self) -> _Panels:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ahead.__exit__(None, None, None)
 
 
 def contract_superblock(context: RunContext, task: Task) -> Outcome:
@@ -111,13 +54,13 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
     block = plan.graph.superblock(task)
     share = 1.0 / len(spans) / len(plan.passes)
     accumulator = context.accumulator()
-    several = context.superblock_sums(block)
+    sums = TileSums(context, block, spans)
     staged: list[StagedFile] = []
     try:
         layered = (
-            LayerSums(plan, _shape(plan, task.tile), _stage_layers(context, task, staged)) if plan.layers else None
+            LayerSums(plan, tile_shape(plan, task.tile), _stage_layers(context, task, staged)) if plan.layers else None
         )
-        with _Panels(context, task.generation, block) as panels:
+        with Panels(context, task.generation, block) as panels:
             for span in range(spans.start, spans.stop):
                 for number, tile in enumerate(block.tiles):
                     context.check_stop()
@@ -125,40 +68,30 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
                     if layered is not None:
                         _add_runs(context, accumulator, context.store.spans[span], left, right, layered)
                     else:
-                        if several or span == spans.start:
-                            accumulator.begin(*_shape(plan, tile))
+                        sums.start(span, number)
                         _add_span(context, accumulator, context.store.spans[span], left, right)
-                        if several:
-                            with context.phase("superblock"):
-                                accumulator.add_to(several[number], first=span == spans.start)
+                        sums.add(span, number)
                     panels.contracted(span, number)
                     context.advance("kernel", share)
+                sums.fold(span)
         diagonals: dict[int, np.ndarray] = {}
         read, replaces = panels.bytes_read, list[str]()
         # Those on the diagonal first: the others are divided by them.
         for number in sorted(range(len(block.tiles)), key=lambda number: len(set(block.tiles[number]))):
             row, column = block.tiles[number]
-            if several:
-                accumulator.begin(*_shape(plan, (row, column)))
-                accumulator.take_from(several[number])
-            values = accumulator.result().numpy() if layered is None else layered.total
+            values = sums.result(number) if layered is None else layered.total
             more, path = _finish(context, Task("kernel", task.generation, row, column), values, diagonals, staged)
             read, replaces = read + more, [*replaces, *path]
+        sums.close()
     except BaseException:
+        sums.close()
         for file in staged:
             file.discard()
         raise
-    return Outcome(staged, bytes_read=read, replaces=tuple(replaces))
+    return Outcome(staged, read + sums.folded_bytes, replaces=tuple(replaces), bytes_aside=sums.folded_bytes)
 
 
-def _shape(plan: Plan, tile: KernelTile) -> tuple[int, int]:
-    """Rows and columns of a tile while it is contracted; one on the diagonal is square, test samples among them."""
-    rows = len(plan.sample_grid.rows(tile[0])) * plan.entries_per_sample
-    columns = len(plan.sample_grid.columns(tile[1])) * plan.entries_per_sample
-    return rows, rows if tile[0] == tile[1] else columns
-
-
-def _sides(plan: Plan, panels: _Panels, span: int, tile: KernelTile) -> tuple[Tile, Tile | None]:
+def _sides(plan: Plan, panels: Panels, span: int, tile: KernelTile) -> tuple[Tile, Tile | None]:
     """Both panels of a tile; None for the second where it is the first."""
     row, column = tile
     left = panels.get(span, row)

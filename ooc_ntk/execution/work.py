@@ -58,7 +58,7 @@ def _publish(context: RunContext, task: Task, outcome: Outcome, start: float) ->
             key=task.key,
             seconds=time.perf_counter() - start,
             bytes_read=outcome.bytes_read,
-            bytes_written=sum(record.size for record in records),
+            bytes_written=sum(record.size for record in records) + outcome.bytes_aside,
             peak_host_bytes=context.meter.peak_bytes(),
             peak_device_bytes=peak_device_bytes(context.plan.device),
             files=tuple(records),

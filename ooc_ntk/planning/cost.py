@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from .layers import layer_names
 from .layout import CONTRACTION_COLUMNS, Layout
-from .memory import fixed_host_bytes, group_rows, slab_rows, store_bytes
+from .memory import fixed_host_bytes, folds, group_rows, slab_rows, store_bytes
 from .rates import CALIBRATED_DEPTH, MachineRates
 from .spans import Choice
 from .superblocks import kept_panels, panel_loads
-from .tiles import count_tiles
+from .tiles import SampleGrid, count_tiles
 from .workload import ParameterBlock, Workload
 
 #: Seconds to hand out, fill, check and store one slab of rows, beside the copying itself (measured: 20–35 µs).
@@ -90,9 +91,9 @@ class _TileClass:
         return self.rows + (0 if self.symmetric else self.columns)
 
 
-def _kernel_tile_classes(workload: Workload, layout: Layout) -> Counter[_TileClass]:
-    """Count the kernel tiles of each class."""
-    grid = layout.sample_grid(workload)
+@lru_cache(maxsize=1024)
+def _kernel_tile_classes(grid: SampleGrid) -> Counter[_TileClass]:
+    """Count the kernel tiles of each class; not to be changed."""
     classes: Counter[_TileClass] = Counter()
     last = grid.column_tiles - 1
     for i in range(grid.row_tiles):
@@ -102,7 +103,7 @@ def _kernel_tile_classes(workload: Workload, layout: Layout) -> Counter[_TileCla
         whole = min(i, last)
         if whole:
             mirrored = grid.mirror_rows(i) > 0
-            classes[_TileClass(rows, layout.tile_samples, symmetric=False, mirrored=mirrored)] += whole
+            classes[_TileClass(rows, grid.tile, symmetric=False, mirrored=mirrored)] += whole
         if i > last:
             classes[_TileClass(rows, len(grid.columns(last)), symmetric=False, mirrored=False)] += 1
     return classes
@@ -139,7 +140,7 @@ def contraction_flops(workload: Workload, layout: Layout) -> int:
     >>> contraction_flops(w, Layout("resident", 100, 50, ())) == 100 * 100 * 10 * 50
     True
     """
-    panels = sum(tile.panels * count for tile, count in _kernel_tile_classes(workload, layout).items())
+    panels = sum(tile.panels * count for tile, count in _kernel_tile_classes(layout.sample_grid(workload)).items())
     choices = layout.block_choices(workload)
     return sum(
         block_flops(workload, block, choice, panels) for block, choice in zip(workload.blocks, choices, strict=True)
@@ -252,8 +253,11 @@ def _contraction_seconds(
     # The rates include one addition to the float64 sum per CALIBRATED_DEPTH columns; narrower spans add more often.
     # An addition reads 16 bytes an entry and writes 12, at about the rate of copying rows, whose norms are taken too.
     factored = len(workload.blocks) - sum(c.representation == "dense" for c in layout.block_choices(workload))
-    more = max(0.0, products - depth / CALIBRATED_DEPTH) + factored
-    return seconds + more * rows * columns * 28 / (3 * rates.copy) + (products + factored) * PRODUCT_SECONDS
+    more = (products - depth / CALIBRATED_DEPTH) * 28 + factored * 28
+    if layout.superblock_tiles > 1:
+        # Products are added to float32 sums, 12 bytes an entry; those of factors to a sum of their own before.
+        more = products * 12 - depth / CALIBRATED_DEPTH * 28 + factored * 52
+    return seconds + max(0.0, more) * rows * columns / (3 * rates.copy) + (products + factored) * PRODUCT_SECONDS
 
 
 def lower_bound_bytes(workload: Workload, fast_bytes: int, sample_bytes: int | None = None) -> float:
@@ -332,16 +336,13 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
     grid, item, entries = layout.sample_grid(workload), workload.item_bytes, workload.entries_per_sample
     passes, blocks = len(layout.passes), _sum_up(workload, layout, rates)
     features_only = workload.sketch is not None and workload.sketch.features_only
-    tiles = Counter[_TileClass]() if features_only else _kernel_tile_classes(workload, layout)
+    tiles = Counter[_TileClass]() if features_only else _kernel_tile_classes(grid)
     tile_bytes = (layout.tile_samples * entries) ** 2 * item
     layers = len(layer_names(workload.blocks)) if workload.by_layer else 0
     loads = _loads(workload, layout, tiles)
     kernel_seconds, longest, computed, written = 0.0, 0.0, 0.0, 0
     for tile, count in tiles.items():
         seconds = _contraction_seconds(workload, layout, rates, blocks, tile)
-        if layout.superblock_tiles > 1:
-            # The sum of every span is added to the tile's, 24 bytes an entry, where one addition above moves 28.
-            seconds += len(layout.spans(workload)) * tile.rows * tile.columns * entries**2 * 24 / (3 * rates.copy)
         stored = tile_bytes * (2 if tile.mirrored else 1) + (passes - 1) * tile_bytes
         if layers:
             stored += layers * tile_bytes * (2 if tile.mirrored else 1)
@@ -358,6 +359,9 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
         longest = max(longest, (seconds + rest) / passes)
         kernel_seconds += count * rest
     read = sum(tiles.values()) * (passes - 1) * tile_bytes
+    folded = folds(layout, len(layout.spans(workload))) * sum(tiles.values()) * tile_bytes * 8 // item
+    read, written = read + folded, written + folded
+    kernel_seconds += folded / rates.disk_read + folded / rates.disk_write
     if not layout.in_memory:
         read += loads.bytes
         # While some panels are multiplied the next ones are read.
@@ -411,7 +415,8 @@ def _loads(workload: Workload, layout: Layout, tiles: Counter[_TileClass]) -> _L
     panel = sum(sizes)
     if layout.in_memory or not tiles:
         return _Loads(0, 2 * panel, sum(tiles.values()), 1)
-    found = layout.superblocks(layout.sample_grid(workload))
-    loads = panel_loads(found)
-    saved = kept_panels(loads, sizes, layout.kept_bytes).saved_bytes if layout.kept_bytes else 0
-    return _Loads(loads.total() * panel - saved, 2 * panel, len(found), max(len(block.tiles) for block in found))
+    found, saved = layout.grouping(workload), 0
+    if layout.kept_bytes:
+        loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
+        saved = kept_panels(loads, sizes, layout.kept_bytes).saved_bytes
+    return _Loads(found.loads * panel - saved, 2 * panel, found.tasks, found.tiles)

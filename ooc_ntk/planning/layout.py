@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from ooc_ntk.units import format_count
 
 from .spans import DENSE, Choice, Cut, Span
-from .superblocks import Order, Superblock, superblocks
+from .superblocks import Grouping, Order, Superblock, superblocks
 from .tiles import Range, SampleGrid, count_tiles, even_size
 from .workload import Workload
 
@@ -32,6 +32,9 @@ MAX_TILE_ELEMENTS: Final = 2**30
 #: (choices: a few buffers of them stay below what the allocator rounds away).
 SMALLEST_CHUNK_BYTES: Final = 2**20
 ENOUGH_SPANS: Final = 128
+
+#: More passes than this are not made equal: the last one is a small part of the work anyway.
+EVENED_PASSES: Final = 64
 
 #: Most tasks of one graph (DESIGN: run).
 MAX_TASKS: Final = 100_000
@@ -74,6 +77,10 @@ class Layout:
     def superblocks(self, grid: SampleGrid) -> tuple[Superblock, ...]:
         """Kernel tiles grouped into what one task contracts."""
         return superblocks(grid, self.order, self.superblock_tiles)
+
+    def grouping(self, workload: Workload) -> Grouping:
+        """The same in numbers."""
+        return Grouping.of(self.sample_grid(workload), self.order, self.superblock_tiles)
 
     def block_choices(self, workload: Workload | Plan) -> tuple[Choice, ...]:
         """How every block is held and contracted."""
@@ -127,8 +134,7 @@ class Layout:
         grid = self.sample_grid(workload)
         if workload.sketch is not None and workload.sketch.features_only:
             return grid.row_tiles
-        kernel_tasks = grid.kernel_tile_count if self.superblock_tiles == 1 else len(self.superblocks(grid))
-        return len(self.passes) * (grid.row_tiles + kernel_tasks + 1)
+        return len(self.passes) * (grid.row_tiles + self.grouping(workload).tasks + 1)
 
     def describe(self) -> str:
         """One phrase for tables."""
@@ -218,7 +224,10 @@ def pass_ranges(sample_bytes: Sequence[int], store_bytes: int) -> tuple[Range, .
     if not sample_bytes or largest > store_bytes:
         return None
     ends = list(accumulate(sample_bytes))
-    fewest = len(_fill(ends, store_bytes))
+    filled = _fill(ends, store_bytes)
+    fewest = len(filled)
+    if fewest > EVENED_PASSES:
+        return filled
     # The smallest limit that needs no more passes makes them as equal as can be.
     low, high = largest, store_bytes
     while low < high:

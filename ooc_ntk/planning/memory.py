@@ -47,6 +47,10 @@ GATHERED_COLUMNS: Final = 43_750
 #: Bytes of the stripe in which a finished kernel tile is converted, transposed and written.
 STRIPE_BYTES: Final = 8 * 2**20
 
+#: Spans whose products are added up in float32 before the sums of a superblock are added to float64 ones on disk: each
+#: addition rounds the sum by 3e-8 (root mean square), n of them by 2e-8·√n, and contraction is to stay within 5e-7.
+FOLDED_SPANS: Final = 400
+
 #: Bytes of a manifest row and its receipt, per task (measured 1.1 KiB; rounded up).
 TASK_RECORD_BYTES: Final = 2048
 
@@ -196,16 +200,21 @@ def superblock_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the sums of a superblock's kernel tiles, as they are stored; 0 where tiles are contracted one by one."""
     if layout.superblock_tiles == 1:
         return 0
-    most = max(len(block.tiles) for block in layout.superblocks(layout.sample_grid(workload)))
-    return most * _stored_tile_bytes(workload, layout)
+    return layout.grouping(workload).tiles * _stored_tile_bytes(workload, layout)
+
+
+def folds(layout: Layout, spans: int) -> int:
+    """How often the sums of a superblock are added to those on disk, which are float64, before they grow inexact.
+
+    >>> folds(Layout("spill", 10, 9, (), (), "square", 4), 1000), folds(Layout("spill", 10, 9, ()), 1000)
+    (2, 0)
+    """
+    return 0 if layout.superblock_tiles == 1 else (spans - 1) // FOLDED_SPANS
 
 
 def read_buffers(workload: Workload, layout: Layout) -> int:
     """Panels that are in memory at once while a superblock is contracted, those read ahead among them."""
-    grid = layout.sample_grid(workload)
-    if layout.superblock_tiles == 1:
-        return READ_SLOTS * (1 if grid.row_tiles == 1 else 2)
-    return max(block.buffers for block in layout.superblocks(grid))
+    return layout.grouping(workload).buffers
 
 
 def layers_bytes(workload: Workload, layout: Layout) -> int:
@@ -460,6 +469,8 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
             terms.pinned["read buffers"] = kernel["read buffers"]
     if workload.by_layer:
         kernel["tiles of open layers"] = layers_bytes(workload, layout)
+    if folds(layout, len(layout.spans(workload))):
+        terms.disk["sums of a superblock in float64"] = 8 * superblock_bytes(workload, layout) // workload.item_bytes
     if len(layout.passes) > 1:
         terms.disk["the tile being replaced"] = 2 * _stored_tile_bytes(workload, layout)
     return terms

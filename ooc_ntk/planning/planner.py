@@ -28,7 +28,7 @@ from .rates import MachineRates
 from .representation import POLICIES, REPRESENTATIONS, choose
 from .sketched import features_workload, from_factors
 from .spans import DENSE, PROJECTED, TENSOR_SKETCHED, Choice
-from .superblocks import AHEAD, ORDERS, PLANE_TILES, Order, kept_panels, panel_loads
+from .superblocks import AHEAD, ORDERS, PLANES, Order, kept_panels, panel_loads
 from .tiles import Range, SampleGrid, count_tiles, even_ranges
 from .workload import ParameterBlock, Workload
 
@@ -38,12 +38,14 @@ LONGEST_TASK_SECONDS: Final = 60.0
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
 EQUALLY_FAST: Final = 0.03
 
+#: Or not longer than this share of the run: large superblocks move fewer bytes (a choice).
+LONGEST_TASK_SHARE: Final = 0.1
+
+#: What moving fewer bytes may cost, where tiles are on disk (a choice: others use the disk too).
+FEWER_BYTES_SHARE: Final = 0.05
+
 #: What short tasks may cost beside the fastest layout (a choice: losing a minute's work, not a tenth of the time).
 SHORT_TASKS_SHARE: Final = 1.1
-
-#: Spans of which the products are added up in float32, at most: each addition rounds the sum by 3e-8 (root mean
-#: square), n of them by 2e-8·√n, and contraction is to stay within 5e-7 (DESIGN: run, same bits).
-SINGLE_SPANS: Final = 400
 
 #: Triangles are worth pricing where squares would read every panel so many times (DESIGN: dataflows).
 TRIANGLE_TIMES: Final = 3
@@ -170,6 +172,7 @@ def make_plan(
         raise _too_small(candidates, limits)
     best = _best(fitting)
     alternatives, reason = _explain(candidates, best, limits)
+    best = _keeping(workload, limits, rates, best)
     layout, need, cost = best.layout, best.need, best.cost
     notes = job.notes
     expected = None
@@ -354,7 +357,7 @@ def _candidates(
             continue
         if workload.by_layer and dataflow == "recompute":
             continue  # a layer's kernel would have to be put together from several passes
-        more = PLANE_TILES if dataflow == "spill" else ()
+        more = PLANES if dataflow == "spill" else ()
         for tile in tile_sizes(workload, preferences.tile_samples, more):
             if SampleGrid(workload.train_samples, workload.test_samples, tile).kernel_tile_count > MAX_TASKS:
                 continue
@@ -392,26 +395,29 @@ def _layouts(
 def _grouped(workload: Workload, limits: Limits, layout: Layout, preferences: Preferences) -> Iterator[Layout]:
     """A layout with its kernel tiles one by one, and in the largest superblocks that there is memory for.
 
-    What memory is left after that keeps panels. More spans than :data:`SINGLE_SPANS` would add up too many roundings.
+    A kernel by layer is summed up tile by tile.
     """
     grid = layout.sample_grid(workload)
     if layout.dataflow != "spill" or grid.row_tiles == 1:
         yield layout
         return
     yield layout
-    yield _keeping(workload, limits, layout)
-    if workload.by_layer or (workload.item_bytes < 8 and len(layout.spans(workload)) > SINGLE_SPANS):
-        return
-    for order, capacity in _capacities(workload, limits, layout, grid, preferences.order):
-        yield _keeping(workload, limits, replace(layout, order=order, superblock_tiles=capacity))
+    if not workload.by_layer:
+        for order, capacity in _capacities(workload, limits, layout, grid, preferences.order):
+            yield replace(layout, order=order, superblock_tiles=capacity)
 
 
-def _keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
+def _keeping(workload: Workload, limits: Limits, rates: MachineRates, chosen: _Candidate) -> _Candidate:
     """The same layout with the memory that is left for panels that stay."""
+    layout = chosen.layout
+    if layout.in_memory:
+        return chosen
     loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
     sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
     kept = kept_panels(loads, sizes, max(0, kernel_room(workload, layout, limits.host)))
-    return replace(layout, kept_bytes=kept.bytes)
+    layout = replace(layout, kept_bytes=kept.bytes)
+    found = _Candidate(layout, memory_need(workload, layout), price(workload, layout, rates, limits.host))
+    return chosen if found.over(limits) else found
 
 
 def _capacities(
@@ -440,8 +446,8 @@ def _capacities(
                 break
     # A tile is divided by diagonal tiles, which triangles do not finish first.
     if wanted != "square" and workload.normalize is None:
-        side = next((k for k in range(train, 2, -1) if fits(k * (k - 1) // 2 + 1, k)), 2)
-        if side > 2 and train >= TRIANGLE_TIMES * side / math.sqrt(2):
+        side = PLANES.get(train, 0)
+        if side and fits(side * (side - 1) // 2 + 1, side) and train >= TRIANGLE_TIMES * side / math.sqrt(2):
             yield "triangle", side * (side - 1) // 2 + 1
 
 
@@ -476,17 +482,22 @@ def _best(fitting: list[_Candidate]) -> _Candidate:
 
     Where bytes do not differ, or none move, the one with the smallest memory.
     """
-    short = [c for c in fitting if c.cost.longest_task_seconds <= LONGEST_TASK_SECONDS]
+    short = [
+        c
+        for c in fitting
+        if c.cost.longest_task_seconds <= max(LONGEST_TASK_SECONDS, LONGEST_TASK_SHARE * c.cost.seconds)
+    ]
     fastest = min(fitting, key=lambda c: c.cost.seconds)
     pool = fitting
     if short:
         quick = min(short, key=lambda c: c.cost.seconds)
         if quick.cost.seconds <= SHORT_TASKS_SHARE * fastest.cost.seconds:
             pool, fastest = short, quick
+    share = EQUALLY_FAST if fastest.layout.in_memory else FEWER_BYTES_SHARE
     equal = [
         c
         for c in pool
-        if c.layout.dataflow == fastest.layout.dataflow and c.cost.seconds <= fastest.cost.seconds * (1 + EQUALLY_FAST)
+        if c.layout.dataflow == fastest.layout.dataflow and c.cost.seconds <= fastest.cost.seconds * (1 + share)
     ]
     moved = min(c.cost.moved_bytes for c in equal)
     few = [c for c in equal if c.cost.moved_bytes <= moved * (1 + EQUALLY_FAST)]

@@ -23,8 +23,28 @@ from .tiles import SampleGrid, count_tiles, even_ranges
 Order = Literal["square", "triangle"]
 ORDERS: Final[tuple[Order, ...]] = ("square", "triangle")
 
-#: Row tiles for which planes give triangles that waste nothing: q² and q² + q + 1 for q = 2, 3, 5, 7, 11.
-PLANE_TILES: Final = (7, 9, 13, 25, 31, 49, 57, 121, 133)
+#: Row tiles for which planes give triangles that waste nothing, and the side of these: q² and q² + q + 1 row tiles for
+#: q = 2, 3, 4, 5, 7, 8, 9, 11 (q points, or q + 1, on every line).
+PLANES: Final = {
+    7: 3,
+    9: 3,
+    13: 4,
+    16: 4,
+    21: 5,
+    25: 5,
+    31: 6,
+    49: 7,
+    57: 8,
+    64: 8,
+    73: 9,
+    81: 9,
+    91: 10,
+    121: 11,
+    133: 12,
+}
+
+#: Finite fields that are no residues: characteristic, and what x to the degree is equal to, lowest coefficient first.
+_FIELDS: Final = {4: (2, (1, 1)), 8: (2, (1, 1, 0)), 9: (3, (2, 0))}
 
 #: Panels that are read ahead while others are multiplied.
 AHEAD: Final = 2
@@ -135,6 +155,68 @@ def kept_panels(loads: Mapping[int, int], sizes: Sequence[int], room: int) -> Ke
     return KeptPanels(frozenset(rows), None, 0, used, saved)
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Superblocks in numbers, for pricing many of them.
+
+    Attributes:
+        tasks: superblocks.
+        tiles: most kernel tiles of one.
+        buffers: most panels that are in memory at once, those read ahead among them.
+        loads: panels that are needed in all.
+    """
+
+    tasks: int
+    tiles: int
+    buffers: int
+    loads: int
+
+    @classmethod
+    @lru_cache(maxsize=4096)
+    def of(cls, grid: SampleGrid, order: Order, capacity: int) -> Grouping:
+        """Of :func:`superblocks` with the same arguments, without making them where formulas will do.
+
+        >>> Grouping.of(SampleGrid(12, 0, 1), "square", 16)
+        Grouping(tasks=6, tiles=16, buffers=7, loads=36)
+        """
+        train, rows = grid.column_tiles, grid.row_tiles - grid.column_tiles
+        half = train * (train + 1) // 2
+        if capacity == 1:
+            count = grid.kernel_tile_count
+            return cls(count, 1, 4 if count > 1 else 2, 2 * count - train)
+        if grid.kernel_tile_count <= capacity:
+            live = train + (1 if rows else 0)
+            return cls(1, grid.kernel_tile_count, live + min(AHEAD, train + rows), train + rows)
+        if order == "triangle":
+            found = superblocks(grid, order, capacity)
+            return cls(
+                len(found),
+                max(len(block.tiles) for block in found),
+                max(block.buffers for block in found),
+                panel_loads(found).total(),
+            )
+        if half <= capacity:
+            square = cls(1, half, train + min(AHEAD, train), train)
+        else:
+            cuts = count_tiles(train, math.isqrt(capacity))
+            high = count_tiles(train, cuts)
+            second = high if train - cuts * (high - 1) > 1 else high - 1
+            square = cls(
+                cuts * (cuts + 1) // 2, max(high * second, high * (high + 1) // 2), high + 1 + AHEAD, cuts * train
+            )
+        if not rows:
+            return square
+        height, width = _rectangle(train, rows, capacity)
+        down, across = count_tiles(rows, height), count_tiles(train, width)
+        high, wide = count_tiles(rows, down), count_tiles(train, across)
+        return cls(
+            square.tasks + down * across,
+            max(square.tiles, high * wide),
+            max(square.buffers, min(high, wide) + 1 + AHEAD),
+            square.loads + across * rows + down * train,
+        )
+
+
 @lru_cache(maxsize=512)
 def superblocks(
     grid: SampleGrid, order: Order = "square", capacity: int = 1, alone: frozenset[KernelTile] = frozenset()
@@ -193,12 +275,7 @@ def _rectangles(grid: SampleGrid, capacity: int) -> list[list[KernelTile]]:
     if not rows:
         return []
 
-    def loads(height: int) -> int:
-        width = min(train, capacity // height)
-        return count_tiles(train, width) * rows + count_tiles(rows, height) * train
-
-    height = min(range(1, min(rows, capacity) + 1), key=lambda wanted: (loads(wanted), wanted))
-    width = min(train, capacity // height)
+    height, width = _rectangle(train, rows, capacity)
     groups = []
     for high in even_ranges(rows, count_tiles(rows, height)):
         for wide in even_ranges(train, count_tiles(train, width)):
@@ -209,6 +286,17 @@ def _rectangles(grid: SampleGrid, capacity: int) -> list[list[KernelTile]]:
             else:
                 groups.append([(i, j) for j in across for i in down])
     return groups
+
+
+def _rectangle(train: int, rows: int, capacity: int) -> tuple[int, int]:
+    """Height and width, in tiles, of rectangles that need the fewest panels."""
+
+    def loads(height: int) -> int:
+        width = min(train, capacity // height)
+        return count_tiles(train, width) * rows + count_tiles(rows, height) * train
+
+    height = min(range(1, min(rows, capacity) + 1), key=lambda wanted: (loads(wanted), wanted))
+    return height, min(train, capacity // height)
 
 
 def triangle_side(capacity: int) -> int:
@@ -268,10 +356,10 @@ def _homes(count: int, sets: Sequence[Sequence[int]], room: Sequence[int]) -> di
 def cover(count: int, size: int) -> tuple[tuple[int, ...], ...]:
     """Sets of at most ``size`` of ``count`` things, so that every pair is in exactly one set.
 
-    ``k`` groups of ``q`` things, q a prime: the sets ``{(a + b·u) mod q of group u}`` for all a and b, and with ``k =
-    q + 1`` one more group of the b's, hold every pair from two different groups once (the triangle blocks of Beaumont
-    et al. 2022; the lines of a plane). Pairs within a group are covered in the same way, one more thing joined to all
-    groups where there is room. Things beyond ``count`` are left out.
+    ``k`` groups of ``q`` things, numbered by a field: the sets ``{a + b·u of group u}`` for all a and b, and with
+    ``k = q + 1`` one more group of the b's, hold every pair from two different groups once (the triangle blocks of
+    Beaumont et al. 2022; the lines of a plane). Pairs within a group are covered in the same way, one more thing joined
+    to all groups where there is room. Things beyond ``count`` are left out.
 
     >>> cover(7, 3)
     ((0, 2, 4), (1, 3, 4), (0, 3, 5), (1, 2, 5), (0, 1, 6), (2, 3, 6), (4, 5, 6))
@@ -282,26 +370,56 @@ def cover(count: int, size: int) -> tuple[tuple[int, ...], ...]:
         return (tuple(range(count)),) if count > 1 else ()
     if size == 2:
         return tuple((i, j) for j in range(count) for i in range(j))
-    prime = size - 1
-    while not (_is_prime(prime) and _reach(prime, size) >= count):
-        prime += 1
-    if prime >= count:  # one group would hold everything
+    order = size - 1
+    while not ((order in _FIELDS or _is_prime(order)) and _reach(order, size) >= count):
+        order += 1
+    if order >= count:  # one group would hold everything
         return cover(count, size - 1)
-    extra = [count - 1] if count == prime * size + 1 and prime == size - 1 else []
+    extra = [count - 1] if count == order * size + 1 and order == size - 1 else []
+    add, times = _field(order)
     found = []
-    for slope in range(prime):
-        for start in range(prime):
-            members = [((start + slope * u) % prime if u < prime else slope) + u * prime for u in range(size)]
-            found.append(tuple(member for member in members if member < count))
+    for slope in range(order):
+        for start in range(order):
+            line = (add[start][times[slope][u]] if u < order else slope for u in range(size))
+            found.append(tuple(m for m in (place + u * order for u, place in enumerate(line)) if m < count))
     for u in range(size):
-        group = [*range(u * prime, min((u + 1) * prime, count - len(extra))), *extra]
+        group = [*range(u * order, min((u + 1) * order, count - len(extra))), *extra]
         found += [tuple(group[index] for index in inner) for inner in cover(len(group), size)]
     return tuple(members for members in found if len(members) > 1)
 
 
-def _reach(prime: int, size: int) -> int:
-    """Things that groups of a prime size take in."""
-    return prime * size + (1 if prime == size - 1 else 0)
+def _reach(order: int, size: int) -> int:
+    """Things that groups of a field's size take in."""
+    return order * size + (1 if order == size - 1 else 0)
+
+
+@lru_cache(maxsize=64)
+def _field(order: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Tables of addition and multiplication of a finite field, its elements numbered from 0."""
+    if order not in _FIELDS:
+        elements = range(order)
+        return [[(a + b) % order for b in elements] for a in elements], [
+            [a * b % order for b in elements] for a in elements
+        ]
+    prime, rest = _FIELDS[order]
+    degree = len(rest)
+    digits = [tuple(number // prime**place % prime for place in range(degree)) for number in range(order)]
+
+    def number(coefficients: Sequence[int]) -> int:
+        return sum(value % prime * prime**place for place, value in enumerate(coefficients))
+
+    def product(a: Sequence[int], b: Sequence[int]) -> int:
+        found = [0] * (2 * degree - 1)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                found[i + j] += x * y
+        for place in range(2 * degree - 2, degree - 1, -1):
+            for lower, value in enumerate(rest):
+                found[place - degree + lower] += found[place] * value
+        return number(found[:degree])
+
+    sums = [[number([x + y for x, y in zip(a, b, strict=True)]) for b in digits] for a in digits]
+    return sums, [[product(a, b) for b in digits] for a in digits]
 
 
 def _is_prime(number: int) -> bool:

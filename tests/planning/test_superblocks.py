@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ooc_ntk.planning.superblocks import PLANE_TILES, Superblock, cover, panel_loads, superblocks, triangle_side
+from ooc_ntk.planning.superblocks import PLANES, Grouping, Superblock, cover, panel_loads, superblocks, triangle_side
 from ooc_ntk.planning.tiles import SampleGrid
 
 grids = st.builds(SampleGrid, train=st.integers(1, 40), test=st.integers(0, 15), tile=st.integers(1, 20))
@@ -51,10 +51,20 @@ def test_every_pair_is_in_one_set(count, size):
     assert max(map(len, sets), default=0) <= size
 
 
-@pytest.mark.parametrize("count", PLANE_TILES)
-def test_planes_waste_nothing(count):
+@given(grids, st.sampled_from(["square", "triangle"]), st.integers(1, 60))
+def test_formulas_count_what_superblocks_hold(grid, order, capacity):
+    blocks = superblocks(grid, order, capacity)
+    assert Grouping.of(grid, order, capacity) == Grouping(
+        tasks=len(blocks),
+        tiles=max(len(block.tiles) for block in blocks),
+        buffers=max(block.buffers for block in blocks),
+        loads=panel_loads(blocks).total(),
+    )
+
+
+@pytest.mark.parametrize(("count", "size"), PLANES.items())
+def test_planes_waste_nothing(count, size):
     """Lines of a plane: every panel is needed (T − 1)/(k − 1) times, each triangle has one diagonal tile at most."""
-    size = next(k for k in range(3, 20) if count in (k * k, (k - 1) ** 2 + k))
     capacity = size * (size - 1) // 2 + 1
     assert triangle_side(capacity) == size
     blocks = superblocks(SampleGrid(count, 0, 1), "triangle", capacity)
