@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import ooc_ntk
 from ooc_ntk.compute.machine import peak_resident_bytes
 from ooc_ntk.errors import BudgetError
@@ -91,7 +89,8 @@ class Outcome:
             found.append(f"promised > {WASTE} × measured")
         if not self.disk_measured <= self.disk_promised:
             found.append("disk: measured > promised")
-        if not self.disk_promised <= WASTE * self.disk_measured:
+        # A run directory without tiles is a megabyte or two of records; their share of it says nothing.
+        if "/spill/" in self.cell and not self.disk_promised <= WASTE * self.disk_measured:
             found.append(f"disk: promised > {WASTE} × measured")
         return found
 

@@ -481,7 +481,7 @@ def _disk_stays(workload: Workload, layout: Layout) -> dict[str, int]:
         "kernel": 0 if sketch is not None and sketch.features_only else grid.row_tiles * grid.column_tiles * tile,
         "records, diagonal and weights": layout.task_count(workload) * TASK_RECORD_BYTES
         + 2 * grid.row_tiles * edge * 8
-        + workload.model_bytes
+        + workload.saved_bytes
         + 2**20,
     }
     if workload.by_layer:
