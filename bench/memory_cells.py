@@ -101,8 +101,9 @@ def make_job(cell: Cell) -> ooc_ntk.Job:
     test = _data(cell.family, count // 3, 1) if cell.shape == "train and test" else None
     sketch = None
     if cell.dataflow == "projected":
-        # A dense one is made anew for every batch, and the smallest budgets have small batches.
-        sketch = ooc_ntk.Projection("gaussian", dim=128) if outputs == 1 else ooc_ntk.Projection("sjlt", dim=1024)
+        # A dense one is made anew for every batch, which takes minutes in the small batches of small budgets.
+        dense = outputs == 1 and cell.budget == "ample"
+        sketch = ooc_ntk.Projection("gaussian" if dense else "sjlt", dim=1024)
     return ooc_ntk.Job(
         model=model,
         train=train,
