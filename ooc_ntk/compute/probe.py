@@ -173,6 +173,7 @@ def probe(
             best,
             batch_size=min(best.batch_size, captured.batch_size) if best.method == "vmap" else captured.batch_size,
             working_bytes=best.working_bytes + captured.working_bytes,
+            batch_bytes=best.batch_bytes + captured.batch_bytes,
             capture_seconds_per_sample=captured.capture_seconds_per_sample,
         )
     return Probe(outputs, rows, best, look.smooth)
@@ -222,12 +223,14 @@ def _measure_capture(
         if larger > trial:
             trial = larger
             seconds, peak = timed(trial)
+    working = max(peak * size // trial, size * 2 * activation_bytes)
     return Derivation(
         method="rules",
         batch_size=size,
         seconds_per_sample=0.0,
         chain_seconds_per_sample=0.0,
-        working_bytes=max(peak * size // trial, size * 2 * activation_bytes),
+        working_bytes=working,
+        batch_bytes=working,
         activation_bytes=size * activation_bytes,
         capture_seconds_per_sample=seconds / trial,
     )
@@ -369,12 +372,14 @@ def _try_vmap(
             return None, _refusal(error)
         # The share first: a quotient of at most one, so that rounding leaves the chain at most the whole.
         share = loop.chain_seconds_per_sample / loop.seconds_per_sample
+        working = max(peak, size * per_sample)
         tried = Derivation(
             method="vmap",
             batch_size=size,
             seconds_per_sample=seconds / size,
             chain_seconds_per_sample=seconds / size * share,
-            working_bytes=max(peak, size * per_sample),
+            working_bytes=working,
+            batch_bytes=working,
             activation_bytes=size * loop.activation_bytes,
         )
         if result is None or batch_size or tried.seconds_per_sample < result.seconds_per_sample:

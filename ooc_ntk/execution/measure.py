@@ -29,6 +29,7 @@ from ooc_ntk.compute.rules.table import registered_rules
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import DataChangedError, InputError
 from ooc_ntk.inputs.images.spec import is_image_spec
+from ooc_ntk.inputs.job import LIVE, Job
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits
 from ooc_ntk.planning.factors import LayerFactors
@@ -181,7 +182,16 @@ def measure(
         by_length=shorter is not None,
         # A process that is forked begins with all that its parent has, shared until it is written.
         loader_bytes=job.loader_workers * (resident_bytes() + LIBRARY_GROWTH_BYTES),
+        saved_bytes=_saved_bytes(job),
     )
+
+
+def _saved_bytes(job: Job) -> int:
+    """Bytes of the weights that a run directory keeps of a live model, in the model's own precision."""
+    if job.spec()["model"] != LIVE:
+        return 0
+    values = (value for value in job.module().state_dict().values() if isinstance(value, torch.Tensor))
+    return sum(value.numel() * value.element_size() for value in values)
 
 
 #: Checked structures of live models, so that running a plan in the process that made it finds nothing twice; each with

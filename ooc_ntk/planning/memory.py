@@ -286,8 +286,13 @@ def pairwise_steps(factors: LayerFactors, entries: int) -> tuple[int, int]:
     >>> pairwise_steps(LayerFactors("linear", 64, 3, 5), entries=1)
     (8, 16)
     """
-    size = max(factors.positions * entries, factors.window.pixels if factors.window and factors.by_pixels else 0)
+    size = _block_positions(factors, entries)
     return max(1, ROW_POSITIONS // size), max(1, COLUMN_POSITIONS // size)
+
+
+def _block_positions(factors: LayerFactors, entries: int) -> int:
+    """Positions of one sample in a block, or pixels where windows are not copied out."""
+    return max(factors.positions * entries, factors.window.pixels if factors.window and factors.by_pixels else 0)
 
 
 def crossed_steps(factors: LayerFactors, rows: int) -> tuple[int, int]:
@@ -302,8 +307,7 @@ def crossed_steps(factors: LayerFactors, rows: int) -> tuple[int, int]:
 def pairwise_bytes(factors: LayerFactors, tile_samples: int, rows: int, entries: int, item_bytes: int) -> int:
     """Bytes of the Gram blocks of a pairwise contraction, and of what is copied or unfolded for them."""
     sides = [min(step, tile_samples) for step in pairwise_steps(factors, entries)]
-    size = max(factors.positions * entries, factors.window.pixels if factors.window else 0)
-    blocks = PAIRWISE_BLOCKS * sides[0] * sides[1] * size**2
+    blocks = PAIRWISE_BLOCKS * sides[0] * sides[1] * _block_positions(factors, entries) ** 2
     unfolded = 0
     if factors.window is not None and not factors.by_pixels:
         unfolded = 2 * sum(sides) * factors.positions * factors.inputs
@@ -524,7 +528,7 @@ def _disk_stays(workload: Workload, layout: Layout) -> dict[str, int]:
         "kernel": 0 if sketch is not None and sketch.features_only else grid.row_tiles * grid.column_tiles * tile,
         "records, diagonal and weights": (layout.task_count(workload) + grid.kernel_tile_count) * TASK_RECORD_BYTES
         + 2 * grid.row_tiles * edge * 8
-        + workload.model_bytes
+        + workload.saved_bytes
         + 2**20,
     }
     if workload.by_layer:

@@ -35,6 +35,11 @@ from .workload import ParameterBlock, Workload
 #: A kernel task should not run longer than this, so that stopping and resuming lose little (DESIGN: 5–60 s).
 LONGEST_TASK_SECONDS: Final = 60.0
 
+#: Host bytes by which one job needs more or less from one start of the process to the next, as it holds more or less
+#: before its first task (measured: up to 6 MiB; rounded up). What an error advises as a budget has them on top, so that
+#: it suffices when it is typed in.
+RESTART_BYTES: Final = 12 * 2**20
+
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
 EQUALLY_FAST: Final = 0.03
 
@@ -153,23 +158,13 @@ def make_plan(
     job = workload
     if workload.sketch is not None:
         preferences = _for_features(preferences)
-        sketch = replace(workload.sketch, features_only=preferences.features_only)
-        workload = features_workload(replace(workload, sketch=sketch), rates)
+        job = replace(job, sketch=replace(workload.sketch, features_only=preferences.features_only))
     elif preferences.features_only:
         raise InputError(
             "features are what a projection gives; ask for one with --projection, or leave features_only out"
         )
-    candidates = list(_candidates(workload, limits, rates, preferences))
-    ordered = [c for c in candidates if c.layout.superblock_tiles > 1]
-    if preferences.order is not None and any(c.over(limits) is None for c in ordered):
-        candidates = ordered
-    if not candidates:
-        raise InputError(
-            f"no layout of this job has at most {MAX_TASKS:,} tasks with the tiles asked for; raise --tile-samples"
-        )
+    job, workload, candidates = _in_batches(job, limits, rates, preferences)
     fitting = [candidate for candidate in candidates if candidate.over(limits) is None]
-    if not fitting:
-        raise _too_small(candidates, limits)
     best = _best(fitting)
     alternatives, reason = _explain(candidates, best, limits)
     best = _keeping(workload, limits, rates, best)
@@ -250,6 +245,53 @@ def make_plan(
         by_layer=workload.by_layer,
         by_length=workload.by_length,
     )
+
+
+def _in_batches(
+    job: Workload, limits: Limits, rates: MachineRates, preferences: Preferences
+) -> tuple[Workload, Workload, list[_Candidate]]:
+    """Candidates in the largest batches, halved from the size that was probed, in which any of them fits.
+
+    Returns:
+        The job in these batches, the workload that is contracted (of a projected job its features), and the candidates.
+
+    Raises:
+        BudgetError: if nothing fits even in batches of one sample.
+        InputError: if every layout has too many tasks.
+    """
+
+    def at(size: int) -> tuple[Workload, Workload, list[_Candidate]]:
+        sized = job if size == probed else replace(job, derivation=job.derivation.at(size))
+        workload = sized if job.sketch is None else features_workload(sized, rates)
+        candidates = list(_candidates(workload, limits, rates, preferences))
+        if not candidates:
+            raise InputError(
+                f"no layout of this job has at most {MAX_TASKS:,} tasks with the tiles asked for; raise --tile-samples"
+            )
+        ordered = [candidate for candidate in candidates if candidate.layout.superblock_tiles > 1]
+        if preferences.order is not None and any(candidate.over(limits) is None for candidate in ordered):
+            candidates = ordered
+        return sized, workload, candidates
+
+    def fits(found: tuple[Workload, Workload, list[_Candidate]]) -> bool:
+        return any(candidate.over(limits) is None for candidate in found[2])
+
+    size = probed = job.derivation.batch_size
+    found = at(size)
+    if fits(found):
+        return found
+    least = at(1) if size > 1 else found
+    if not fits(least):
+        raise _too_small(least[2], limits)
+    while size > 2:
+        size //= 2
+        found = at(size)
+        if fits(found):
+            break
+    else:
+        found, size = least, 1
+    note = f"rows are derived in batches of {size}, not of {probed} as probed: more does not fit the budget"
+    return replace(found[0], notes=(*job.notes, note)), found[1], found[2]
 
 
 def _planned(workload: Workload, layout: Layout, block: ParameterBlock, choice: Choice) -> PlannedBlock:
@@ -557,7 +599,8 @@ def _short_of(memory: str, candidate: _Candidate, limits: Limits) -> BudgetError
     """Name one memory that is short, and every other one that is short too."""
     need = candidate.need
     short = [m for m in _MEMORIES if need.total(m) > getattr(limits, m)]
-    flags = " and ".join(f"{_FLAGS[m]} to {format_up(need.total(m))}" for m in short)
+    apart = {"host": RESTART_BYTES}
+    flags = " and ".join(f"{_FLAGS[m]} to {format_up(need.total(m) + apart.get(m, 0))}" for m in short)
     return BudgetError(
         f"no plan fits: the smallest one needs {format_bytes(need.total(memory))} of {memory} memory "
         f"({candidate.layout.describe()}), the budget is {limits.describe(memory)}; "

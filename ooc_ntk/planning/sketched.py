@@ -65,6 +65,9 @@ def _batch_terms(workload: Workload, sketch: Sketched) -> dict[str, int]:
     others = sum(block.columns for block in workload.blocks if block.source != "rule")
     if others and workload.derivation.method == "loop":
         terms["gathered rows"] = (gathered_rows(others, item) + 1) * others * item
-    if any(block.source == "rule" and block.factors is None for block in workload.blocks):
-        terms["gradients by rules"] = RULE_BYTES
+    # Weights of layers with groups are expanded whole, for some samples at a time.
+    whole = [block.columns for block in workload.blocks if block.source == "rule" and block.factors is None]
+    if whole:
+        sample = rows * max(whole) * item
+        terms["gradients by rules"] = max(sample, min(RULE_BYTES, batch * sample))
     return terms

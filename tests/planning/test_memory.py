@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ooc_ntk.planning.factors import LayerFactors, Window
 from ooc_ntk.planning.layout import Layout
 from ooc_ntk.planning.memory import (
     ALLOCATOR_SHARE,
@@ -16,6 +17,7 @@ from ooc_ntk.planning.memory import (
     STRIPE_BYTES,
     accumulator_bytes,
     memory_need,
+    pairwise_bytes,
     store_bytes,
 )
 from ooc_ntk.planning.need import MemoryNeed, Terms
@@ -135,3 +137,15 @@ def test_the_kind_of_task_that_takes_the_most_counts_for_each_memory_by_itself()
     assert need.largest("host") == "process (100 B)"
     assert need.largest("disk") == "kernel (7 B)"
     assert MemoryNeed(Terms(), tasks).largest("host") == "batch (30 B, of rows tasks)"
+
+
+def test_blocks_of_a_convolution_hold_pixels_only_where_windows_are_not_copied_out():
+    """8 × 8 pixels in steps of 2 give 16 positions: windows of a few inputs are copied, and blocks are of positions."""
+    window = Window((8, 8), (3, 3), (2, 2), (1, 1), (1, 1), (1, 1))
+    factors = LayerFactors("convolution", 16, 432, 64, window=window)
+    assert not factors.by_pixels
+    sides = 512 // 16, 1024 // 16
+    blocks = 5 * sides[0] * sides[1] * 16**2
+    unfolded = 2 * sum(sides) * 16 * 432
+    copied = sum(sides) * (factors.input_items + 6 * factors.gradient_items)
+    assert pairwise_bytes(factors, 200, 6, 1, 4) == 4 * (blocks + unfolded + copied)

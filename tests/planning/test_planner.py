@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from ooc_ntk.errors import BudgetError, InputError
 from ooc_ntk.planning.layout import MAX_TASKS, MAX_TILE_ELEMENTS
 from ooc_ntk.planning.memory import memory_need
-from ooc_ntk.planning.planner import Preferences, make_plan, tolerance
+from ooc_ntk.planning.planner import RESTART_BYTES, Preferences, make_plan, tolerance
 from ooc_ntk.planning.rates import UNCALIBRATED
+from ooc_ntk.planning.workload import Derivation
 from ooc_ntk.units import parse_bytes
 from tests.planning.strategies import MIB, ample, limits_around, small_workload, workloads
 
@@ -28,7 +29,10 @@ def suggested(error):
 
 
 def check_fits(plan, workload, limits):
-    need = memory_need(workload, plan.layout)
+    # In smaller batches than were probed, where only those fit.
+    assert 1 <= plan.batch_size <= workload.derivation.batch_size
+    sized = dataclasses.replace(workload, derivation=workload.derivation.at(plan.batch_size))
+    need = memory_need(sized, plan.layout)
     for memory, promised in (
         ("host", plan.promised.host_bytes),
         ("device", plan.promised.device_bytes),
@@ -68,7 +72,7 @@ def test_every_plan_fits_or_the_refusal_says_what_would_do(data):
 @settings(GENTLE, max_examples=15)
 @given(workloads(largest=120), st.integers(1, 40))
 def test_a_refusal_is_not_given_lightly(workload, share):
-    """One MiB less than what the refusal asks for is refused again."""
+    """One MiB less than what the refusal asks for is refused again, but for what one start differs from another by."""
     host = workload.baseline_bytes + share * MIB
     try:
         make_plan(workload, ample(host=host), UNCALIBRATED)
@@ -78,7 +82,42 @@ def test_a_refusal_is_not_given_lightly(workload, share):
         return
     assert set(asked) == {"host"}
     with pytest.raises(BudgetError):
-        make_plan(workload, ample(host=asked["host"] - MIB), UNCALIBRATED)
+        make_plan(workload, ample(host=asked["host"] - RESTART_BYTES - MIB), UNCALIBRATED)
+
+
+def hungry_workload(batch=64, each=10 * MIB):
+    """What is derived takes most: 10 MiB a sample."""
+    whole = batch * each
+    derivation = Derivation("vmap", batch, 0.01, 0.004, whole, whole // 2, batch_bytes=whole)
+    return small_workload(derivation=derivation)
+
+
+def test_batches_are_halved_until_a_plan_fits():
+    workload = hungry_workload()
+    roomy = make_plan(workload, ample(), UNCALIBRATED)
+    assert roomy.batch_size == 64
+    assert not any("as probed" in note for note in roomy.notes)
+    tight = make_plan(workload, ample(host=500 * MIB), UNCALIBRATED)
+    assert tight.batch_size == 8  # 16 samples take 240 MiB beside the 200 of the process and 96 of its libraries
+    assert tight.promised.host_bytes <= 500 * MIB
+    assert any("batches of 8, not of 64 as probed" in note for note in tight.notes)
+
+
+def test_a_refusal_names_what_a_batch_of_one_needs_whatever_was_probed():
+    refusals = []
+    for batch in (1, 3, 64):
+        with pytest.raises(BudgetError) as refusal:
+            make_plan(hungry_workload(batch), ample(host=210 * MIB), UNCALIBRATED)
+        refusals.append(suggested(refusal.value)["host"])
+    assert len(set(refusals)) == 1
+    assert make_plan(hungry_workload(), ample(host=refusals[0] - RESTART_BYTES), UNCALIBRATED).batch_size == 1
+
+
+def test_the_loop_takes_as_much_for_a_batch_of_any_size():
+    derivation = Derivation("loop", 64, 0.01, 0.004, 4 * MIB, 32)
+    assert derivation.at(1).working_bytes == 4 * MIB
+    assert derivation.at(1).activation_bytes == 1
+    assert derivation.at(64) == derivation
 
 
 @settings(GENTLE, max_examples=20)
