@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .commands import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app, main
+from .commands import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, EXIT_TERMINATED, app, main
 
-__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "app", "main"]
+__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "EXIT_TERMINATED", "app", "main"]

@@ -268,7 +268,7 @@ def test_a_crash_around_any_commit_leaves_nothing_behind(tmp_path, expected, dat
 def test_a_kill_while_a_new_run_is_written_does_not_block_the_directory(tmp_path, monkeypatch, expected):
     out = tmp_path / "run"
 
-    def crash(*arguments):
+    def crash(*arguments, **options):
         raise Crash
 
     for name in ("create_run", "execute"):

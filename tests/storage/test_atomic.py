@@ -9,7 +9,8 @@ import pytest
 
 from ooc_ntk.errors import StorageError
 from ooc_ntk.storage import atomic
-from ooc_ntk.storage.atomic import FileRecord, StagedFile, checksum_file, read_checked, read_stripes, write_whole
+from ooc_ntk.storage.atomic import FileRecord, StagedFile, write_whole
+from ooc_ntk.storage.reading import checksum_file, read_checked, read_stripes
 
 DATA = np.arange(1000, dtype="<f4")
 CRC = google_crc32c.value(DATA.tobytes())
