@@ -30,8 +30,8 @@ from .options import (
     complete,
 )
 
-#: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C. A stop by SIGTERM
-#: has EXIT_TERMINATED.
+#: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C.
+#: (That of a stop by SIGTERM is EXIT_TERMINATED.)
 EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
 
 app = typer.Typer(

@@ -323,7 +323,7 @@ WatchDiskOption = Annotated[
     str | None,
     typer.Option(
         "--watch-disk",
-        help="Disk to leave free, as 2GiB: the run stops, to go on later, before less is. (default: it may fill the disk)",
+        help="Disk to leave free, as 2GiB: below, the run stops, to go on later. (default: it may fill the disk)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),

@@ -238,6 +238,7 @@ class RunContext:
         structure: what layer rules cover of the model.
         disk_margin: free bytes of the run's file system below which the run stops; 0 lets it fill the disk.
         batch_size: samples derived together: as planned, or fewer once the device had no room for them.
+        retries_counted: retries of this process that are in a receipt, or were before the run.
         phases: wall-clock of the phases of the task at hand, by name.
     """
 
@@ -255,11 +256,11 @@ class RunContext:
     structure: Structure = field(default_factory=Structure)
     disk_margin: int = 0
     batch_size: int = 0
+    retries_counted: int = field(default_factory=retries)
     phases: dict[str, float] = field(default_factory=dict)
     _accumulator: KernelAccumulator | None = None
     _projector: Projector | None = None
     _phase: str = ""
-    _retries: int = field(default_factory=retries)
 
     def __post_init__(self) -> None:
         """Derive as many samples together as planned, unless told otherwise."""
@@ -350,11 +351,6 @@ class RunContext:
         self._accumulator = self._projector = None
         return_free_memory()
         return_device_memory(self.plan.device)
-
-    def take_retries(self) -> int:
-        """How often something was tried again since this was asked last."""
-        before, self._retries = self._retries, retries()
-        return self._retries - before
 
     def batch(self, samples: Samples) -> ModelBatch:
         """Samples on the plan's device in its precision."""

@@ -132,6 +132,7 @@ def _publish(context: RunContext, task: Task, outcome: Outcome, start: float) ->
     try:
         with context.phase("commit"):
             records = [file.seal() for file in outcome.files]
+        tried = retries.retries()
         smaller = task.kind == "rows" and context.batch_size < context.plan.batch_size
         receipt = Receipt(
             key=task.key,
@@ -144,13 +145,14 @@ def _publish(context: RunContext, task: Task, outcome: Outcome, start: float) ->
             samples_digest=outcome.digest,
             replaces=outcome.replaces,
             phases=dict(context.phases),
-            retries=context.take_retries(),
+            retries=tried - context.retries_counted,
             batch_size=context.batch_size if smaller else 0,
         )
         if records:
             context.directory.leave_receipt(receipt)
         for file in outcome.files:
             file.publish()
+        context.retries_counted = tried
     except BaseException:
         for file in outcome.files:
             file.discard()
