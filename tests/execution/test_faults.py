@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import sqlite3
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from ooc_ntk.cli import EXIT_INPUT, app
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator
 from ooc_ntk.errors import StorageError, TransientStorageError
-from ooc_ntk.execution import calibration, context, driver
+from ooc_ntk.execution import calibration, context, devicestore, driver
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.report.tables import info_table
 from ooc_ntk.storage import retries
@@ -474,6 +476,43 @@ def test_tiles_are_read_directly_where_that_was_faster_and_they_do_not_fit_the_c
     assert bits(run(out)) == wanted
     direct = {"tiles/factors" in path for path, how in flags if how & O_DIRECT}
     assert direct == {True}
+
+
+# --- device memory ---------------------------------------------------------------------------------------------------
+
+
+class CuFile:
+    """Stands in for KvikIO's, in host memory."""
+
+    def __init__(self, path, flags):
+        self._path = Path(path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self, target):
+        target.copy_(torch.frombuffer(bytearray(self._path.read_bytes()), dtype=torch.uint8)[: len(target)])
+        return len(target)
+
+
+def test_tiles_that_are_read_into_device_memory_give_the_same_bits(tmp_path, monkeypatch, expected):
+    wanted, made = expected(), []
+    monkeypatch.setitem(sys.modules, "kvikio", types.SimpleNamespace(CuFile=CuFile))
+    monkeypatch.setattr(devicestore, "on_device", lambda plan: True)
+    original = devicestore.DeviceStore.buffer
+    monkeypatch.setattr(devicestore.DeviceStore, "buffer", lambda self: made.append(original(self)) or made[-1])
+    assert bits(run(tmp_path / "run")) == wanted
+    assert made
+    assert all(isinstance(buffer, torch.Tensor) for buffer in made)
+
+
+def test_only_cuda_plans_are_read_into_device_memory(monkeypatch):
+    monkeypatch.setattr(devicestore.gds, "wanted", lambda: True)
+    assert not devicestore.on_device(make_plan())
+    assert devicestore.on_device(replace(make_plan(), device="cuda:0"))
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
