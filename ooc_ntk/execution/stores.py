@@ -321,7 +321,7 @@ class DiskStore(TileStore):
                 found.append(chunk.reshape(self.plan.tile_samples, -1)[:samples])
             else:
                 found.append(chunk.reshape(self.plan.tile_samples, part.items)[:samples])
-            position += room.size
+            position += len(room)
         return tuple(found)
 
     def buffer(self) -> Matrix:

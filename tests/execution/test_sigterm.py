@@ -24,7 +24,7 @@ PROMISED = 10.0
 #: Seconds after which a child that does not get on fails the test.
 PATIENCE = 120.0
 
-#: A model that dawdles where a file asks it to: while it is made, or in tasks (their batches have more than two samples).
+#: A model that dawdles where a file asks it to: while it is made, or in tasks (batches of more than two samples).
 NETS = """
 import hashlib
 import time
