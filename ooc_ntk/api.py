@@ -38,6 +38,7 @@ from .planning.planner import Preferences
 from .planning.projection import Projection, parsed_fields
 from .planning.rates import MachineRates
 from .storage.directory import RunDirectory
+from .units import parse_bytes
 
 __all__ = [
     "Audit",
@@ -118,6 +119,7 @@ def run(
     preferences: Preferences | None = None,
     scheduler: str | None = None,
     progress: bool | Observer = True,
+    watch_disk: str | int | None = None,
 ) -> Kernel:
     """Compute a job's kernel into a run directory, or go on where an earlier run of the same job stopped.
 
@@ -132,6 +134,8 @@ def run(
             refused where a plan that is there does otherwise.
         scheduler: ``threads`` (default, Dask's threaded scheduler) or ``serial``.
         progress: whether to show progress on the terminal, or an observer.
+        watch_disk: disk to be left free, as ``"2GiB"``: the run stops, to go on later, before less is; None lets it
+            fill the disk, and stops there.
 
     Returns:
         The finished kernel.
@@ -146,7 +150,7 @@ def run(
     """
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan must be a Plan, got {type(plan).__name__}; read a saved one with Plan.load(path)")
-    asked = Asked(plan=plan, budget=budget, preferences=preferences)
+    asked = Asked(plan=plan, budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk))
     run_job(job, run_directory(out), asked, executor_named(scheduler), progress)
     return Kernel(out)
 
@@ -160,6 +164,7 @@ def run_checkpoints(
     preferences: Preferences | None = None,
     scheduler: str | None = None,
     progress: bool | Observer = True,
+    watch_disk: str | int | None = None,
     announce: Callable[[int, str], None] = lambda number, name: None,  # noqa: ARG005
 ) -> Checkpoints:
     """Compute a job's kernel for several checkpoints of its model, or go on where that stopped.
@@ -177,6 +182,7 @@ def run_checkpoints(
         preferences: what to fix by hand in a new plan.
         scheduler: ``threads`` (default) or ``serial``.
         progress: whether to show progress on the terminal, or an observer.
+        watch_disk: disk to be left free, as for :func:`run`.
         announce: told of every checkpoint before it is run: its number and its name.
 
     Returns:
@@ -187,10 +193,15 @@ def run_checkpoints(
         RunConflictError: if the directory holds something else.
         OocNtkError: as :func:`run`.
     """
-    asked = Asked(budget=budget, preferences=preferences)
+    asked = Asked(budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk))
     return execution_checkpoints.run_checkpoints(
         job, Path(out), weights, asked, executor_named(scheduler), progress, announce
     )
+
+
+def _disk_margin(given: str | int | None) -> int:
+    """Bytes to be left free, 0 where nobody asks for any."""
+    return 0 if given is None else parse_bytes(given)
 
 
 def open_checkpoints(path: str | Path) -> Checkpoints:

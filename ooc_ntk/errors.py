@@ -42,6 +42,10 @@ class StorageError(OocNtkError, OSError):
     """A file could not be read or written (disk full, damaged tile, newer manifest)."""
 
 
+class TransientStorageError(StorageError):
+    """A file could not be read or written just now; the task is done again, a bounded number of times."""
+
+
 class DamagedFileError(StorageError):
     """A committed file is not what was committed.
 
@@ -60,7 +64,16 @@ class IncompleteRunError(StorageError):
 
 
 class RunInterrupted(OocNtkError):  # noqa: N818 - an outcome, not an error
-    """The run was asked to stop; everything committed so far is kept and the run can be resumed."""
+    """The run was asked to stop; everything committed so far is kept and the run can be resumed.
+
+    Attributes:
+        signal: number of the signal that asked, or None.
+    """
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        """Say what is kept, and which signal asked."""
+        super().__init__(message)
+        self.signal = signal
 
 
 class VerificationError(OocNtkError):

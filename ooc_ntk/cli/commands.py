@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ooc_ntk.errors import OocNtkError, RunInterrupted
+from ooc_ntk.stopping import EXIT_TERMINATED, Terminated, deadline_after_sigterm
 
 from .flags import JobFlags, with_job_flags
 from .options import (
@@ -23,11 +25,13 @@ from .options import (
     RunArgument,
     TestOption,
     TrainOption,
+    WatchDiskOption,
     WeightsOption,
     complete,
 )
 
 #: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C.
+#: (That of a stop by SIGTERM is EXIT_TERMINATED.)
 EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
 
 app = typer.Typer(
@@ -41,15 +45,24 @@ app = typer.Typer(
 
 @contextmanager
 def _reporting_errors() -> Iterator[None]:
-    """Turn errors raised on purpose into one line and an exit code."""
+    """Turn errors raised on purpose, and files that cannot be used, into one line and an exit code.
+
+    Ctrl-C and SIGTERM are taken for the whole command.
+    """
     try:
-        yield
+        with deadline_after_sigterm():
+            yield
     except RunInterrupted as stopped:
         typer.secho(str(stopped), fg="yellow", err=True)
-        raise typer.Exit(EXIT_STOPPED) from stopped
-    except OocNtkError as error:
+        raise typer.Exit(EXIT_TERMINATED if stopped.signal == signal.SIGTERM else EXIT_STOPPED) from stopped
+    except BrokenPipeError:
+        raise
+    except (OocNtkError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(EXIT_INPUT) from error
+    except Terminated as stopped:
+        typer.secho("stopped by SIGTERM; what is finished is kept", fg="yellow", err=True)
+        raise typer.Exit(EXIT_TERMINATED) from stopped
     except KeyboardInterrupt as stopped:
         typer.secho("stopped", fg="yellow", err=True)
         raise typer.Exit(EXIT_STOPPED) from stopped
@@ -106,16 +119,21 @@ def run(
             "--scheduler", help="threads or serial. (default: threads)", autocompletion=complete("threads", "serial")
         ),
     ] = None,
+    watch_disk: WatchDiskOption = None,
     profile: ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
-    """Compute the kernel into a run directory; typed again after a stop, it goes on where it was."""
+    """Compute the kernel into a run directory; typed again after a stop, it goes on where it was.
+
+    Exit codes: 0 done, 2 a wrong input, a budget too small or a disk that cannot be used, 130 stopped by Ctrl-C, 143 by
+    SIGTERM, within ten seconds.
+    """
     with _reporting_errors():
         from ooc_ntk import api
         from ooc_ntk.report.tables import info_table, phases_table, plan_table
 
         if flags.checkpoints:
-            _run_checkpoints(flags, out, plan_file, scheduler, quiet)
+            _run_checkpoints(flags, out, plan_file, scheduler, watch_disk, quiet)
             return
         wanted, budget = flags.describe(out)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
@@ -132,6 +150,7 @@ def run(
             preferences=flags.preferences(),
             scheduler=scheduler,
             progress=not quiet,
+            watch_disk=watch_disk,
         )
         if not quiet:
             found = api.info(out)
@@ -142,7 +161,9 @@ def run(
             typer.echo(f"\n{made}: {out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
 
-def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, scheduler: str | None, quiet: bool) -> None:
+def _run_checkpoints(
+    flags: JobFlags, out: Path, plan_file: Path | None, scheduler: str | None, watch_disk: str | None, quiet: bool
+) -> None:
     """Run a job for several weights, and show how the kernels move."""
     from ooc_ntk import api
     from ooc_ntk.errors import InputError
@@ -165,6 +186,7 @@ def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, schedul
         preferences=flags.preferences(),
         scheduler=scheduler,
         progress=not quiet,
+        watch_disk=watch_disk,
         announce=announce,
     )
     found.mean()

@@ -319,6 +319,15 @@ BatchDependenceOption = Annotated[
         rich_help_panel=_HOW,
     ),
 ]
+WatchDiskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--watch-disk",
+        help="Disk to leave free, as 2GiB: below, the run stops, to go on later. (default: it may fill the disk)",
+        rich_help_panel=_BUDGET,
+        show_default=False,
+    ),
+]
 ProfileOption = Annotated[bool, typer.Option("--profile", help="Show where the time went, phase by phase.")]
 HostOption = Annotated[
     str | None,

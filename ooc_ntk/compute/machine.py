@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import threading
 import time
@@ -104,6 +105,13 @@ def return_free_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def return_device_memory(device: str) -> None:
+    """Give device memory that torch's allocator keeps back to the device; does nothing on a CPU."""
+    gc.collect()  # graphs of a pass that failed hold on to each other
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
 
 

@@ -42,7 +42,7 @@ def failing_on(samples: str) -> Iterator[None]:
         raise
     except InputError as error:
         raise InputError(f"{error} (in {samples})") from error
-    except (OocNtkError, MemoryError):
+    except (OocNtkError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise InputError(

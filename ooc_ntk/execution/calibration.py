@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from ooc_ntk.compute.contract import measure_factored, measure_products
 from ooc_ntk.compute.machine import (
+    free_host_bytes,
     host_to_device_rate,
     limited_threads,
     machine_name,
@@ -20,6 +23,11 @@ from ooc_ntk.compute.machine import (
 from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
 from ooc_ntk.storage.diskrate import measure_disk
+
+logger = logging.getLogger(__name__)
+
+#: Share of the free memory that tiles may fill for the page cache to serve them again (chosen; others use it as well).
+CACHED_SHARE: Final = 0.5
 
 
 def cache_folder() -> Path:
@@ -47,6 +55,9 @@ def calibrate(device: str, disk: Path) -> MachineRates:
 
     Returns:
         The rates.
+
+    Raises:
+        StorageError: if nothing can be written on that disk. That they cannot be kept is only said.
     """
     threads = torch.get_num_threads()
     precisions = ("float32", "bf16", "float64") if device == "cpu" else ("float32", "tf32", "bf16", "float64")
@@ -68,6 +79,7 @@ def calibrate(device: str, disk: Path) -> MachineRates:
         commit_seconds=measured.commit_seconds,
         expand=expand,
         elements=elements,
+        direct_wins=measured.direct_wins,
     )
     path = rates_path(device)
     try:
@@ -76,7 +88,12 @@ def calibrate(device: str, disk: Path) -> MachineRates:
         temporary.write_text(rates.to_json())
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(f"cannot keep the measured rates in {path}: {error.strerror}; set OOC_NTK_CACHE") from error
+        logger.warning(
+            "cannot keep the measured rates in %s (%s), so the next plan measures them again; set OOC_NTK_CACHE to a "
+            "folder that can be written",
+            path,
+            error.strerror or error,
+        )
     return rates
 
 
@@ -86,3 +103,13 @@ def cached_rates(device: str) -> MachineRates:
         return MachineRates.from_json(rates_path(device).read_text())
     except (OSError, StorageError):
         return UNCALIBRATED
+
+
+def reads_directly(device: str, stored_bytes: int) -> bool:
+    """Whether a run reads its tiles past the page cache: where that was measured to be faster, and they do not fit it.
+
+    Args:
+        device: the plan's device.
+        stored_bytes: what the run keeps on disk.
+    """
+    return cached_rates(device).direct_wins and stored_bytes > CACHED_SHARE * free_host_bytes()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import psutil
@@ -16,20 +16,31 @@ import torch
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator, check_precision, tf32
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
-from ooc_ntk.compute.machine import limited_threads, peak_resident_bytes, return_free_memory, steady_allocator
+from ooc_ntk.compute.machine import (
+    limited_threads,
+    peak_resident_bytes,
+    return_device_memory,
+    return_free_memory,
+    steady_allocator,
+)
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.errors import InputError, NonFiniteError, RunInterrupted
+from ooc_ntk.errors import InputError, NonFiniteError, RunInterrupted, StorageError
 from ooc_ntk.inputs.samples import Samples, SampleSource
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.superblocks import Superblock
 from ooc_ntk.planning.tiles import Range
+from ooc_ntk.stopping import Stop
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, StagedFile
-from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.units import STORED_DTYPE
+from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
+from ooc_ntk.storage.retries import retries
+from ooc_ntk.units import STORED_DTYPE, format_bytes
 
 from .features import Projector, projector_of
 from .stores import Matrix, Tile, TileStore
+
+#: Name of the Zarr array of the finished kernel.
+KERNEL: Final = "kernel.zarr"
 
 
 class SampleReader:
@@ -219,13 +230,16 @@ class RunContext:
         function: model and chosen parameters on the plan's device.
         reader: train and test samples.
         store: Jacobian tiles.
-        stop: set when the run should stop.
+        stop: the wish to stop.
         meter: peak memory since the run began.
         advance: called with (phase, amount) as work gets done: samples for ``rows``, tiles for ``kernel``.
         digests: known digests of sample ranges by row tile, from earlier passes and sessions.
         records: committed files by path, kept up to date by the driver.
         tiles_only: keys of ``rows`` tasks that are finished but for their tiles, which were lost.
         structure: what layer rules cover of the model.
+        disk_margin: free bytes of the run's file system below which the run stops; 0 lets it fill the disk.
+        batch_size: samples derived together: as planned, or fewer once the device had no room for them.
+        retries_counted: retries of this process that are in a receipt, or were before the run.
         phases: wall-clock of the phases of the task at hand, by name.
         kept: panels that stay in memory while kernel tiles are contracted, by span and row tile.
     """
@@ -235,13 +249,16 @@ class RunContext:
     function: ModelFunction
     reader: SampleReader
     store: TileStore
-    stop: threading.Event
+    stop: Stop
     meter: PeakMeter
     advance: Callable[[str, float], None]
     digests: dict[int, str]
     records: Mapping[str, FileRecord]
     tiles_only: set[str] = field(default_factory=set)
     structure: Structure = field(default_factory=Structure)
+    disk_margin: int = 0
+    batch_size: int = 0
+    retries_counted: int = field(default_factory=retries)
     phases: dict[str, float] = field(default_factory=dict)
     kept: dict[tuple[int, int], Tile] = field(default_factory=dict)
     _buffers: list[Matrix] = field(default_factory=list)
@@ -250,13 +267,15 @@ class RunContext:
     _projector: Projector | None = None
     _phase: str = ""
 
+    def __post_init__(self) -> None:
+        """Derive as many samples together as planned, unless told otherwise."""
+        self.batch_size = self.batch_size or self.plan.batch_size
+
     @property
     def kernel_array(self) -> TileArray:
         """The finished kernel: (samples · entries, train · entries), one chunk per kernel tile."""
         plan, edge = self.plan, self.plan.tile_samples * self.plan.entries_per_sample
-        return TileArray(
-            self.directory.root, "kernel.zarr", plan.kernel_shape, (edge, edge), STORED_DTYPE[plan.precision]
-        )
+        return TileArray(self.directory.root, KERNEL, plan.kernel_shape, (edge, edge), STORED_DTYPE[plan.precision])
 
     @property
     def diagonal_array(self) -> TileArray:
@@ -328,15 +347,39 @@ class RunContext:
             self._phase = phase
 
     def check_stop(self) -> None:
-        """Raise if the run should stop.
+        """Raise if the run should stop, or the disk gets too full.
 
         Raises:
-            RunInterrupted: then.
+            RunInterrupted: if it should.
+            StorageError: if less is free than the margin that was asked for.
         """
-        if self.stop.is_set():
+        if self.stop.event.is_set():
             raise RunInterrupted(
-                f"stopped; finished tiles are kept in {self.directory.root}, the same command goes on from there"
+                f"stopped; finished tiles are kept in {self.directory.root}, the same command goes on from there",
+                self.stop.signal,
             )
+        self.check_disk()
+
+    def check_disk(self) -> None:
+        """Raise if less disk is free than the margin that was asked for.
+
+        Raises:
+            StorageError: then.
+        """
+        if self.disk_margin and (free := free_disk_bytes(self.directory.root)) < self.disk_margin:
+            raise StorageError(
+                f"{format_bytes(free)} of disk are free at {self.directory.root}, and --watch-disk keeps "
+                f"{format_bytes(self.disk_margin)} free; make room and run the same command again, finished tiles are "
+                "kept"
+            )
+
+    def drop_buffers(self) -> None:
+        """Give back what is kept from task to task, and what the device's allocator keeps."""
+        self._accumulator = self._projector = self._sums = None
+        self.kept.clear()
+        self._buffers.clear()
+        return_free_memory()
+        return_device_memory(self.plan.device)
 
     def batch(self, samples: Samples) -> ModelBatch:
         """Samples on the plan's device in its precision."""

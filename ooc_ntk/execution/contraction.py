@@ -15,7 +15,8 @@ from ooc_ntk.planning.spans import Span
 from ooc_ntk.planning.superblocks import KernelTile
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile, read_checked, read_stripes
+from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.reading import read_checked, read_stripes
 
 from .context import Outcome, RunContext
 from .layers import LayerSums, layers_array
@@ -300,6 +301,7 @@ def _stage(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -
     try:
         stripe = np.empty((step, width), dtype=array.dtype)
         for start in range(0, height, step):
+            context.check_disk()
             count = min(step, height - start)
             part = tile[start : start + count]
             stripe[:] = np.nan

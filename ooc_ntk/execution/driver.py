@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import numpy as np
@@ -19,21 +16,24 @@ import torch
 import zarr
 
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted
+from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
+from ooc_ntk.stopping import Stop, stoppable
+from ooc_ntk.storage.arrays import add_attributes
 from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from ooc_ntk.storage.manifest import Manifest, Receipt
 from ooc_ntk.units import format_bytes
 
-from .context import PeakMeter, RunContext, reproducible
+from .calibration import reads_directly
+from .context import KERNEL, PeakMeter, RunContext, reproducible
 from .executors import Executor
 from .layers import layers_array
 from .measure import known_structure, structure_of
 from .prepare import PreparedJob, with_head
 from .resume import Remaining, remaining_tasks
-from .stores import FACTORS, JACOBIAN, DiskStore, store_of
+from .stores import FACTORS, FEATURES, JACOBIAN, DiskStore, store_of
 from .work import perform
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 Advance = Callable[[str, float], None]
 #: Called once before work starts, with the amount of each phase that was done before and in all.
 Begin = Callable[[Mapping[str, tuple[float, float]], Remaining], None]
+
+#: How often one session computes damaged files again before it gives up (chosen: a disk that damages more is broken).
+REPAIRS: Final = 3
 
 #: Names of the parts of a job's digest, as errors call them.
 DIGEST_PARTS: Final = {"model": "model", "data": "data", "kernel": "kernel settings"}
@@ -154,8 +157,12 @@ def execute(
     prepared: PreparedJob,
     executor: Executor,
     observer: Observer | None = None,
+    *,
+    watch_disk: int = 0,
 ) -> None:
     """Run what is left of a run that exists; the caller holds its lock.
+
+    A file that turns out to be damaged in the middle is computed again, as in a new session.
 
     Args:
         plan: the stored plan.
@@ -163,6 +170,7 @@ def execute(
         prepared: the job, loaded.
         executor: runs the tasks.
         observer: told about progress.
+        watch_disk: free bytes below which the run stops; 0 lets it fill the disk.
 
     Raises:
         OocNtkError: whatever a task raises; finished tiles stay committed.
@@ -172,34 +180,79 @@ def execute(
         prepared = with_head(prepared, plan.head.name)
     manifest = Manifest(directory.root)
     try:
+        with stoppable() as stop:
+            for repairs in range(REPAIRS, -1, -1):
+                session = _Session(plan, directory, prepared, executor, observer, manifest, stop, watch_disk)
+                damaged = session.run(last=not repairs)
+                if damaged is None:
+                    break
+                logger.warning("%s; computing it again now", damaged)
+                # Nobody is told twice how much there is to do.
+                observer = Observer(advance=observer.advance)
+        _keep_batches(plan, directory, manifest)
+        _sweep_away(directory)
+    except BaseException:
+        with suppress(OSError):
+            directory.sweep()
+        raise
+    finally:
+        manifest.close()
+
+
+@dataclass
+class _Session:
+    """What is left of a run, from finding it to the last commit. Fields are as in :func:`execute`."""
+
+    plan: Plan
+    directory: RunDirectory
+    prepared: PreparedJob
+    executor: Executor
+    observer: Observer
+    manifest: Manifest
+    stop: Stop
+    watch_disk: int
+
+    def run(self, *, last: bool) -> str | None:
+        """Run what is left.
+
+        Args:
+            last: whether a damaged file is raised.
+
+        Returns:
+            What is wrong with a damaged file, which the next session computes again; None when all is done.
+
+        Raises:
+            OocNtkError: whatever a task raises.
+        """
+        plan, directory, manifest, observer = self.plan, self.directory, self.manifest, self.observer
         records = manifest.files()
-        store = store_of(plan, directory.root, records)
-        digests = _known_digests(manifest.receipts().values())
+        direct = reads_directly(plan.device, plan.promised.disk_bytes)
+        store = store_of(plan, directory.root, records, direct=direct)
+        receipts = manifest.receipts()
         remaining = remaining_tasks(plan, directory, manifest, store, records)
         if not remaining.tasks:
-            _sweep_away(directory)
             observer.begin(_totals(plan, remaining), remaining)
-            return
-        stop = threading.Event()
+            return None
         meter = PeakMeter()
         context = RunContext(
             plan,
             directory,
-            prepared.function,
-            prepared.reader,
+            self.prepared.function,
+            self.prepared.reader,
             store,
-            stop,
+            self.stop,
             meter,
             observer.advance,
-            digests,
+            _known_digests(receipts.values()),
             records,
             remaining.again,
-            planned_structure(plan, prepared),
+            planned_structure(plan, self.prepared),
+            self.watch_disk,
+            min((receipt.batch_size for receipt in receipts.values() if receipt.batch_size), default=0),
         )
         _create_arrays(context, manifest)
         waits = remaining.waits(plan)
         observer.begin(_totals(plan, remaining), remaining)
-
         started = 0.0
 
         def commit(receipt: Receipt) -> None:
@@ -223,16 +276,16 @@ def execute(
         def body(task: Task, *upstream: Receipt) -> Receipt:
             return perform(context, task, *upstream)
 
-        with reproducible(plan), meter.watching(), _stop_on_interrupt(stop):
+        with reproducible(plan), meter.watching():
             started = time.perf_counter()
             try:
-                executor(remaining.tasks, waits.__getitem__, body, commit)
+                self.executor(remaining.tasks, waits.__getitem__, body, commit)
             except DamagedFileError as error:
                 manifest.distrust([error.path])
-                raise
-        _sweep_away(directory)
-    finally:
-        manifest.close()
+                if last:
+                    raise
+                return str(error).partition(";")[0]
+        return None
 
 
 def planned_structure(plan: Plan, prepared: PreparedJob) -> Structure:
@@ -324,6 +377,18 @@ def _create_arrays(context: RunContext, manifest: Manifest) -> None:
         context.store.create(attributes)
 
 
+def _keep_batches(plan: Plan, directory: RunDirectory, manifest: Manifest) -> None:
+    """Note in the finished kernel which rows were derived in smaller batches than planned, if any were."""
+    smaller = [
+        [*(int(part) for part in receipt.key.split("-")[1:3]), receipt.batch_size]
+        for receipt in manifest.receipts().values()
+        if receipt.batch_size
+    ]
+    if smaller:
+        name = FEATURES if plan.features_only else KERNEL
+        add_attributes(directory.root, name, {"batch_size": plan.batch_size, "micro_batches": sorted(smaller)})
+
+
 def _sweep_away(directory: RunDirectory) -> None:
     """Delete what only an unfinished run needs."""
     for folder in ("tiles", "pending"):
@@ -336,30 +401,6 @@ def _delete_spilled(directory: RunDirectory, records: dict[str, Any]) -> None:
         del records[path]
     for folder in (JACOBIAN, FACTORS):
         directory.delete_folder(folder)
-
-
-@contextmanager
-def _stop_on_interrupt(stop: threading.Event) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop within the tile; a second Ctrl-C acts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {}
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and callable(before[number]):
-            before[number](number, frame)
-        stop.set()
-
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        before[number] = signal.signal(number, handler)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise RunInterrupted("stopped; finished tiles are kept, the same command goes on from there") from error
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def run_directory(path: str | Path) -> RunDirectory:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
-from ooc_ntk.storage.atomic import FileRecord, checksum_file
+from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest, Receipt
+from ooc_ntk.storage.reading import checksum_file
 
 from .stores import TileStore
 

@@ -20,7 +20,8 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile, read_checked
+from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.reading import read_checked
 from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .blame import check_finite_factor, failing_on, named_errors, not_finite, where
@@ -84,9 +85,9 @@ def _batches(context: RunContext, tile: Range) -> Iterator[tuple[Sequence[int], 
     """Batches of a tile with the numbers of their samples, in the order in which they are stored."""
     plan = context.plan
     if plan.by_length:
-        yield from context.reader.by_length(tile, plan.batch_size)
+        yield from context.reader.by_length(tile, context.batch_size)
         return
-    for samples, found in context.reader.pieces(tile, plan.batch_size, ahead=True):
+    for samples, found in context.reader.pieces(tile, context.batch_size, ahead=True):
         yield range(samples.start, samples.stop), found
 
 

@@ -38,12 +38,14 @@ class Asked:
         budget: limits for a new plan; an explicit one that a stored plan cannot keep is refused.
         preferences: what to fix by hand in a new plan; refused where a plan that is there does otherwise.
         template: the plan of the same job with other weights, which a new plan takes over; None measures the model.
+        watch_disk: free bytes of the run's file system below which it stops; 0 lets it fill the disk.
     """
 
     plan: Plan | None = None
     budget: Budget | None = None
     preferences: Preferences | None = None
     template: Plan | None = None
+    watch_disk: int = 0
 
 
 def planned(
@@ -113,7 +115,7 @@ def run_job(
             )
         try:
             with TerminalProgress.of(progress) as observer:
-                execute(chosen, directory, prepared, executor, observer)
+                execute(chosen, directory, prepared, executor, observer, watch_disk=asked.watch_disk)
         finally:
             prepared.reader.close()
     return chosen

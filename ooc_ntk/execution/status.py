@@ -42,6 +42,8 @@ class RunInfo:
         versions: versions of what computed it.
         phases: measured seconds by what was done in them, longest first; what tasks spend between phases is left out.
         expected_error: of a projected kernel, the relative error to be expected, from its features once it is finished.
+        retries: how often tasks, or calls in them, were tried again.
+        micro_batches: of rows for which the device had no room in batches as planned: how many tasks, by batch size.
         layer_traces: what every layer adds to the trace of the train square, by name; empty unless kept by layer.
         audited: what the last ``verify`` saw: relative error and, of a projected kernel, the predicted one; None if
             there was none.
@@ -63,6 +65,8 @@ class RunInfo:
     versions: dict[str, str]
     phases: dict[str, float]
     expected_error: float | None = None
+    retries: int = 0
+    micro_batches: dict[int, int] = field(default_factory=dict)
     layer_traces: dict[str, float] = field(default_factory=dict)
     audited: dict[str, Any] | None = None
 
@@ -102,6 +106,8 @@ class RunInfo:
                     "moved_bytes": self.moved_bytes,
                     "io_ratio": self.io_ratio,
                     "phases": self.phases,
+                    "retries": self.retries,
+                    "micro_batches": self.micro_batches,
                 },
                 "projection": None
                 if self.plan.projection is None
@@ -174,6 +180,8 @@ def run_info(path: str | Path) -> RunInfo:
         versions=json.loads(versions or "{}"),
         phases=dict(phases.most_common()),
         expected_error=expected,
+        retries=sum(receipt.retries for receipt in receipts.values()),
+        micro_batches=dict(Counter(receipt.batch_size for receipt in receipts.values() if receipt.batch_size)),
         layer_traces=traces,
         audited=read_audit(directory),
     )

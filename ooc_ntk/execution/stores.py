@@ -19,7 +19,8 @@ from ooc_ntk.planning.memory import STAGING_BYTES
 from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import FileRecord, StagedFile, read_checked
+from ooc_ntk.storage.atomic import FileRecord, StagedFile
+from ooc_ntk.storage.reading import Reader, aligned_buffer, padded, reader_of
 from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -121,8 +122,10 @@ class TileStore(ABC):
         """Give up all tiles of a pass."""
 
 
-def as_tensor(matrix: Matrix) -> torch.Tensor:
+def as_tensor(matrix: Matrix | torch.Tensor) -> torch.Tensor:
     """A tensor over the same memory; bits of bf16 become bf16."""
+    if isinstance(matrix, torch.Tensor):  # loaded into device memory
+        return matrix
     tensor = torch.from_numpy(matrix)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
@@ -251,16 +254,18 @@ def page_locked(size: int, device: str) -> Matrix:
 class DiskStore(TileStore):
     """Tiles as raw chunk files of Zarr arrays in the run directory."""
 
-    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord]) -> None:
+    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord], *, direct: bool = False) -> None:
         """See :class:`TileStore`.
 
         Args:
             plan: the plan.
             root: run directory.
             records: committed files by path; the driver adds to it as tasks are committed.
+            direct: whether to read past the page cache.
         """
         super().__init__(plan)
         self._root = root
+        self._reader: Reader = reader_of(root, direct=direct)
         self._records = records
         dense = max((span.stop for span in self.spans if span.block is None), default=0)
         self._dense = TileArray(
@@ -327,28 +332,36 @@ class DiskStore(TileStore):
         )
 
     def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Tile:  # noqa: ARG002
-        """See :meth:`TileStore.load`; every read is checked against its checksum."""
-        if buffer is None:
-            buffer = self.buffer()
+        """See :meth:`TileStore.load`; every read is checked against its checksum. Parts begin on a page."""
+        whole: Any = self.buffer() if buffer is None else buffer
         samples = len(self.plan.sample_grid.rows(row))
         found, position = [], 0
         for part in self.parts[span]:
             size = self.chunk_bytes(part)
-            chunk = buffer[position : position + size].view(self.dtype(part))
-            read_checked(self._root, self._records[self.path(part, row)], chunk)
+            room = whole[position : position + padded(size)]
+            self._reader.read(self._records[self.path(part, row)], room)
+            chunk = self.typed(room[:size], part)
             if part.name == "dense":
                 # The last span is padded to the width of the others; zeros add nothing to a product.
                 found.append(chunk.reshape(self.plan.tile_samples, -1)[:samples])
             else:
                 found.append(chunk.reshape(self.plan.tile_samples, part.items)[:samples])
-            position += size
+            position += len(room)
         return tuple(found)
 
     def buffer(self, span: int | None = None) -> Matrix:
         """See :meth:`TileStore.buffer`."""
-        if span is not None:
-            return page_locked(self.load_bytes(span), self.plan.device)
-        return page_locked(max(self.load_bytes(each.index) for each in self.spans), self.plan.device)
+        size = self.buffer_bytes(span)
+        return page_locked(size, self.plan.device) if self.plan.device != "cpu" else aligned_buffer(size)
+
+    def buffer_bytes(self, span: int | None = None) -> int:
+        """Bytes of a buffer for one span or for any, every part from a page on."""
+        wanted = self.parts if span is None else (self.parts[span],)
+        return max(sum(padded(self.chunk_bytes(part)) for part in parts) for parts in wanted)
+
+    def typed(self, chunk: Matrix, part: Part) -> Matrix:
+        """Bytes of a chunk as elements of a part."""
+        return chunk.view(self.dtype(part))
 
     def load_bytes(self, span: int) -> int:
         """See :meth:`TileStore.load_bytes`."""
@@ -421,9 +434,9 @@ class _DiskWriter(RowWriter):
 class FeatureStore(DiskStore):
     """The features of a projected job: one Zarr array of (samples · rows, dim), which stays when the run is done."""
 
-    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord]) -> None:
+    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord], *, direct: bool = False) -> None:
         """See :class:`DiskStore`."""
-        super().__init__(plan, root, records)
+        super().__init__(plan, root, records, direct=direct)
         assert plan.projection is not None
         assert plan.projection.dim is not None
         self._dense = TileArray(
@@ -490,14 +503,19 @@ def row_matrix(tile: Matrix, entries: int) -> Matrix:
     return tile.reshape(tile.shape[0] * entries, -1)
 
 
-def store_of(plan: Plan, root: Path, records: dict[str, FileRecord]) -> TileStore:
+def store_of(plan: Plan, root: Path, records: dict[str, FileRecord], *, direct: bool = False) -> TileStore:
     """The store that a plan asks for.
 
     Args:
         plan: the plan.
         root: run directory.
         records: committed files by path; the driver adds to it as tasks are committed.
+        direct: whether to read tiles past the page cache.
     """
+    from .devicestore import DeviceStore, on_device  # it builds on this module
+
     if plan.projection is not None:
-        return FeatureStore(plan, root, records)
-    return MemoryStore(plan) if plan.layout.in_memory else DiskStore(plan, root, records)
+        return FeatureStore(plan, root, records, direct=direct)
+    if plan.layout.in_memory:
+        return MemoryStore(plan)
+    return DeviceStore(plan, root, records) if on_device(plan) else DiskStore(plan, root, records, direct=direct)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any
 
@@ -15,7 +17,8 @@ from ooc_ntk.planning.memory import FOLDED_SPANS
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.superblocks import KernelTile, Superblock
 from ooc_ntk.planning.tiles import Range
-from ooc_ntk.storage.atomic import TEMPORARY, storage_error
+from ooc_ntk.storage.atomic import TEMPORARY
+from ooc_ntk.storage.retries import storage_error
 
 from .context import RunContext
 
@@ -45,6 +48,7 @@ class TileSums:
         self._several = context.superblock_sums(block)
         self._folds = self._several and self._several[0].dtype == torch.float32
         self._file: IO[bytes] | None = None
+        self._folded = False
         self.folded_bytes = 0
 
     def start(self, span: int, number: int) -> None:
@@ -86,14 +90,9 @@ class TileSums:
         with self._context.phase("fold"):
             for number in range(len(self._block.tiles)):
                 total = self._total(number)
-                try:
-                    os.pwrite(self._place().fileno(), total.reshape(-1).data, number * self._stride)
-                except OSError as error:
-                    raise storage_error("writing", self._context.directory.root / "tiles", error) from error
+                self._on_disk(os.pwrite, total.reshape(-1).view(np.uint8).data, number * self._stride)
                 self.folded_bytes += total.nbytes
         self._folded = True
-
-    _folded = False
 
     @property
     def _stride(self) -> int:
@@ -106,6 +105,21 @@ class TileSums:
             self._file = tempfile.TemporaryFile(dir=folder, prefix=f"sums{TEMPORARY}")  # noqa: SIM115 - closed by close()
         return self._file
 
+    def _on_disk(self, call: Callable[[int, memoryview, int], int], data: memoryview, place: int) -> None:
+        """Read or write all of some bytes at a place of the file.
+
+        Raises:
+            StorageError: if that fails; the task is done again where it may help.
+        """
+        try:
+            while data:
+                count = call(self._place().fileno(), data, place)
+                if not count:
+                    raise OSError(errno.EIO, "the file is shorter than what was written")
+                data, place = data[count:], place + count
+        except OSError as error:
+            raise storage_error("adding up in", self._context.directory.root / "tiles", error) from error
+
     def _total(self, number: int) -> np.ndarray:
         """The sum of a tile in float64, with what is on disk: (rows, columns); a view of the accumulator."""
         shape = tile_shape(self._context.plan, self._block.tiles[number])
@@ -117,8 +131,11 @@ class TileSums:
             for row in range(0, shape[0], step):
                 part = total[row : row + step]
                 place = number * self._stride + row * shape[1] * 8
-                before = os.pread(self._place().fileno(), part.nbytes, place)
-                part += np.frombuffer(before, dtype=np.float64).reshape(part.shape)
+                before = np.empty_like(part)
+                self._on_disk(
+                    lambda file, data, at: os.preadv(file, [data], at), before.reshape(-1).view(np.uint8).data, place
+                )
+                part += before
         return total
 
     def result(self, number: int) -> np.ndarray:

@@ -29,12 +29,13 @@ class MachineRates:
         fill: bytes/s at which Jacobian rows are copied into memory touched for the first time.
         copy: bytes/s at which they are copied into memory touched before.
         disk_write: bytes/s of a file written and synced.
-        disk_read: bytes/s of a file read back into a reused buffer.
+        disk_read: bytes/s of a file read back into a reused buffer and checked, the faster way.
         host_to_device: bytes/s from host to device (0 on a CPU).
         commit_seconds: seconds to write, sync and commit one small file.
         measured: whether the rates were measured (False: the built-in guess).
         expand: FLOP/s at which factors are expanded into gradients, per precision.
         elements: elements/s at which two Gram matrices are multiplied and summed (0: as bytes are copied).
+        direct_wins: whether files are read faster past the page cache (False in rates measured before this was).
     """
 
     machine: str
@@ -49,6 +50,7 @@ class MachineRates:
     measured: bool = True
     expand: Mapping[str, float] = field(default_factory=dict)
     elements: float = 0.0
+    direct_wins: bool = False
 
     def gemm_seconds(
         self, rows: int, columns: int, depth: int, precision: str, *, symmetric: bool = False, edge: int | None = None

@@ -175,6 +175,8 @@ def info_table(info: RunInfo) -> RenderableType:
             *((name, digest) for name, digest in sorted(info.job_digests.items())),
             ("plan", plan.digest),
             ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
+            *([("retries", f"{info.retries:,}, after errors of the file system that passed")] if info.retries else ()),
+            *_micro_batches(info),
         ]
     )
     table = Table(title="promised and measured", title_justify="left", box=None, pad_edge=False)
@@ -228,6 +230,15 @@ def info_table(info: RunInfo) -> RenderableType:
     return Group(*parts)
 
 
+def _micro_batches(info: RunInfo) -> list[tuple[str, str]]:
+    """What the device had no room for."""
+    if not info.micro_batches:
+        return []
+    sizes = ", ".join(f"{count:,} with {size:,}" for size, count in sorted(info.micro_batches.items(), reverse=True))
+    planned = f"fewer samples than the planned {info.plan.batch_size:,}"
+    return [("batches", f"{planned} in tasks for which the device had no memory: {sizes}")]
+
+
 def _layers(info: RunInfo) -> Table:
     """What every layer adds to the kernel's trace, as bars."""
     table = Table(title="layers", title_justify="left", box=None, pad_edge=False)
@@ -279,7 +290,7 @@ def rates_table(rates: MachineRates) -> RenderableType:
         ("rows into fresh memory", f"{format_bytes(rates.fill)}/s"),
         ("rows into used memory", f"{format_bytes(rates.copy)}/s"),
         ("disk write, synced", f"{format_bytes(rates.disk_write)}/s"),
-        ("disk read", f"{format_bytes(rates.disk_read)}/s"),
+        ("disk read", f"{format_bytes(rates.disk_read)}/s" + (", past the page cache" if rates.direct_wins else "")),
         ("commit of a task", format_seconds(rates.commit_seconds)),
     ]
     if rates.host_to_device:

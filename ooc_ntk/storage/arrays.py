@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 from ooc_ntk.errors import StorageError
 
-from .atomic import storage_error
+from .atomic import write_whole
+from .retries import storage_error
 
 #: What a missing tile reads as where the dtype has no NaN: bf16's NaN as bits, and no token.
 _MISSING: Final = {"<u2": 0x7FC0, "<i4": -1}
@@ -86,7 +88,7 @@ class TileArray:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", category=UserWarning)
                 return zarr.open_array(zarr.storage.LocalStore(self.root, read_only=True), path=self.name, mode="r")
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise StorageError(f"there is no array {self.name} in {self.root}: {error}") from error
 
     def chunk_path(self, coordinates: Sequence[int]) -> str:
@@ -101,6 +103,23 @@ class TileArray:
     def empty_chunk(self) -> NDArray[np.generic]:
         """A buffer of one tile, uninitialised."""
         return np.empty(self.chunks, dtype=self.dtype)
+
+
+def add_attributes(root: Path, name: str, attributes: Mapping[str, Any]) -> None:
+    """Add attributes to an array that is there, whole or not at all.
+
+    Raises:
+        StorageError: if its metadata cannot be read or written.
+    """
+    path = root / name / "zarr.json"
+    try:
+        metadata = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
+    before = metadata.setdefault("attributes", {})
+    if any(before.get(key) != value for key, value in attributes.items()):
+        before.update(attributes)
+        write_whole(root, f"{name}/zarr.json", (json.dumps(metadata, indent=2) + "\n").encode())
 
 
 def open_tile_array(root: Path, name: str) -> zarr.Array[Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ooc_ntk.errors import DamagedFileError, StorageError
-from ooc_ntk.units import format_bytes
+from ooc_ntk.errors import TransientStorageError
+
+from . import retries
+from .retries import UNWRITTEN, note_retry, retried, storage_error
 
 #: Mark of files that are being written; whatever bears it after a crash is swept away.
 TEMPORARY: Final = ".tmp-"
@@ -35,20 +36,6 @@ class FileRecord:
     path: str
     size: int
     crc32c: int
-
-
-def storage_error(action: str, path: Path, error: OSError) -> StorageError:
-    """Say what failed on which file, and what to do when the disk is full."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = "unknown"
-        with suppress(OSError):
-            stat = os.statvfs(path.parent)
-            free = format_bytes(stat.f_bavail * stat.f_frsize)
-        return StorageError(
-            f"the disk is full: {action} {path} failed with {free} free; make room and run the same command again, "
-            "finished tiles are kept"
-        )
-    return StorageError(f"{action} {path} failed: {error.strerror or error}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -95,30 +82,36 @@ class StagedFile:
             StorageError: if the disk is full or the write fails.
         """
         raw = raw_bytes(data)
-        self._crc = google_crc32c.extend(self._crc, raw)
-        self.size += raw.nbytes
         view = raw.data
         try:
             while view:
-                view = view[os.write(self._descriptor, view) :]
+                rest = view
+                done = retried(lambda: os.write(self._descriptor, rest), "writing", self._final, UNWRITTEN)  # noqa: B023
+                view = view[done:]
         except OSError as error:
             raise storage_error("writing", self._final, error) from error
+        self._crc = google_crc32c.extend(self._crc, raw)
+        self.size += raw.nbytes
 
     def seal(self) -> FileRecord:
         """Sync and close the temporary file; once that is done, only say what it is.
 
         Returns:
             What the published file will be.
+
+        Raises:
+            StorageError: if syncing fails. What the system had not written yet may be lost then: write it all again.
         """
         if self._descriptor < 0:
             return FileRecord(self.path, self.size, self._crc)
+        descriptor, self._descriptor = self._descriptor, -1
         try:
-            os.fsync(self._descriptor)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise storage_error("syncing", self._final, error) from error
-        finally:
-            os.close(self._descriptor)
-            self._descriptor = -1
         return FileRecord(self.path, self.size, self._crc)
 
     def publish(self) -> None:
@@ -131,9 +124,10 @@ class StagedFile:
 
     def discard(self) -> None:
         """Close and delete the temporary file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        with suppress(OSError):
+            if descriptor >= 0:
+                os.close(descriptor)
         with suppress(OSError):
             self._temporary.unlink()
 
@@ -149,6 +143,16 @@ def write_whole(root: Path, path: str, data: bytes) -> FileRecord:
     Returns:
         Its record.
     """
+    for number, delay in enumerate(retries.CALL_DELAYS, start=1):
+        try:
+            return _write_once(root, path, data)
+        except TransientStorageError as error:
+            note_retry(f"writing {root / path}", error, number, delay)
+        time.sleep(delay)
+    return _write_once(root, path, data)
+
+
+def _write_once(root: Path, path: str, data: bytes) -> FileRecord:
     staged = StagedFile(root, path)
     try:
         staged.append(np.frombuffer(data, dtype=np.uint8))
@@ -158,57 +162,3 @@ def write_whole(root: Path, path: str, data: bytes) -> FileRecord:
         staged.discard()
         raise
     return record
-
-
-def read_stripes(root: Path, record: FileRecord, stripe: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
-    """Read a committed file front to back through one buffer, and check it at the end.
-
-    Args:
-        root: run directory.
-        record: the file as it was committed.
-        stripe: (rows, columns) buffer, overwritten by every stripe.
-
-    Yields:
-        The rows read, a view of ``stripe``; the last one may be shorter.
-
-    Raises:
-        DamagedFileError: if the file is missing or is not what was committed. What was yielded must then be dropped.
-    """
-    path, crc, done = root / record.path, 0, 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            while done < record.size:
-                wanted = raw_bytes(stripe)[: record.size - done]
-                count = 0
-                while count < wanted.size and (more := file.readinto(wanted[count:].data)):
-                    count += more
-                if count < wanted.size:
-                    break
-                crc = google_crc32c.extend(crc, wanted)
-                done += count
-                yield stripe[: count // (stripe.shape[1] * stripe.itemsize)]
-    except FileNotFoundError as error:
-        raise DamagedFileError(record.path, f"{path} is missing; run again: it will be computed anew") from error
-    except OSError as error:
-        raise storage_error("reading", path, error) from error
-    if done != record.size or crc != record.crc32c:
-        raise DamagedFileError(record.path, f"{path} is not what was committed; run again: it will be computed anew")
-
-
-def read_checked(root: Path, record: FileRecord, buffer: NDArray[np.generic]) -> None:
-    """Fill a C-contiguous buffer with a committed file.
-
-    Raises:
-        DamagedFileError: if the file is missing or is not what was committed.
-    """
-    for _ in read_stripes(root, record, buffer.reshape(1, -1)):
-        pass
-
-
-def checksum_file(path: Path) -> int:
-    """CRC-32C of a file, read in pieces of 4 MiB."""
-    crc = 0
-    with path.open("rb") as file:
-        while piece := file.read(2**22):
-            crc = google_crc32c.extend(crc, piece)
-    return int(crc)

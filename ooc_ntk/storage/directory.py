@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ooc_ntk.errors import RunConflictError, RunLockedError, StorageError
+from ooc_ntk.errors import RunConflictError, StorageError
 
-from .atomic import TEMPORARY, storage_error, write_whole
+from .atomic import TEMPORARY, write_whole
+from .lock import HELD, LOCK, hold
 from .manifest import Receipt
+from .retries import retried, storage_error
 
 
 class RunDirectory:
@@ -67,13 +67,13 @@ class RunDirectory:
         if not names or self.holds_run or "manifest" in names:
             return
         # A run that was killed while it was made: the lock comes first, and only these files before the plan.
-        begun = {"lock", "weights.safetensors", "job.toml"}
+        begun = {LOCK, HELD, "weights.safetensors", "job.toml"}
         others = sorted(
             name
             for name in names - begun
             if TEMPORARY not in name and not name.startswith(("manifest", ".weights.safetensors."))
         )
-        if others or "lock" not in names:
+        if others or LOCK not in names:
             some = ", ".join(others[:3] or sorted(names)[:3])
             raise RunConflictError(
                 f"{self.root} holds other files ({some}) and no run; choose an empty folder as --out"
@@ -81,28 +81,13 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run directory for this process; the system drops the lock when the process dies.
+        """Hold the run directory for this process; a process that dies holds nothing.
 
         Raises:
             RunLockedError: if another process holds it.
+            StorageError: if it cannot be written.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            file: IO[str] = (self.root / "lock").open("a+")
-        except OSError as error:
-            raise storage_error("opening", self.root / "lock", error) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise RunLockedError(
-                    f"another run (process {holder}) is using {self.root}; wait for it or choose another --out"
-                ) from error
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+        with hold(self.root):
             yield
 
     def write_text(self, path: Path, text: str) -> None:
@@ -139,9 +124,14 @@ class RunDirectory:
         """Append a committed receipt to ``receipts.jsonl`` (without its files; the manifest has them)."""
         fields: dict[str, Any] = json.loads(receipt.to_json())
         del fields["files"], fields["replaces"]
-        try:
+        line = json.dumps(fields) + "\n"
+
+        def append() -> None:
             with self.receipts_path.open("a") as file:
-                file.write(json.dumps(fields) + "\n")
+                file.write(line)
+
+        try:
+            retried(append, "writing", self.receipts_path)
         except OSError as error:
             raise storage_error("writing", self.receipts_path, error) from error
 

@@ -7,15 +7,18 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from ooc_ntk.errors import StorageError
 
-from .atomic import FileRecord, checksum_file, storage_error
+from . import retries
+from .atomic import FileRecord
+from .reading import checksum_file
+from .retries import TRANSIENT, note_retry, storage_error
 
 #: Version of the manifest's tables.
 MANIFEST_VERSION: Final = 1
@@ -44,6 +47,8 @@ class Receipt:
         samples_digest: digest of the sample range (``rows`` tasks).
         replaces: files of an earlier generation that may go once this task is committed.
         phases: wall-clock of the phases within the task, by name.
+        retries: how often something was tried again, the task itself included.
+        batch_size: samples derived together where the device had no room for as many as planned; 0 as planned.
     """
 
     key: str
@@ -56,6 +61,8 @@ class Receipt:
     samples_digest: str | None = None
     replaces: tuple[str, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
+    retries: int = 0
+    batch_size: int = 0
 
     def to_json(self) -> str:
         """Serialise on one line."""
@@ -87,6 +94,21 @@ def file_stamp(path: Path) -> str:
     """What changes when a file is touched: size, inode, modification and change times."""
     stat = path.stat()
     return f"{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+#: SQLite's errors that are about the disk and not about what is on it, and those of them that may pass.
+_OF_THE_DISK: Final = frozenset(
+    (
+        *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+        *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED),
+    )
+)
+_PASSING: Final = frozenset((sqlite3.SQLITE_IOERR,))  # a busy one was waited for already
+
+
+def _primary(error: sqlite3.Error) -> int:
+    """SQLite's primary result code of an error; 0 for one of the binding's own."""
+    return int(getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
 
 
 def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
@@ -137,11 +159,10 @@ class Manifest:
             if not read_only:
                 self._database.execute("PRAGMA synchronous = FULL")
                 if version == 0:
-                    with self._transaction():
-                        for statement in _TABLES.split(";"):
-                            self._database.execute(statement)
-                        self._database.execute(f"PRAGMA user_version = {MANIFEST_VERSION}")
+                    self._write(self._make_tables)
         except sqlite3.DatabaseError as error:
+            if _primary(error) in _OF_THE_DISK:
+                raise self._failure(error) from error
             raise StorageError(
                 f"cannot read the manifest {path} ({error}); move the run directory away and run again"
             ) from error
@@ -150,29 +171,40 @@ class Manifest:
         """Close the database."""
         self._database.close()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All or nothing.
+    def _make_tables(self) -> None:
+        for statement in _TABLES.split(";"):
+            self._database.execute(statement)
+        self._database.execute(f"PRAGMA user_version = {MANIFEST_VERSION}")
+
+    def _write(self, work: Callable[[], object]) -> None:
+        """Do some work as one transaction, all or nothing; after an error that may pass, all of it again.
 
         Raises:
             StorageError: if the database or a file that it should record cannot be written or read.
         """
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
+        for number, delay in enumerate((*retries.CALL_DELAYS, None), start=1):
             try:
-                yield
-            except BaseException:
-                if self._database.in_transaction:  # a full disk has rolled it back already
-                    self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            raise self._failure(error) from error
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    work()
+                    self._database.execute("COMMIT")
+                except BaseException:
+                    with suppress(sqlite3.Error):  # what failed is what is said; the next to open it rolls back
+                        if self._database.in_transaction:  # a full disk has rolled it back already
+                            self._database.execute("ROLLBACK")
+                    raise
+            except (sqlite3.Error, OSError) as error:
+                passing = error.errno in TRANSIENT if isinstance(error, OSError) else _primary(error) in _PASSING
+                if delay is None or not passing:
+                    raise self._failure(error) from error
+                note_retry(f"writing {self._root / 'manifest'}", error, number, delay)
+                time.sleep(delay)
+            else:
+                return
 
     def set_meta(self, name: str, value: str) -> None:
         """Keep a named text."""
-        with self._transaction():
-            self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+        self._write(lambda: self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value)))
 
     def _read(self, statement: str, *values: str) -> list[Any]:
         """Rows of a query.
@@ -183,6 +215,8 @@ class Manifest:
         try:
             return self._database.execute(statement, values).fetchall()
         except sqlite3.Error as error:
+            if _primary(error) in _OF_THE_DISK:
+                raise self._failure(error, "read") from error
             raise StorageError(
                 f"cannot read the manifest in {self._root} ({error}); move the run directory away and run again"
             ) from error
@@ -198,7 +232,8 @@ class Manifest:
         Raises:
             StorageError: if the database cannot be written.
         """
-        with self._transaction():
+
+        def record() -> None:
             self._database.execute(
                 "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (receipt.key, receipt.to_json(), time.time())
             )
@@ -211,30 +246,38 @@ class Manifest:
                 ],
             )
 
-    def _failure(self, error: sqlite3.Error | OSError) -> StorageError:
-        """Say that the database could not be written, and when the disk is full what to do."""
+        self._write(record)
+
+    def _failure(self, error: sqlite3.Error | OSError, action: str = "write") -> StorageError:
+        """Say that the database could not be written or read, and what to do about it."""
+        path, kept = self._root / "manifest", "finished tiles are kept, run again"
         if isinstance(error, OSError):
-            return storage_error("writing", self._root / "manifest", error)
-        if "full" in str(error):
-            return storage_error("writing", self._root / "manifest", OSError(errno.ENOSPC, str(error)))
-        return StorageError(f"cannot write the manifest in {self._root}: {error}; finished tiles are kept, run again")
+            return storage_error("writing", path, error)
+        primary = _primary(error)
+        if primary == sqlite3.SQLITE_FULL or "full" in str(error):
+            return storage_error("writing", path, OSError(errno.ENOSPC, str(error)))
+        if primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            return StorageError(f"cannot {action} the manifest {path} ({error}); make the folder writable, {kept}")
+        return StorageError(f"cannot {action} the manifest in {self._root}: {error}; {kept}")
 
     def withdraw(self, keys: Iterable[str]) -> None:
         """Forget that tasks are finished, with their files."""
-        with self._transaction():
-            for key in keys:
-                self._database.execute("DELETE FROM tasks WHERE key = ?", (key,))
-                self._database.execute("DELETE FROM files WHERE task = ?", (key,))
+        gone = [(key,) for key in keys]
+
+        def forget() -> None:
+            self._database.executemany("DELETE FROM tasks WHERE key = ?", gone)
+            self._database.executemany("DELETE FROM files WHERE task = ?", gone)
+
+        self._write(forget)
 
     def distrust(self, paths: Iterable[str]) -> None:
         """Have files compared with their checksums at the next run, although nothing seems to have touched them."""
-        with self._transaction():
-            self._database.executemany("UPDATE files SET stamp = '' WHERE path = ?", [(path,) for path in paths])
+        named = [(path,) for path in paths]
+        self._write(lambda: self._database.executemany("UPDATE files SET stamp = '' WHERE path = ?", named))
 
     def forget_files(self, folder: str) -> None:
         """Forget every file below ``folder`` (a released pass); its tasks stay finished."""
-        with self._transaction():
-            self._database.execute("DELETE FROM files WHERE path GLOB ?", (f"{folder}/*",))
+        self._write(lambda: self._database.execute("DELETE FROM files WHERE path GLOB ?", (f"{folder}/*",)))
 
     def keys(self) -> list[str]:
         """Keys of all finished tasks."""

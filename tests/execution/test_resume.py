@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import ooc_ntk
-from ooc_ntk.errors import DataChangedError, IncompleteRunError, OocNtkError, RunLockedError
+from ooc_ntk.errors import DamagedFileError, DataChangedError, IncompleteRunError, OocNtkError, RunLockedError
 from ooc_ntk.execution import calibration, driver, prepare, session
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
@@ -268,7 +268,7 @@ def test_a_crash_around_any_commit_leaves_nothing_behind(tmp_path, expected, dat
 def test_a_kill_while_a_new_run_is_written_does_not_block_the_directory(tmp_path, monkeypatch, expected):
     out = tmp_path / "run"
 
-    def crash(*arguments):
+    def crash(*arguments, **options):
         raise Crash
 
     for name in ("create_run", "execute"):
@@ -446,6 +446,7 @@ def test_a_file_damaged_between_kill_and_resume_is_computed_again(
 
 
 @DAMAGE
+@pytest.mark.parametrize("repairs", [0, driver.REPAIRS], ids=["stops", "goes-on"])
 @pytest.mark.parametrize(
     ("dataflow", "file"),
     [
@@ -455,7 +456,7 @@ def test_a_file_damaged_between_kill_and_resume_is_computed_again(
     ],
 )
 def test_a_file_damaged_under_a_running_run_never_gives_a_wrong_kernel(
-    tmp_path, monkeypatch, expected, dataflow, file, damage, reason
+    tmp_path, monkeypatch, expected, dataflow, file, damage, reason, repairs
 ):
     out, original, done = tmp_path / "run", Manifest.commit, []
 
@@ -469,10 +470,37 @@ def test_a_file_damaged_under_a_running_run_never_gives_a_wrong_kernel(
                 done.append(receipt.key)
 
     monkeypatch.setattr(Manifest, "commit", commit)
-    with pytest.raises(OocNtkError, match=Path(file).name):
-        run(out, make_plan(dataflow))
+    monkeypatch.setattr(driver, "REPAIRS", repairs)
+    if repairs:
+        assert bits(run(out, make_plan(dataflow))) == expected(dataflow)
+    else:
+        with pytest.raises(OocNtkError, match=Path(file).name):
+            run(out, make_plan(dataflow))
     assert done
+    assert list(out.rglob("*.tmp-*")) == []
     assert bits(run(out)) == expected(dataflow)
+    assert leftovers(out) == []
+
+
+def test_a_file_that_is_damaged_again_and_again_stops_the_run(tmp_path, monkeypatch, expected):
+    out, file, original, done = tmp_path / "run", "tiles/jacobian.zarr/c/4/0/1", Manifest.commit, []
+
+    def commit(self, receipt):
+        original(self, receipt)
+        if receipt.key in ("kernel-0-1-0", "rows-0-4-0") and (out / file).exists():
+            flip(out / file)
+            done.append(receipt.key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "commit", commit)
+        with pytest.raises(DamagedFileError, match=r"c/4/0/1 is not what was committed; run again"):
+            run(out, make_plan("spill"))
+    assert done.count("rows-0-4-0") == driver.REPAIRS + 1
+    assert bits(run(out)) == expected("spill")
+
+
+def leftovers(out: Path) -> list[str]:
+    return [path.name for path in out.iterdir() if path.name in ("tiles", "pending")]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

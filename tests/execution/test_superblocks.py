@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ooc_ntk
+from ooc_ntk.execution import sums
 from ooc_ntk.planning.superblocks import panel_loads
 from tests import oracle, zoo
 from tests.zoo import zoo_case
@@ -75,6 +76,22 @@ def test_panels_that_are_kept_are_read_once_and_change_no_bits(order, capacity, 
     read = {each: ooc_ntk.info(each.path).bytes_read for each in (without, some)}
     assert read[without] == panel_loads(plan.superblocks).total() * panel
     assert read[without] - read[some] == kept.saved_bytes > 2 * panel
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mobilenet", "trace"), ("gpt", "full")])
+def test_sums_are_added_up_in_float64_on_disk_before_they_grow_inexact(name, kind, tmp_path, monkeypatch):
+    without = spilled(name, tmp_path / "without", "square", 4, kernel=kind)
+    monkeypatch.setattr(sums, "FOLDED_SPANS", 3)
+    found = spilled(name, tmp_path / "folded", "square", 4, kernel=kind)
+    assert len(found.plan.passes[0]) > 6
+    assert 0 < oracle.error(found, np.asarray(without)) < 2e-7
+    folds = (len(found.plan.passes[0]) - 1) // 3
+    edge = found.plan.tile_samples * found.plan.entries_per_sample
+    more = ooc_ntk.info(found.path).bytes_written - ooc_ntk.info(without.path).bytes_written
+    # Eight bytes an entry each time; the last row tile and the last column tile are narrower.
+    assert 0.7 < more / (8 * folds * edge**2 * found.plan.sample_grid.kernel_tile_count) <= 1
+    assert ooc_ntk.info(found.path).bytes_read - ooc_ntk.info(without.path).bytes_read == more
+    assert list(found.path.glob("tiles/*")) == []
 
 
 @pytest.mark.parametrize("scheduler", ["serial", "threads"])

@@ -7,9 +7,10 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from ooc_ntk.errors import StorageError
-from ooc_ntk.storage import atomic
-from ooc_ntk.storage.atomic import FileRecord, StagedFile, checksum_file, read_checked, read_stripes, write_whole
+from ooc_ntk.errors import StorageError, TransientStorageError
+from ooc_ntk.storage import atomic, retries
+from ooc_ntk.storage.atomic import FileRecord, StagedFile, write_whole
+from ooc_ntk.storage.reading import checksum_file, read_checked, read_stripes
 
 DATA = np.arange(1000, dtype="<f4")
 CRC = google_crc32c.value(DATA.tobytes())
@@ -85,6 +86,32 @@ def test_a_full_disk_is_said_so_and_nothing_is_left(operation, number, tmp_path,
     with pytest.raises(StorageError, match=r"the disk is full.*run the same command"):
         write_whole(tmp_path, "tile", b"some bytes")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "tries"), [(errno.EAGAIN, 3), (errno.EIO, 1), (errno.ETIMEDOUT, 1)])
+def test_a_write_goes_on_only_where_nothing_written_before_can_be_lost(number, tries, tmp_path, monkeypatch):
+    write, failed = os.write, []
+
+    def failing(descriptor, view):
+        if len(failed) < 3:
+            failed.append(1)
+            raise OSError(number, os.strerror(number))
+        return write(descriptor, view[:7])
+
+    monkeypatch.setattr(retries, "CALL_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "write", failing)
+    file = StagedFile(tmp_path, "tile")
+    if tries == 1:
+        with pytest.raises(TransientStorageError, match=r"writing .*tile failed"):
+            file.append(DATA)
+        file.discard()
+        assert names(tmp_path) == []
+    else:
+        file.append(DATA)
+        assert file.seal() == FileRecord("tile", 4000, CRC)
+        file.publish()
+        assert (tmp_path / "tile").read_bytes() == DATA.tobytes()
+    assert len(failed) == tries
 
 
 def test_another_failure_keeps_its_reason(tmp_path):
