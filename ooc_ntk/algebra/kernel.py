@@ -55,17 +55,21 @@ class Kernel:
         self.plan: Plan | None = plan
         manifest = Manifest(self.path, read_only=True)
         try:
-            kind, last = ("rows", 0) if plan.features_only else ("kernel", len(plan.passes) - 1)
-            done = sum(key.startswith(f"{kind}-{last}-") for key in manifest.receipts())
+            finished = manifest.receipts().keys()
         finally:
             manifest.close()
-        wanted = plan.sample_grid.row_tiles if plan.features_only else plan.sample_grid.kernel_tile_count
-        if done < wanted:
-            what = "feature" if plan.features_only else "kernel"
-            raise IncompleteRunError(
-                f"the run in {self.path} is not finished: {done} of {wanted} {what} tiles are there; "
-                "run the same command again to go on"
-            )
+        wanted: dict[str, tuple[str, int]] = {}
+        if plan.projection is not None:  # their features stay, and may be damaged when the kernel is whole
+            wanted["feature"] = ("rows-0-", plan.sample_grid.row_tiles)
+        if not plan.features_only:
+            wanted["kernel"] = (f"kernel-{len(plan.passes) - 1}-", plan.sample_grid.kernel_tile_count)
+        for what, (start, count) in wanted.items():
+            done = sum(key.startswith(start) for key in finished)
+            if done < count:
+                raise IncompleteRunError(
+                    f"the run in {self.path} is not finished: {done} of {count} {what} tiles are there; "
+                    "run the same command again to go on"
+                )
         self._features = None if plan.projection is None else run_features(self.path, plan)
         self._shape, self._train, self._test = plan.kernel_shape, plan.train_samples, plan.test_samples
         self._diagonal: NDArray[np.float64] | None = None

@@ -230,6 +230,7 @@ def execute(
             except DamagedFileError as error:
                 manifest.distrust([error.path])
                 raise
+        _check_undamaged(directory, manifest)
         _sweep_away(directory)
     finally:
         manifest.close()
@@ -322,6 +323,16 @@ def _create_arrays(context: RunContext, manifest: Manifest) -> None:
         layers_array(context.kernel_array, len(plan.layers)).create({**attributes, "layers": list(plan.layers)})
     if isinstance(context.store, DiskStore):
         context.store.create(attributes)
+
+
+def _check_undamaged(directory: RunDirectory, manifest: Manifest) -> None:
+    """Refuse to call a run finished whose files something else changed while it ran.
+
+    Raises:
+        DamagedFileError: naming one of them.
+    """
+    for path, reason in manifest.damage(thorough=False).reasons.items():
+        raise DamagedFileError(path, f"{directory.root / path} {reason}; run again: it will be computed anew")
 
 
 def _sweep_away(directory: RunDirectory) -> None:

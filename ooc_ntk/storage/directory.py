@@ -88,7 +88,8 @@ class RunDirectory:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file: IO[str] = (self.root / "lock").open("a+")
+            # Unbuffered: on a full disk a buffer would fail once more when the file is closed.
+            file: IO[bytes] = (self.root / "lock").open("ab+", buffering=0)
         except OSError as error:
             raise storage_error("opening", self.root / "lock", error) from error
         with file:
@@ -96,13 +97,15 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
+                holder = file.read().decode().strip() or "unknown"
                 raise RunLockedError(
                     f"another run (process {holder}) is using {self.root}; wait for it or choose another --out"
                 ) from error
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            try:
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n".encode())
+            except OSError as error:
+                raise storage_error("writing", self.root / "lock", error) from error
             yield
 
     def write_text(self, path: Path, text: str) -> None:
