@@ -27,6 +27,9 @@ from .subjects import SUBJECTS, write_samples
 #: Scenarios of the whole.
 WHOLE: Final = 200
 
+#: Scenarios that are always tested: every kind of fault and every job is among them.
+SUBSET: Final = 40
+
 #: Exit codes of a run that was asked to stop by SIGTERM.
 STOPPED: Final = (143, 130)
 
@@ -507,6 +510,7 @@ def play(chosen: Scenario, laboratory: Laboratory) -> list[Outcome]:
         AssertionError: naming the scenario and the step, if anything did not hold.
     """
     found: list[Outcome] = []
+    laboratory.reference(chosen.subject)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=places.memory_folder(), prefix="ooc-ntk-")))
         disk = folder / "disk"

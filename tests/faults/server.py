@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -122,8 +125,27 @@ def _serve() -> None:
 
 
 def _warm_up() -> None:
-    """Import what the command line imports late."""
-    import typer.rich_utils  # noqa: F401
+    """Import what a run imports late, as a child that plans and runs a job finds out."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        if not (pid := os.fork()):
+            _become(_imported, str(data / "log"), {"data": data})
+        os.waitpid(pid, 0)
+        for name in (data / "modules").read_text().split():
+            with suppress(Exception):
+                importlib.import_module(name)
+
+
+def _imported(data: Path) -> int:
+    """Plan and run a job, and write down the names of all modules."""
+    from . import child, subjects
+
+    subjects.write_samples(data)
+    plan, out, nothing = (str(data / name) for name in ("plan.json", "run", "nothing"))
+    child.plan("spill", str(data), plan)
+    child.run("spill", str(data), plan, out, "threads", None, nothing, nothing)
+    (data / "modules").write_text("\n".join(sys.modules))
+    return 0
 
 
 def _become(call: Any, log: str, arguments: dict[str, Any]) -> None:
