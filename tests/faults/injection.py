@@ -1,4 +1,4 @@
-"""Faults at the file layer: the k-th call of a kind on the run's files fails, is cut short or is the last of the process."""
+"""Faults at the file layer: the k-th call of a kind on the run's files fails, is cut short or ends the process."""
 
 from __future__ import annotations
 
