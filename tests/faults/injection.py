@@ -134,10 +134,11 @@ class FileLayer:
             half()
         if chosen.action in ("torn", "error"):
             raise self._error(operations)
-        result = act()
-        if chosen.action == "kill-after":
-            self._die()
-        return result
+        try:
+            return act()
+        finally:  # a folder that is there already is a call as well
+            if chosen.action == "kill-after":
+                self._die()
 
     def _die(self, delay: float = 0.0) -> None:
         end = time.perf_counter() + delay

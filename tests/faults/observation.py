@@ -16,6 +16,7 @@ import numpy as np
 
 import ooc_ntk
 from ooc_ntk.errors import IncompleteRunError, StorageError
+from ooc_ntk.execution.status import AUDIT
 from ooc_ntk.execution.stores import FACTORS, FEATURES, HEAVY, JACOBIAN
 
 #: Where tiles of Jacobian rows are; rows whose tiles are in memory, or released, may have to be derived again.
@@ -96,8 +97,8 @@ def reference_of(out: Path, counts: dict[str, int]) -> Reference:
 
 
 def names(out: Path) -> set[str]:
-    """Every file of a run directory."""
-    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    """Every file of a run directory but what an audit leaves."""
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {AUDIT}
 
 
 def is_whole(out: Path, path: str, file: File) -> bool:
