@@ -20,7 +20,8 @@ from ooc_ntk.execution.status import AUDIT
 from ooc_ntk.execution.stores import FACTORS, FEATURES, HEAVY, JACOBIAN
 
 #: Where tiles of Jacobian rows are; rows whose tiles are in memory, or released, may have to be derived again.
-TILES: Final = (JACOBIAN, FACTORS, FEATURES, HEAVY)
+SPILLED: Final = (JACOBIAN, FACTORS)
+KEPT: Final = (FEATURES, HEAVY)
 
 
 #: Marks of files that are being written: the engine's, and Zarr's for metadata.
@@ -116,7 +117,9 @@ def family(key: str) -> tuple[str, str]:
     return kind, place
 
 
-def check_kept(before: Snapshot, after: Snapshot, damaged: Iterable[str], ever_damaged: bool, wanted: int) -> None:
+def check_kept(
+    before: Snapshot, after: Snapshot, damaged: Iterable[str], ever_damaged: bool, wanted: frozenset[str]
+) -> None:
     """No finished task is lost, or done again without need.
 
     Args:
@@ -124,11 +127,14 @@ def check_kept(before: Snapshot, after: Snapshot, damaged: Iterable[str], ever_d
         after: the manifest after it.
         damaged: files that faults have damaged and that were not computed again yet, as of ``before``.
         ever_damaged: whether any file was damaged so far.
-        wanted: number of tasks of a finished run.
+        wanted: keys of the tasks of a finished run.
     """
     undone = {family(before.files[path].task) for path in damaged if path in before.files}
-    stored = {file.task for path, file in before.files.items() if path.startswith(TILES)}
-    unfinished = len(before.tasks) < wanted or bool(undone)
+    # Spilled tiles are forgotten array by array once every kernel tile is there.
+    releasing = all(key in before.tasks for key in wanted if key.startswith("kernel"))
+    tiles = KEPT if releasing else (*SPILLED, *KEPT)
+    stored = {file.task for path, file in before.files.items() if path.startswith(tiles)}
+    unfinished = len(before.tasks) < len(wanted) or bool(undone)
     for key, committed in before.tasks.items():
         if after.tasks.get(key) == committed or family(key) in undone:
             continue

@@ -216,7 +216,7 @@ class Stage:
             chance: whether the kernel is opened, which has SQLite roll back what a kill left.
         """
         now = snapshot(self.out)
-        observation.check_kept(self.before, now, self.damaged, self.ever_damaged, len(self.reference.tasks))
+        observation.check_kept(self.before, now, self.damaged, self.ever_damaged, self.reference.tasks)
         self.damaged = {
             path
             for path in self.damaged

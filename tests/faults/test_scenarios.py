@@ -82,7 +82,7 @@ def test_a_wrong_kernel_with_right_checksums_is_seen(copy):
 
 def test_lost_and_repeated_tasks_are_seen(copy):
     out, reference = copy
-    seen, wanted = observation.snapshot(out), len(reference.tasks)
+    seen, wanted = observation.snapshot(out), reference.tasks
 
     def check(key: str, committed: float | None, damaged=()) -> None:
         tasks = {name: time for name, time in seen.tasks.items() if name != key}
