@@ -55,16 +55,23 @@ class Kernel:
         self.plan: Plan | None = plan
         manifest = Manifest(self.path, read_only=True)
         try:
-            done = plan.finished_tiles(manifest.keys())
+            finished = manifest.keys()
         finally:
             manifest.close()
-        wanted = plan.tile_count
-        if done < wanted:
-            what = "feature" if plan.features_only else "kernel"
-            raise IncompleteRunError(
-                f"the run in {self.path} is not finished: {done} of {wanted} {what} tiles are there; "
-                "run the same command again to go on"
-            )
+        wanted = (
+            {}
+            if plan.features_only
+            else {"kernel": (plan.finished_tiles(finished), plan.sample_grid.kernel_tile_count)}
+        )
+        if plan.projection is not None:  # their features stay, and may be damaged when the kernel is whole
+            rows = sum(key.startswith("rows-0-") for key in finished)
+            wanted = {"feature": (rows, plan.sample_grid.row_tiles), **wanted}
+        for what, (done, count) in wanted.items():
+            if done < count:
+                raise IncompleteRunError(
+                    f"the run in {self.path} is not finished: {done} of {count} {what} tiles are there; "
+                    "run the same command again to go on"
+                )
         self._features = None if plan.projection is None else run_features(self.path, plan)
         self._shape, self._train, self._test = plan.kernel_shape, plan.train_samples, plan.test_samples
         self._diagonal: NDArray[np.float64] | None = None

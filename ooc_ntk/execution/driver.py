@@ -284,8 +284,18 @@ class _Session:
                 manifest.distrust([error.path])
                 if last:
                     raise
-                return str(error).partition(";")[0]
+                return _brief(error)
+        for path, reason in manifest.damage(thorough=False).reasons.items():  # something else changed it meanwhile
+            changed = DamagedFileError(path, f"{directory.root / path} {reason}; run again: it will be computed anew")
+            if last:
+                raise changed
+            return _brief(changed)
         return None
+
+
+def _brief(error: DamagedFileError) -> str:
+    """What is wrong with a file, without what to do about it."""
+    return str(error).partition(";")[0]
 
 
 def planned_structure(plan: Plan, prepared: PreparedJob) -> Structure:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ooc_ntk.errors import RunConflictError, StorageError
 
@@ -15,6 +15,9 @@ from .atomic import TEMPORARY, write_whole
 from .lock import HELD, LOCK, hold
 from .manifest import Receipt
 from .retries import retried, storage_error
+
+#: Names of metadata that Zarr was writing (it renames them when they are whole).
+ZARR_TEMPORARY: Final = "zarr.*.partial"
 
 
 class RunDirectory:
@@ -97,7 +100,9 @@ class RunDirectory:
     def sweep(self) -> int:
         """Delete files that were being written when a run stopped; returns how many."""
         count = 0
-        for path in [*self.root.rglob(f"*{TEMPORARY}*"), *self.root.glob(".weights.safetensors.*")]:
+        unfinished = (f"*{TEMPORARY}*", ZARR_TEMPORARY)
+        found = [path for pattern in unfinished for path in self.root.rglob(pattern)]
+        for path in [*found, *self.root.glob(".weights.safetensors.*")]:
             with suppress(OSError):
                 path.unlink()
                 count += 1

@@ -93,7 +93,8 @@ def hold(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file: IO[str] = (root / LOCK).open("a+")
+        # Unbuffered: on a full disk a buffer would fail once more when the file is closed.
+        file: IO[bytes] = (root / LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise storage_error("opening", root / LOCK, error) from error
     with file:
@@ -104,8 +105,7 @@ def hold(root: Path) -> Iterator[None]:
             if supported:
                 try:
                     file.truncate(0)
-                    file.write(f"{os.getpid()}\n")
-                    file.flush()
+                    file.write(f"{os.getpid()}\n".encode())
                 except OSError as error:
                     raise storage_error("writing", root / LOCK, error) from error
             yield
@@ -113,7 +113,7 @@ def hold(root: Path) -> Iterator[None]:
             _give_back(root)
 
 
-def _flocked(file: IO[str], root: Path) -> bool:
+def _flocked(file: IO[bytes], root: Path) -> bool:
     """Lock the open file; returns whether the file system can."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,7 +124,7 @@ def _flocked(file: IO[str], root: Path) -> bool:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
             raise storage_error("locking", root / LOCK, error) from error
         file.seek(0)
-        holder = file.read().strip() or "unknown"
+        holder = file.read().decode().strip() or "unknown"
         raise RunLockedError(
             f"another run (process {holder}) is using {root}; wait for it or choose another --out"
         ) from error

@@ -26,6 +26,7 @@ from ooc_ntk.execution.audit_features import FeatureReference
 from ooc_ntk.planning.memory import DEVICE_CHUNKS, SketchChunks
 from ooc_ntk.planning.projection import KINDS
 from ooc_ntk.planning.rates import UNCALIBRATED
+from ooc_ntk.storage.manifest import Manifest
 from tests import oracle, zoo
 from tests.cases import FLOAT64, NAMES, TRAIN, Branching, TiedTokens, case, digits
 from tests.zoo import zoo_case
@@ -827,6 +828,16 @@ def test_a_damaged_tile_of_features_is_named_and_made_again(file, damage, tmp_pa
     ooc_ntk.run(seeded_job(batch_size=2), out, progress=False)
     assert bits(out) == before
     assert ooc_ntk.verify(out, seeded_job(batch_size=2)).passed
+
+
+def test_a_whole_kernel_without_all_features_does_not_open(tmp_path):
+    out = run_plan(tiled_plan(), tmp_path / "run")
+    # So a run is left that was killed after it had found damaged features.
+    manifest = Manifest(out)
+    manifest.withdraw(["rows-0-2-0"])
+    manifest.close()
+    with pytest.raises(IncompleteRunError, match="6 of 7 feature tiles"):
+        ooc_ntk.open(out)
 
 
 @pytest.fixture

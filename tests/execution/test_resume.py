@@ -451,6 +451,7 @@ def test_a_file_damaged_between_kill_and_resume_is_computed_again(
     ("dataflow", "file"),
     [
         ("spill", "tiles/jacobian.zarr/c/4/0/1"),
+        ("spill", "kernel.zarr/c/1/0"),  # which nothing reads again
         ("recompute", "tiles/partial-0/5.0"),
         ("recompute", "tiles/diagonal-0/5"),
     ],

@@ -1,5 +1,7 @@
 """The run directory: its lock, what is swept, what is refused."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -53,12 +55,33 @@ def test_what_was_being_written_is_swept_and_nothing_else(tmp_path):
     write_whole(tmp_path, "kernel.zarr/c/0/0", b"whole")
     write_whole(tmp_path, "plan.json", b"{}")
     staged = StagedFile(tmp_path, "kernel.zarr/c/0/1"), StagedFile(tmp_path, "top")
-    assert directory.sweep() == 2
+    (tmp_path / "kernel.zarr" / "zarr.0123456789abcdef0123456789abcdef.partial").touch()  # as Zarr names it
+    (tmp_path / "zarr.0123456789abcdef0123456789abcdef.partial").touch()
+    assert directory.sweep() == 4
     assert directory.sweep() == 0
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert files == ["kernel.zarr/c/0/0", "plan.json"]
     for file in staged:
         file.discard()
+
+
+def test_a_lock_that_cannot_be_written_is_a_storage_error_and_let_go(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    directory, original = RunDirectory(tmp_path), io.open
+
+    def opened(file, *given, **more):
+        return (
+            type("Full", (io.FileIO,), {"write": full})(file, "ab+") if str(file).endswith("lock") else original(file)
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", opened)
+        with pytest.raises(StorageError, match=r"disk is full.*lock"), directory.locked():
+            raise AssertionError("locked")
+    with directory.locked():
+        pass
 
 
 def test_pending_receipts_there_and_back(tmp_path):

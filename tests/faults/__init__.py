@@ -1,0 +1,1 @@
+"""Randomised faults: a run is killed, starved of space or damaged at random moments, and never gives a wrong number."""
