@@ -22,6 +22,7 @@ from .execution.audit import AUDITED_SAMPLES, Audit, audit
 from .execution.checkpoints import Weights
 from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
+from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
@@ -62,6 +63,7 @@ __all__ = [
     "Solution",
     "calibrate",
     "describe_job",
+    "extend",
     "forget_layer_rule",
     "info",
     "info_checkpoints",
@@ -71,6 +73,7 @@ __all__ = [
     "open_checkpoints",
     "open_features",
     "plan",
+    "recover",
     "run",
     "run_checkpoints",
     "verify",
@@ -149,6 +152,61 @@ def run(
     asked = Asked(plan=plan, budget=budget, preferences=preferences)
     run_job(job, run_directory(out), asked, executor_named(scheduler), progress)
     return Kernel(out)
+
+
+def extend(
+    path: str | Path,
+    train: object,
+    *,
+    job: Job | None = None,
+    budget: Budget | None = None,
+    progress: bool | Observer = True,
+    scheduler: str | None = None,
+) -> Kernel:
+    """Append train samples to a finished run: only their rows and columns are computed, the others are copied.
+
+    A new generation is written beside the run and then swapped in, so that the run is the old kernel or the new one at
+    any time, and both are on disk for a while. Called again after a stop, it goes on; called again with the samples
+    that were appended last, it does nothing. Kernels that were opened before must be opened again.
+
+    Args:
+        path: the run directory.
+        train: what to append, as ``train`` of a job, or a data spec; samples that are there already may come again.
+        job: the job of the run as it is, needed only where it was made from live objects.
+        budget: limits for the new generation.
+        progress: whether to show progress on the terminal, or an observer.
+        scheduler: ``threads`` (default) or ``serial``.
+
+    Returns:
+        The grown kernel; its rows are the train samples as they were, the new ones, then the test samples.
+
+    Raises:
+        InputError: if there are no new samples, or they do not join the old ones, or the directory holds checkpoints.
+        RunConflictError: if the job is not that of the run, or another extension of it is unfinished.
+        BudgetError: if no plan fits, or both generations do not fit on the disk.
+        IncompleteRunError: if the run is not finished.
+        StorageError: if there is no run.
+        OocNtkError: as :func:`run`.
+    """
+    recover(path)
+    names = [entry["name"] for entry in read_index(Path(path)) or []]
+    if names:
+        raise InputError(
+            f"{path} holds several checkpoints, a run in each folder; extend each, for example {Path(path) / names[0]}"
+        )
+    Kernel(path)  # a run that is not there, or not finished, is refused
+    if isinstance(train, str) and not (("_" in train) and parse_seed_name(train)):
+        train = absolute_spec(train, None, "train")
+    if job is None:
+        stored = read_job_file(RunDirectory(path).job_path)
+        if stored.train == LIVE or stored.test == LIVE:
+            raise InputError(
+                f"the run in {path} was made from live Python objects; give its job as it was, "
+                "ooc_ntk.extend(path, train, job=job)"
+            )
+        job = describe_job(None, {}, run=path)[0]
+    extend_run(path, train, job, budget, executor_named(scheduler), progress)
+    return Kernel(path)
 
 
 def run_checkpoints(

@@ -15,16 +15,21 @@ from ooc_ntk.errors import OocNtkError, RunInterrupted
 
 from .flags import JobFlags, with_job_flags
 from .options import (
+    DataDirOption,
+    DeviceMemoryOption,
     DeviceOption,
+    DiskOption,
+    HostOption,
     ManyWeights,
+    MoreOption,
     ModelOption,
     OutputsOption,
     ProfileOption,
     RunArgument,
+    SchedulerOption,
     TestOption,
     TrainOption,
     WeightsOption,
-    complete,
 )
 
 #: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C.
@@ -100,12 +105,7 @@ def run(
     flags: JobFlags,
     out: Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run in it goes on.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan written by 'ooc-ntk plan --save'.")] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            "--scheduler", help="threads or serial. (default: threads)", autocompletion=complete("threads", "serial")
-        ),
-    ] = None,
+    scheduler: SchedulerOption = None,
     profile: ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
@@ -172,6 +172,43 @@ def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, schedul
     if not quiet:
         _print(checkpoints_table(api.info_checkpoints(out), drift))
         typer.echo(f"\nmean kernel: {out}/mean/kernel.zarr   check all: ooc-ntk verify {shlex.quote(str(out))}")
+
+
+@app.command(cls=ManyWeights)
+def extend(
+    run: RunArgument,
+    train: MoreOption,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    outputs: OutputsOption = None,
+    data_dir: DataDirOption = None,
+    host_memory: HostOption = None,
+    device_memory: DeviceMemoryOption = None,
+    disk: DiskOption = None,
+    scheduler: SchedulerOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+) -> None:
+    """Append train samples to a finished run: only their rows and columns are computed. Typed again, it goes on."""
+    with _reporting_errors():
+        from ooc_ntk import api
+        from ooc_ntk.report.tables import info_table
+
+        given = JobFlags(
+            model=model,
+            weights=weights,
+            outputs=outputs,
+            data_dir=data_dir,
+            host_memory=host_memory,
+            device_memory=device_memory,
+            disk=disk,
+        )
+        api.recover(run)
+        wanted, budget = given.describe(run) if api.is_run(run) else (None, None)
+        grown = api.extend(run, train, job=wanted, budget=budget, scheduler=scheduler, progress=not quiet)
+        if not quiet:
+            _print(info_table(api.info(run)))
+            what = "features" if grown.plan is not None and grown.plan.features_only else "kernel"
+            typer.echo(f"\n{what}: {run}/{what}.zarr   check it: ooc-ntk verify {shlex.quote(str(run))}")
 
 
 @app.command()

@@ -45,11 +45,24 @@ def perform(context: RunContext, task: Task, *upstream: Receipt) -> Receipt:
         outcome = derive_rows(context, task, earlier or context.digests.get(task.row))
     else:
         outcome = contract_tile(context, task)
-    return _publish(context, task, outcome, start)
+    return publish(context, task, outcome, start)
 
 
-def _publish(context: RunContext, task: Task, outcome: Outcome, start: float) -> Receipt:
-    """Sync every file, leave the receipt for a possible adoption, then rename."""
+def publish(context: RunContext, task: Task, outcome: Outcome, start: float) -> Receipt:
+    """Sync every file, leave the receipt for a possible adoption, then rename.
+
+    Args:
+        context: what the tasks of this process share.
+        task: the task.
+        outcome: what its body left behind.
+        start: when it began, by ``time.perf_counter``.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        StorageError: if files cannot be written; nothing of the task is left then.
+    """
     records: list[FileRecord] = []
     try:
         with context.phase("commit"):

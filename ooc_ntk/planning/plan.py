@@ -14,6 +14,7 @@ from ooc_ntk.units import format_bytes, format_count, format_seconds, held_item_
 
 from .budget import Limits
 from .factors import LayerFactors, Window
+from .growth import Grown
 from .layers import layer_names
 from .layout import Dataflow, Layout
 from .projection import Projection
@@ -134,7 +135,8 @@ class Plan:
     assembled, and ``heavy`` are the heaviest parameters by their global index, whose gradients are kept beside the
     features for the error bars. ``head`` is the linear head that has fewer rows than outputs,
     ``by_layer`` says that every layer's summand of the kernel is kept as well, and ``by_length`` that the texts of a
-    tile are derived from short to long, each batch cut at its longest.
+    tile are derived from short to long, each batch cut at its longest. ``grown`` is the finished run whose entries are
+    copied and not computed, if there is one.
     """
 
     kernel: str
@@ -183,6 +185,7 @@ class Plan:
     head: HeadRows | None = None
     by_layer: bool = False
     by_length: bool = False
+    grown: Grown | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -247,6 +250,8 @@ class Plan:
             covered["by_length"] = True
         if self.head is not None:
             covered["head"] = asdict(self.head)
+        if self.grown is not None:
+            covered["grown"] = asdict(self.grown)
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
         covered["blocks"] = [
             [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction, b.source, _shape(b.factors)]
@@ -289,6 +294,8 @@ class Plan:
             fields["heavy"] = tuple(fields["heavy"])
             if fields.get("head") is not None:
                 fields["head"] = HeadRows(**fields["head"])
+            if fields.get("grown") is not None:
+                fields["grown"] = Grown(**fields["grown"])
             if fields["projection"] is not None:
                 fields["projection"] = Projection(**fields["projection"])
             plan = cls(**fields)

@@ -174,6 +174,7 @@ def info_table(info: RunInfo) -> RenderableType:
             *plan.summary()[: 4 if plan.projection is None else 6],
             *((name, digest) for name, digest in sorted(info.job_digests.items())),
             ("plan", plan.digest),
+            *(("grown", line) for line in _grown(info)),
             ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
         ]
     )
@@ -211,6 +212,15 @@ def info_table(info: RunInfo) -> RenderableType:
     if info.layer_traces:
         parts += [Text(), _layers(info)]
     return Group(*parts)
+
+
+def _grown(info: RunInfo) -> list[str]:
+    """What a run was grown from, generation by generation."""
+    sizes = [*(entry["train_samples"] for entry in info.history), info.plan.train_samples]
+    return [
+        f"from {entry['train_samples']:,} to {after:,} train samples (plan {entry['plan'][:8]})"
+        for entry, after in zip(info.history, sizes[1:], strict=True)
+    ]
 
 
 def _layers(info: RunInfo) -> Table:
