@@ -62,6 +62,7 @@ __all__ = [
     "RunInfo",
     "Solution",
     "calibrate",
+    "check_extendable",
     "describe_job",
     "extend",
     "forget_layer_rule",
@@ -73,7 +74,6 @@ __all__ = [
     "open_checkpoints",
     "open_features",
     "plan",
-    "recover",
     "run",
     "run_checkpoints",
     "verify",
@@ -188,25 +188,40 @@ def extend(
         StorageError: if there is no run.
         OocNtkError: as :func:`run`.
     """
+    check_extendable(path, described=job is None)
+    if isinstance(train, str) and not ("_" in train and parse_seed_name(train)):
+        train = absolute_spec(train, None, "train")
+    job = job or describe_job(None, {}, run=path)[0]
+    extend_run(path, train, job, budget, executor_named(scheduler), progress)
+    return Kernel(path)
+
+
+def check_extendable(path: str | Path, *, described: bool = True) -> None:
+    """Refuse a directory that cannot be extended; complete an extension that was cut off in its last step.
+
+    Args:
+        path: the run directory.
+        described: whether its job is made again from the stored job file.
+
+    Raises:
+        InputError: if the directory holds checkpoints, or a job file that live data cannot be made from again.
+        IncompleteRunError: if the run is not finished.
+        StorageError: if there is no run.
+    """
     recover(path)
     names = [entry["name"] for entry in read_index(Path(path)) or []]
     if names:
         raise InputError(
             f"{path} holds several checkpoints, a run in each folder; extend each, for example {Path(path) / names[0]}"
         )
-    Kernel(path)  # a run that is not there, or not finished, is refused
-    if isinstance(train, str) and not (("_" in train) and parse_seed_name(train)):
-        train = absolute_spec(train, None, "train")
-    if job is None:
+    Kernel(path)
+    if described:
         stored = read_job_file(RunDirectory(path).job_path)
-        if stored.train == LIVE or stored.test == LIVE:
+        if LIVE in (stored.train, stored.test):
             raise InputError(
-                f"the run in {path} was made from live Python objects; give its job as it was, "
+                f"the run in {path} was made from live Python data; extend it from Python with its job as it was, "
                 "ooc_ntk.extend(path, train, job=job)"
             )
-        job = describe_job(None, {}, run=path)[0]
-    extend_run(path, train, job, budget, executor_named(scheduler), progress)
-    return Kernel(path)
 
 
 def run_checkpoints(

@@ -191,6 +191,7 @@ def extend(
     """Append train samples to a finished run: only their rows and columns are computed. Typed again, it goes on."""
     with _reporting_errors():
         from ooc_ntk import api
+        from ooc_ntk.errors import InputError
         from ooc_ntk.report.tables import info_table
 
         given = JobFlags(
@@ -202,8 +203,10 @@ def extend(
             device_memory=device_memory,
             disk=disk,
         )
-        api.recover(run)
-        wanted, budget = given.describe(run) if api.is_run(run) else (None, None)
+        api.check_extendable(run)
+        if given.checkpoints:
+            raise InputError(f"a run has one set of weights, got {len(given.checkpoints)}; give one with --weights")
+        wanted, budget = given.describe(run)
         grown = api.extend(run, train, job=wanted, budget=budget, scheduler=scheduler, progress=not quiet)
         if not quiet:
             _print(info_table(api.info(run)))

@@ -101,11 +101,11 @@ def extend_run(
         grown = job.extend(train)
         opened.callback(grown.train_source().close)
         more = _appended(old.reader.train, grown.train_source())
-        if _is_there(run, old, more):
-            return
-        new = prepare(grown)
-        if _digests(run) == new.digests:
-            logger.info("%s has these samples already", run.root)
+        repeated = _is_there(run, old, more)
+        new = None if repeated else prepare(grown)
+        if new is None or _digests(run) == new.digests:
+            with TerminalProgress.of(progress) as observer:
+                (observer or Observer()).say("nothing to do: these samples were appended last")
             return
         check_same_job(run, old.digests, "only the same model, weights and data can be gone on from")
         if new.digests["kernel"] != old.digests["kernel"]:
@@ -157,10 +157,7 @@ def _appended(before: SampleSource, after: SampleSource) -> str:
 
 def _is_there(run: RunDirectory, old: PreparedJob, more: str) -> bool:
     """Whether a run was extended by these samples last, and the same command was only typed again."""
-    if _digests(run) != old.digests or _note(run, APPENDED) != more:
-        return False
-    logger.info("%s was extended by these samples already", run.root)
-    return True
+    return _digests(run) == old.digests and _note(run, APPENDED) == more
 
 
 def _check_next(places: Generations) -> None:

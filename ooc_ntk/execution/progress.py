@@ -83,11 +83,8 @@ class TerminalProgress:
             self._bars.start()
 
     def say(self, text: str) -> None:
-        """Print a line, no more than one in ten seconds where there is no terminal."""
-        now = time.monotonic()
-        if self._stream.isatty() or now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            self._line(text)
+        """Print a line."""
+        self._line(text)
 
     def advance(self, phase: str, amount: float) -> None:
         """Note that work was done."""

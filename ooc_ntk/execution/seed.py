@@ -24,6 +24,7 @@ from ooc_ntk.storage.manifest import Manifest, Receipt
 from .context import Outcome, RunContext
 from .contraction import kernel_path
 from .layers import layers_array
+from .progress import LINE_SECONDS
 from .resume import adopt
 from .rows import diagonal_path, stage_diagonal
 from .stores import FEATURES, HEAVY, FeatureStore, heavy_array
@@ -110,7 +111,7 @@ def seed(context: RunContext, manifest: Manifest, old: FinishedRun, say: Callabl
     last = len(plan.passes) - 1
     tasks = list(_kept_tasks(plan))
     _withdraw_damaged(manifest, {task.key for task in tasks}, last)
-    finished, copied = set(manifest.receipts()), 0
+    finished, copied, said = set(manifest.receipts()), 0, time.monotonic()
     for number, task in enumerate(tasks):
         if task.key in finished:
             continue
@@ -133,7 +134,9 @@ def seed(context: RunContext, manifest: Manifest, old: FinishedRun, say: Callabl
             raise
         _commit(context, manifest, publish(context, task, outcome, start))
         copied += 1
-        say(f"copied {number + 1:,} of {len(tasks):,} finished tiles")
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            say(f"copied {number + 1:,} of {len(tasks):,} finished tiles")
     return copied
 
 

@@ -38,7 +38,7 @@ HISTORY: Final = "history"
 _OURS: Final = (
     *("plan.json", "job.toml", "manifest", "lock", "weights.safetensors", "receipts.jsonl", "kernel.zarr"),
     *("layers.zarr", "diagonal", "features.zarr", "heavy.zarr", "tiles", "pending", "audit.json", "attribution.zarr"),
-    "report.html",
+    *("report.html", "zarr.json"),
 )
 
 
