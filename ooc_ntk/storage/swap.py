@@ -1,8 +1,9 @@
 """Swapping in a new generation of a run directory: either the old kernel is there, whole, or the new one.
 
 The new generation is written in a hidden folder beside the run (``.NAME.next``), exchanged with it in one step where
-the file system can do that, and the old one is then deleted. Elsewhere the old one is first renamed (``.NAME.previous``);
-whatever a kill leaves is told apart by the digests of the plans and completed by :func:`complete_swap`.
+the file system can do that, and the old one is then deleted. Elsewhere the old one is first renamed
+(``.NAME.previous``). Whatever a kill leaves is told apart by the digests of the plans and completed by
+:func:`complete_swap`.
 """
 
 from __future__ import annotations
