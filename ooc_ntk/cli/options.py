@@ -357,7 +357,7 @@ MoreOption = Annotated[
     str,
     typer.Option(
         "--train",
-        help="Train data to append, in the form of the run's: mnist5k[4000:5000], more.npy[0:500]; ' + ' joins several.",
+        help="Train data to append, in the form of the run's: mnist5k[4000:5000], more.npy; ' + ' joins several.",
         rich_help_panel=_WHAT,
         autocompletion=_complete_data,
         show_default=False,

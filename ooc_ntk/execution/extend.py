@@ -96,19 +96,19 @@ def extend_run(
     _check_place(places)
     run, coming = RunDirectory(places.run), RunDirectory(places.next)
     with run.locked(), ExitStack() as opened:
-        old = prepare(job)
-        opened.callback(old.reader.close)
+        old = prepare(job).digests  # nothing else of it is kept: the model may be large
+        opened.callback(job.train_source().close)
         grown = job.extend(train)
         opened.callback(grown.train_source().close)
-        more = _appended(old.reader.train, grown.train_source())
-        repeated = _is_there(run, old, more)
+        more = _appended(job.train_source(), grown.train_source())
+        repeated = _digests(run) == old and _note(run, APPENDED) == more  # typed again after it was done
         new = None if repeated else prepare(grown)
         if new is None or _digests(run) == new.digests:
             with TerminalProgress.of(progress) as observer:
                 (observer or Observer()).say("nothing to do: these samples were appended last")
             return
-        check_same_job(run, old.digests, "only the same model, weights and data can be gone on from")
-        if new.digests["kernel"] != old.digests["kernel"]:
+        check_same_job(run, old, "only the same model, weights and data can be gone on from")
+        if new.digests["kernel"] != old["kernel"]:
             raise InputError(
                 f"outputs={job.outputs!r} are made of the train samples, so more of them change every entry: nothing "
                 "can be kept; run the job with all samples in another --out"
@@ -155,11 +155,6 @@ def _appended(before: SampleSource, after: SampleSource) -> str:
     return more[0].digest() if len(more) == 1 else JoinedSource(more).digest()
 
 
-def _is_there(run: RunDirectory, old: PreparedJob, more: str) -> bool:
-    """Whether a run was extended by these samples last, and the same command was only typed again."""
-    return _digests(run) == old.digests and _note(run, APPENDED) == more
-
-
 def _check_next(places: Generations) -> None:
     """Refuse a folder of someone else where the next generation goes."""
     try:
@@ -181,17 +176,22 @@ def _plan_of(places: Generations, new: PreparedJob, budget: Budget | None, befor
                 f"another extension of {places.run}, to {plan.train_samples:,} train samples, was begun in "
                 f"{places.next}; type its command again to finish it, or delete that folder to drop it"
             )
+        if plan.device != new.device:
+            raise RunConflictError(
+                f"the extension of {places.run} was begun on {plan.device}, the job is for {new.device} now; give the "
+                f"job device={plan.device!r}, or delete {places.next} to begin anew"
+            )
         check_budget(plan, budget)
         return plan
     return _grown_plan(places, stored, new, budget, before)
 
 
-def _notes(run: RunDirectory, old: PreparedJob, more: str) -> dict[str, str]:
+def _notes(run: RunDirectory, old: dict[str, str], more: str) -> dict[str, str]:
     """What the next generation's manifest says of the ones before it."""
     stored = Plan.load(run.plan_path)
     entry = {
         "plan": stored.digest,
-        "job": old.digests,
+        "job": old,
         "train_samples": stored.train_samples,
         "test_samples": stored.test_samples,
         "versions": json.loads(_note(run, "versions") or "{}"),
@@ -270,7 +270,7 @@ def _check_disk(places: Generations, taken: int, needed: int, budget: Budget | N
 
 def _check_same_kernel(stored: Plan, plan: Plan, new: PreparedJob, places: Generations) -> None:
     """Refuse a plan whose entries are not those of the run, whatever the reason."""
-    for name in ("kernel", "scale", "normalize", "precision", "outputs", "entries_per_sample", "columns", "layers"):
+    for name in ("kernel", "scale", "normalize", "precision", "outputs", "entries_per_sample", "layers"):
         was, would_be = getattr(stored, name), getattr(plan, name)
         if was != would_be:
             raise InputError(

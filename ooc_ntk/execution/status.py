@@ -45,8 +45,8 @@ class RunInfo:
         layer_traces: what every layer adds to the trace of the train square, by name; empty unless kept by layer.
         audited: what the last ``verify`` saw: relative error and, of a projected kernel, the predicted one; None if
             there was none.
-        history: the generations that the run was grown from, the earliest first: digests of plan and job, train and test
-            samples, versions.
+        history: the generations that the run was grown from, the earliest first: digests of plan and job, train and
+            test samples, versions.
     """
 
     path: Path
