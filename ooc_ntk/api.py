@@ -22,6 +22,7 @@ from .execution.audit import AUDITED_SAMPLES, Audit, audit
 from .execution.checkpoints import Weights
 from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
+from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
@@ -62,7 +63,9 @@ __all__ = [
     "RunInfo",
     "Solution",
     "calibrate",
+    "check_extendable",
     "describe_job",
+    "extend",
     "forget_layer_rule",
     "info",
     "info_checkpoints",
@@ -153,6 +156,76 @@ def run(
     asked = Asked(plan=plan, budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk))
     run_job(job, run_directory(out), asked, executor_named(scheduler), progress)
     return Kernel(out)
+
+
+def extend(
+    path: str | Path,
+    train: object,
+    *,
+    job: Job | None = None,
+    budget: Budget | None = None,
+    progress: bool | Observer = True,
+    scheduler: str | None = None,
+) -> Kernel:
+    """Append train samples to a finished run: only their rows and columns are computed, the others are copied.
+
+    A new generation is written beside the run and then swapped in, so that the run is the old kernel or the new one at
+    any time, and both are on disk for a while. Called again after a stop, it goes on; called again with the samples
+    that were appended last, it does nothing. Kernels that were opened before must be opened again.
+
+    Args:
+        path: the run directory.
+        train: what to append, as ``train`` of a job, or a data spec; samples that are there already may come again.
+        job: the job of the run as it is, needed only where it was made from live objects.
+        budget: limits for the new generation.
+        progress: whether to show progress on the terminal, or an observer.
+        scheduler: ``threads`` (default) or ``serial``.
+
+    Returns:
+        The grown kernel; its rows are the train samples as they were, the new ones, then the test samples.
+
+    Raises:
+        InputError: if there are no new samples, or they do not join the old ones, or the directory holds checkpoints.
+        RunConflictError: if the job is not that of the run, or another extension of it is unfinished.
+        BudgetError: if no plan fits, or both generations do not fit on the disk.
+        IncompleteRunError: if the run is not finished.
+        StorageError: if there is no run.
+        OocNtkError: as :func:`run`.
+    """
+    check_extendable(path, described=job is None)
+    if isinstance(train, str) and not ("_" in train and parse_seed_name(train)):
+        train = absolute_spec(train, None, "train")
+    job = job or describe_job(None, {}, run=path)[0]
+    extend_run(path, train, job, budget, executor_named(scheduler), progress)
+    return Kernel(path)
+
+
+def check_extendable(path: str | Path, *, described: bool = True) -> None:
+    """Refuse a directory that cannot be extended; complete an extension that was cut off in its last step.
+
+    Args:
+        path: the run directory.
+        described: whether its job is made again from the stored job file.
+
+    Raises:
+        InputError: if the directory holds checkpoints, or a job file that live data cannot be made from again.
+        IncompleteRunError: if the run is not finished.
+        StorageError: if there is no run.
+    """
+    recover(path)
+    names = [entry["name"] for entry in read_index(Path(path)) or []]
+    if names:
+        raise InputError(
+            f"{path} holds several checkpoints, a run in each folder; extend each, for example {Path(path) / names[0]}"
+        )
+    Kernel(path)
+    if described:
+        stored = read_job_file(RunDirectory(path).job_path)
+        if LIVE in (stored.train, stored.test):
+            raise InputError(
+                f"the run in {path} was made from live Python data; extend it from Python with its job as it was, "
+                "ooc_ntk.extend(path, train, job=job)"
+            )
 
 
 def run_checkpoints(

@@ -66,6 +66,38 @@ def test_run_info_verify_and_run_again(cli):
     assert "nothing to do" in again.output
 
 
+def test_a_run_is_extended_and_says_what_it_was_grown_from(cli):
+    assert cli("run", *JOB, "--out", "r", "--quiet").exit_code == 0
+    before = ooc_ntk.open("r")[:60, :60]
+    result = cli("extend", "r", "--train", "digits[80:100]", "--disk", "1GiB")
+    assert result.exit_code == 0, result.output
+    assert "from 60 to 80 train samples" in result.output
+    assert "ooc-ntk verify r" in result.output
+    assert ooc_ntk.open("r").shape == (100, 80)
+    assert (ooc_ntk.open("r")[:60, :60] == before).all()
+    assert "nothing to do" in cli("extend", "r", "--train", "digits[80:100]").output
+    assert cli("extend", "r", "--train", "digits[100:105] + digits[0:2]", "--quiet").output == ""
+    shown = cli("info", "r").output
+    assert "from 60 to 80 train samples" in shown
+    assert "from 80 to 87 train samples" in shown
+    assert cli("verify", "r").exit_code == 0
+    assert cli("run", "--out", "r", "--quiet").exit_code == 0
+    for arguments, words in (
+        (("digits[0:5]", "--model", "nets.py:centred"), ["another job: model", "only the same model"]),
+        (("mnist5k[0:5]",), ["do not join", "(1, 28, 28)"]),
+        (("CIFAR-10_0_2500_0_1000",), ["names test data"]),
+        (("digits[0:5]", "--weights", "a.pt", "b.pt"), ["one set of weights"]),
+        (("digits[0:5]", "--disk", "9KiB"), ["at once", "raise --disk"]),
+        (("digits[5:5]",), ["holds no sample"]),
+        (("digits[0:5]", "--test", "digits[0:5]"), ["--test"]),
+    ):
+        result = cli("extend", "r", "--train", *arguments)
+        assert result.exit_code == 2, result.output
+        for word in words:
+            assert word in result.output
+    assert ooc_ntk.open("r").shape == (107, 87)
+
+
 def test_a_kernel_that_does_not_verify_exits_with_1(cli):
     assert cli("run", *JOB, "--out", "r", "--quiet").exit_code == 0
     tile = next(Path("r/kernel.zarr/c").rglob("0/0"))
@@ -228,6 +260,8 @@ def test_flags_override_the_job_file(cli):
         (("run", *JOB, "--out", "r", "--scheduler", "tcp://host:1"), ["cluster", "threads"]),
         (("info", "nowhere"), ["nowhere", "no run"]),
         (("verify", "nowhere"), ["nowhere"]),
+        (("extend", "nowhere", "--train", "digits"), ["nowhere", "no run"]),
+        (("extend", "nowhere"), ["--train"]),
     ],
 )
 def test_wrong_input_exits_with_2_and_says_what_to_do(cli, arguments, words):

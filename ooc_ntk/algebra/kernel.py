@@ -14,6 +14,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.arrays import TileRows, index_numbers, open_tile_array
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
+from ooc_ntk.storage.swap import cut_off
 
 from .attribution import attribution_scores
 from .errors import sketch_shape
@@ -318,6 +319,9 @@ class Kernel:
 
 def no_run(path: Path) -> StorageError:
     """The error where there is no run, saying what is there in its place."""
+    missing = cut_off(path)
+    if missing is not None:
+        return missing
     if (path / "featurizer.json").exists():
         return StorageError(f"{path} holds features that a Featurizer was fed with, and no run; use open_features")
     if (path / "checkpoints.json").exists():

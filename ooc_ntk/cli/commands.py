@@ -17,17 +17,22 @@ from ooc_ntk.stopping import EXIT_TERMINATED, Terminated, deadline_after_sigterm
 
 from .flags import JobFlags, with_job_flags
 from .options import (
+    DataDirOption,
+    DeviceMemoryOption,
     DeviceOption,
+    DiskOption,
+    HostOption,
     ManyWeights,
     ModelOption,
+    MoreOption,
     OutputsOption,
     ProfileOption,
     RunArgument,
+    SchedulerOption,
     TestOption,
     TrainOption,
     WatchDiskOption,
     WeightsOption,
-    complete,
 )
 
 #: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C.
@@ -113,12 +118,7 @@ def run(
     flags: JobFlags,
     out: Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run in it goes on.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan written by 'ooc-ntk plan --save'.")] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            "--scheduler", help="threads or serial. (default: threads)", autocompletion=complete("threads", "serial")
-        ),
-    ] = None,
+    scheduler: SchedulerOption = None,
     watch_disk: WatchDiskOption = None,
     profile: ProfileOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
@@ -194,6 +194,46 @@ def _run_checkpoints(
     if not quiet:
         _print(checkpoints_table(api.info_checkpoints(out), drift))
         typer.echo(f"\nmean kernel: {out}/mean/kernel.zarr   check all: ooc-ntk verify {shlex.quote(str(out))}")
+
+
+@app.command(cls=ManyWeights)
+def extend(
+    run: RunArgument,
+    train: MoreOption,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    outputs: OutputsOption = None,
+    data_dir: DataDirOption = None,
+    host_memory: HostOption = None,
+    device_memory: DeviceMemoryOption = None,
+    disk: DiskOption = None,
+    scheduler: SchedulerOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+) -> None:
+    """Append train samples to a finished run: only their rows and columns are computed. Typed again, it goes on."""
+    with _reporting_errors():
+        from ooc_ntk import api
+        from ooc_ntk.errors import InputError
+        from ooc_ntk.report.tables import info_table
+
+        given = JobFlags(
+            model=model,
+            weights=weights,
+            outputs=outputs,
+            data_dir=data_dir,
+            host_memory=host_memory,
+            device_memory=device_memory,
+            disk=disk,
+        )
+        api.check_extendable(run)
+        if given.checkpoints:
+            raise InputError(f"a run has one set of weights, got {len(given.checkpoints)}; give one with --weights")
+        wanted, budget = given.describe(run)
+        grown = api.extend(run, train, job=wanted, budget=budget, scheduler=scheduler, progress=not quiet)
+        if not quiet:
+            _print(info_table(api.info(run)))
+            what = "features" if grown.plan is not None and grown.plan.features_only else "kernel"
+            typer.echo(f"\n{what}: {run}/{what}.zarr   check it: ooc-ntk verify {shlex.quote(str(run))}")
 
 
 @app.command()

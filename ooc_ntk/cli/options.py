@@ -98,7 +98,7 @@ TrainOption = Annotated[
     typer.Option(
         "--train",
         help="Train data: mnist5k, cifar10:train,resize=64, text:FILE.tsv, a .npy/.npz/.zarr file or file.py:factory, "
-        "with an optional slice [0:2500].",
+        "with an optional slice [0:2500]; several join by ' + '.",
         rich_help_panel=_WHAT,
         autocompletion=_complete_data,
         show_default=False,
@@ -353,6 +353,22 @@ DiskOption = Annotated[
         "--disk",
         help="Size the run directory may grow to. (default: 80% of what is free)",
         rich_help_panel=_BUDGET,
+        show_default=False,
+    ),
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler", help="threads or serial. (default: threads)", autocompletion=complete("threads", "serial")
+    ),
+]
+MoreOption = Annotated[
+    str,
+    typer.Option(
+        "--train",
+        help="Train data to append, in the form of the run's: mnist5k[4000:5000], more.npy; ' + ' joins several.",
+        rich_help_panel=_WHAT,
+        autocompletion=_complete_data,
         show_default=False,
     ),
 ]

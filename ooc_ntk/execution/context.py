@@ -24,7 +24,7 @@ from ooc_ntk.compute.machine import (
     steady_allocator,
 )
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.errors import InputError, NonFiniteError, RunInterrupted, StorageError
+from ooc_ntk.errors import NonFiniteError, RunInterrupted, StorageError
 from ooc_ntk.inputs.samples import Samples, SampleSource
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.superblocks import Superblock
@@ -143,25 +143,6 @@ class SampleReader:
                 train = len(self.train)
                 where = f"train sample {index}" if index < train else f"test sample {index - train}"
                 raise NonFiniteError(f"the inputs hold NaN or infinity, first in {where}; clean the data")
-
-
-def joined(parts: Sequence[Samples]) -> Samples:
-    """Several ranges as one.
-
-    Raises:
-        InputError: if they differ in their inputs or shapes.
-    """
-    first = parts[0]
-    try:
-        return Samples(
-            tuple(torch.cat([part.args[index] for part in parts]) for index in range(len(first.args))),
-            {name: torch.cat([part.kwargs[name] for part in parts]) for name in first.kwargs},
-            None if first.targets is None else torch.cat([part.targets for part in parts if part.targets is not None]),
-        )
-    except (RuntimeError, IndexError, KeyError) as error:
-        raise InputError(
-            f"batches differ in their inputs or their shapes ({error}); all samples must be of one shape"
-        ) from error
 
 
 def taken(samples: Samples, places: torch.Tensor | slice) -> Samples:

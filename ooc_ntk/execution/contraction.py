@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ooc_ntk.compute.contract import KernelAccumulator
 from ooc_ntk.errors import NonFiniteError
-from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.spans import Span
 from ooc_ntk.planning.superblocks import KernelTile
@@ -183,7 +182,7 @@ def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) 
     staged: list[StagedFile] = []
     try:
         for place, values in places:
-            staged.append(_stage(context, array, array.chunk_path(place), values))
+            staged.append(array.stage(array.chunk_path(place), values, check=context.check_disk))
             staged[-1].seal()  # closed at once: a deep network has more layers than a process may have open files
     except BaseException:
         for file in staged:
@@ -243,14 +242,9 @@ def mirror_lower(tile: np.ndarray) -> None:
         tile[start:stop, stop:] = tile[stop:, start:stop].T
 
 
-def _stripes(array: TileArray) -> int:
-    """Rows of one stripe of a kernel tile."""
-    return max(1, STRIPE_BYTES // (array.chunks[-1] * np.dtype(array.dtype).itemsize))
-
-
 def _add_partial(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -> None:
     """Add the tile of the generation before, stripe by stripe."""
-    stripe = np.empty((_stripes(array), array.chunks[1]), dtype=array.dtype)
+    stripe = np.empty((array.stripe_rows, array.chunks[1]), dtype=array.dtype)
     start = 0
     for rows in read_stripes(context.directory.root, context.records[path], stripe):
         count = max(0, min(len(rows), tile.shape[0] - start))
@@ -280,37 +274,22 @@ def _stage_tile(
         )
     staged: list[StagedFile] = []
     try:
-        staged.append(_stage(context, array, kernel_path(array, plan, task.generation, task.row, task.column), tile))
+        staged.append(
+            array.stage(kernel_path(array, plan, task.generation, *task.tile), tile, check=context.check_disk)
+        )
         if diagonal is not None:
             path = diagonal_path(context.diagonal_array, plan, task.generation, task.row)
             staged.append(stage_diagonal(context, path, diagonal))
         mirrored = plan.sample_grid.mirror_rows(task.row) * plan.entries_per_sample
         if last and task.row != task.column and mirrored:
-            staged.append(_stage(context, array, array.chunk_path((task.column, task.row)), tile[:mirrored].T))
+            staged.append(
+                array.stage(array.chunk_path((task.column, task.row)), tile[:mirrored].T, check=context.check_disk)
+            )
     except BaseException:
         for file in staged:
             file.discard()
         raise
     return staged
-
-
-def _stage(context: RunContext, array: TileArray, path: str, tile: np.ndarray) -> StagedFile:
-    """Write a tile as one padded chunk, stripe by stripe."""
-    file = StagedFile(context.directory.root, path)
-    step, (height, width) = _stripes(array), array.chunks[-2:]
-    try:
-        stripe = np.empty((step, width), dtype=array.dtype)
-        for start in range(0, height, step):
-            context.check_disk()
-            count = min(step, height - start)
-            part = tile[start : start + count]
-            stripe[:] = np.nan
-            stripe[: part.shape[0], : part.shape[1]] = part
-            file.append(stripe[:count])
-    except BaseException:
-        file.discard()
-        raise
-    return file
 
 
 def _normalise(context: RunContext, task: Task, tile: np.ndarray, diagonals: Mapping[int, np.ndarray]) -> None:

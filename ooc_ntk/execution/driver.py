@@ -24,6 +24,7 @@ from ooc_ntk.stopping import Stop, stoppable
 from ooc_ntk.storage.arrays import add_attributes
 from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from ooc_ntk.storage.manifest import Manifest, Receipt
+from ooc_ntk.storage.swap import HISTORY, cut_off
 from ooc_ntk.units import format_bytes
 
 from .calibration import reads_directly
@@ -57,18 +58,25 @@ class Observer:
     Attributes:
         begin: called once, before the first task.
         advance: called as work gets done, from the task's thread.
+        say: told what goes on beside the tasks, for people.
     """
 
     begin: Begin = lambda totals, remaining: None  # noqa: ARG005
     advance: Advance = lambda phase, amount: None  # noqa: ARG005
+    say: Callable[[str], None] = lambda text: None  # noqa: ARG005
 
 
-def check_same_job(directory: RunDirectory, digests: Mapping[str, str]) -> None:
+def check_same_job(
+    directory: RunDirectory,
+    digests: Mapping[str, str],
+    advice: str = "choose another --out, nothing was changed",
+) -> None:
     """Refuse a run directory that was made for another job.
 
     Args:
         directory: an existing run.
         digests: this job's digests by part.
+        advice: what to do then.
 
     Raises:
         RunConflictError: saying which part differs; nothing is overwritten.
@@ -84,9 +92,7 @@ def check_same_job(directory: RunDirectory, digests: Mapping[str, str]) -> None:
             f"{DIGEST_PARTS.get(name, name)} (there {stored.get(name, 'unknown')[:8]}, here {digests[name][:8]})"
             for name in differing
         )
-        raise RunConflictError(
-            f"{directory.root} holds a run of another job: {details} differ; choose another --out, nothing was changed"
-        )
+        raise RunConflictError(f"{directory.root} holds a run of another job: {details} differ; {advice}")
 
 
 def check_budget(plan: Plan, budget: Budget | None) -> None:
@@ -109,7 +115,14 @@ def check_budget(plan: Plan, budget: Budget | None) -> None:
             )
 
 
-def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[str, str], sketch: str = "") -> None:
+def create_run(
+    directory: RunDirectory,
+    plan: Plan,
+    job: str,
+    digests: Mapping[str, str],
+    sketch: str = "",
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Write plan, job and manifest of a new run; the plan last, as the mark that the run exists.
 
     Args:
@@ -118,6 +131,7 @@ def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[s
         job: text of the job file.
         digests: the job's digests by part.
         sketch: digest of what features must share to be multiplied, empty for an exact kernel.
+        notes: further texts for the manifest, by name.
 
     Raises:
         BudgetError: if the disk has less room than the plan needs.
@@ -140,6 +154,8 @@ def create_run(directory: RunDirectory, plan: Plan, job: str, digests: Mapping[s
         manifest.set_meta("plan", plan.digest)
         manifest.set_meta("sketch", sketch)
         manifest.set_meta("versions", json.dumps(versions()))
+        for name, text in (notes or {}).items():
+            manifest.set_meta(name, text)
     finally:
         manifest.close()
     directory.write_text(directory.job_path, job)
@@ -250,7 +266,7 @@ class _Session:
             self.watch_disk,
             min((receipt.batch_size for receipt in receipts.values() if receipt.batch_size), default=0),
         )
-        _create_arrays(context, manifest)
+        create_arrays(context, manifest)
         waits = remaining.waits(plan)
         observer.begin(_totals(plan, remaining), remaining)
         started = 0.0
@@ -357,7 +373,7 @@ def _totals(plan: Plan, remaining: Remaining) -> dict[str, tuple[float, float]]:
     return {phase: (totals[phase] - left[phase], totals[phase]) for phase in totals}
 
 
-def _create_arrays(context: RunContext, manifest: Manifest) -> None:
+def create_arrays(context: RunContext, manifest: Manifest) -> None:
     """Write the metadata of every array; the kernel carries its provenance."""
     plan = context.plan
     attributes = {
@@ -374,6 +390,9 @@ def _create_arrays(context: RunContext, manifest: Manifest) -> None:
         "job_digests": json.loads(manifest.meta("job") or "{}"),
         "versions": versions(),
     }
+    history = json.loads(manifest.meta(HISTORY) or "[]")
+    if history:
+        attributes[HISTORY] = history
     if plan.projection is not None:
         attributes["projection"] = plan.projection.identity
         attributes["parameters"] = plan.columns
@@ -418,7 +437,11 @@ def run_directory(path: str | Path) -> RunDirectory:
 
     Raises:
         RunConflictError: if other files are there.
+        StorageError: if a kernel is missing there because a swap was cut off.
     """
+    missing = cut_off(path)
+    if missing is not None:
+        raise missing
     directory = RunDirectory(path)
     directory.check_usable()
     return directory

@@ -21,6 +21,7 @@ from ooc_ntk.compute.machine import peak_resident_bytes
 from ooc_ntk.errors import DataChangedError, InputError, RunConflictError
 from ooc_ntk.inputs.arrays import ArraySource, as_column
 from ooc_ntk.inputs.job import Job
+from ooc_ntk.inputs.joined import joined
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.inputs.tensors import item_samples
 from ooc_ntk.planning.budget import Budget
@@ -32,7 +33,7 @@ from ooc_ntk.storage.atomic import StagedFile
 from ooc_ntk.storage.reading import checksum_file
 from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE
 
-from .context import joined, reproducible, taken
+from .context import reproducible, taken
 from .driver import planned_structure
 from .features import Projector, projector_of
 from .prepare import PreparedJob, prepare

@@ -30,6 +30,7 @@ from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import DataChangedError, InputError
 from ooc_ntk.inputs.images.spec import is_image_spec
 from ooc_ntk.inputs.job import LIVE, Job
+from ooc_ntk.inputs.joined import split_joined
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits
 from ooc_ntk.planning.factors import LayerFactors
@@ -366,7 +367,7 @@ def _notes(prepared: PreparedJob, found: Probe, blocks: Sequence[ParameterBlock]
 
 def _named(data: object) -> bool:
     """Whether data are images by name, whose preprocessing is part of the name."""
-    return isinstance(data, str) and is_image_spec(data)
+    return isinstance(data, str) and any(is_image_spec(part) for part in split_joined(data))
 
 
 def _length_notes(reader: SampleReader, cut: bool) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from ooc_ntk.compute.model import check_finite_state, check_mode, choose_paramet
 from ooc_ntk.compute.outputs import OutputRows
 from ooc_ntk.errors import RunConflictError
 from ooc_ntk.inputs.job import Job
+from ooc_ntk.inputs.joined import joined
 from ooc_ntk.inputs.samples import Samples
 from ooc_ntk.planning.budget import Resources
 from ooc_ntk.planning.layers import FEATURES
@@ -38,7 +39,7 @@ from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import HeadRows
 
 from .blame import failing_on
-from .context import SampleReader, joined
+from .context import SampleReader
 
 logger = logging.getLogger(__name__)
 

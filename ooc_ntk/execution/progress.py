@@ -82,6 +82,10 @@ class TerminalProgress:
                 )
             self._bars.start()
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._line(text)
+
     def advance(self, phase: str, amount: float) -> None:
         """Note that work was done."""
         with self._lock:

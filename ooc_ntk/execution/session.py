@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +14,12 @@ from ooc_ntk.errors import RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
 from ooc_ntk.inputs.jobfile import format_toml
 from ooc_ntk.inputs.weights import save_weights
-from ooc_ntk.planning.budget import Budget
+from ooc_ntk.planning.budget import Budget, Limits
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.planner import Preferences, make_plan
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.planning.representation import allowed_choices
+from ooc_ntk.planning.workload import Workload
 from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 
 from . import calibration
@@ -73,6 +76,23 @@ def planned(
         InputError: if the model cannot be run or differentiated on its data.
         BudgetError: if no plan fits.
     """
+    workload, limits, rates = measured(prepared, before, budget, preferences, out, rates)
+    return make_plan(workload, limits, rates, preferences, prepared.digest)
+
+
+def measured(
+    prepared: PreparedJob,
+    before: int,
+    budget: Budget | None,
+    preferences: Preferences | None,
+    out: Path,
+    rates: MachineRates | None,
+) -> tuple[Workload, Limits, MachineRates]:
+    """Measure a prepared job and the machine; arguments as for :func:`planned`.
+
+    Returns:
+        The workload, the limits in bytes and the machine's rates: all that a plan is made of.
+    """
     rates = rates or calibration.cached_rates(prepared.device)
     if not rates.measured:
         logger.info("first plan on this machine: calibrating for a few seconds")
@@ -82,8 +102,7 @@ def planned(
     every_output = preferences is not None and preferences.every_output
     workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
     after = peak_resident_bytes()
-    workload = replace(workload, planning_bytes=after if after > before else 0)
-    return make_plan(workload, limits, rates, preferences, prepared.digest)
+    return replace(workload, planning_bytes=after if after > before else 0), limits, rates
 
 
 def run_job(
@@ -150,7 +169,7 @@ def _plan_of(directory: RunDirectory, prepared: PreparedJob, asked: Asked, befor
     _check_preferences(chosen, preferences if plan is not None else None)
     _check_batches(chosen, job)
     _check_backend(chosen, job)
-    _write_new_run(directory, chosen, prepared)
+    write_new_run(directory, chosen, prepared)
     return chosen
 
 
@@ -230,13 +249,30 @@ def _check_batches(chosen: Plan, job: Job) -> None:
         )
 
 
-def _write_new_run(directory: RunDirectory, chosen: Plan, prepared: PreparedJob) -> None:
-    """Write job, plan and, for a live model, its weights."""
+def write_new_run(
+    directory: RunDirectory,
+    chosen: Plan,
+    prepared: PreparedJob,
+    home: Path | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write job, plan and, for a live model, its weights.
+
+    Args:
+        directory: the locked run directory.
+        chosen: the plan.
+        prepared: the job.
+        home: where the run will be in the end; None is where it is.
+        notes: further texts for the manifest, by name.
+    """
     spec = dict(prepared.job.spec())
+    weights = RunDirectory(home or directory.root).weights_path.absolute()
     if spec["model"] == LIVE:
         save_weights(prepared.job.module(), directory.weights_path)
-        spec["weights"] = str(directory.weights_path.absolute())
-    create_run(directory, chosen, format_toml(spec), prepared.digests, prepared.sketch_digest(chosen))
+        spec["weights"] = str(weights)
+    elif home is not None and spec["weights"] and Path(str(spec["weights"])).resolve() == weights.resolve():
+        shutil.copyfile(weights, directory.weights_path)  # those that the generation before has saved
+    create_run(directory, chosen, format_toml(spec), prepared.digests, prepared.sketch_digest(chosen), notes)
 
 
 def existing_folder(path: Path) -> Path:

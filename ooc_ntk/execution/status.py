@@ -14,6 +14,7 @@ from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
+from ooc_ntk.storage.swap import HISTORY
 
 from .audit import Audit
 
@@ -47,6 +48,8 @@ class RunInfo:
         layer_traces: what every layer adds to the trace of the train square, by name; empty unless kept by layer.
         audited: what the last ``verify`` saw: relative error and, of a projected kernel, the predicted one; None if
             there was none.
+        history: the generations that the run was grown from, the earliest first: digests of plan and job, train and
+            test samples, versions.
     """
 
     path: Path
@@ -69,6 +72,7 @@ class RunInfo:
     micro_batches: dict[int, int] = field(default_factory=dict)
     layer_traces: dict[str, float] = field(default_factory=dict)
     audited: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -117,6 +121,7 @@ class RunInfo:
                 "plan": self.plan.digest,
                 "job": self.job_digests,
                 "versions": self.versions,
+                "history": self.history,
             },
             indent=2,
         )
@@ -142,6 +147,7 @@ def run_info(path: str | Path) -> RunInfo:
     try:
         receipts = manifest.receipts()
         job, versions = manifest.meta("job"), manifest.meta("versions")
+        history = manifest.meta(HISTORY)
     finally:
         manifest.close()
     seconds = {
@@ -184,6 +190,7 @@ def run_info(path: str | Path) -> RunInfo:
         micro_batches=dict(Counter(receipt.batch_size for receipt in receipts.values() if receipt.batch_size)),
         layer_traces=traces,
         audited=read_audit(directory),
+        history=json.loads(history or "[]"),
     )
 
 

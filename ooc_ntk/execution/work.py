@@ -48,7 +48,7 @@ def perform(context: RunContext, task: Task, *upstream: Receipt) -> Receipt:
     while True:
         # Errors are dealt with after their handlers: while they live, so does all that the failed attempt held.
         try:
-            return _publish(context, task, _work(context, task, upstream), start)
+            return publish(context, task, _work(context, task, upstream), start)
         except TransientStorageError as error:
             number, delay = next(delays, (0, 0.0))
             if not number:
@@ -126,8 +126,21 @@ def _make_room(context: RunContext, task: Task, full: str, reason: str) -> None:
     )
 
 
-def _publish(context: RunContext, task: Task, outcome: Outcome, start: float) -> Receipt:
-    """Sync every file, leave the receipt for a possible adoption, then rename."""
+def publish(context: RunContext, task: Task, outcome: Outcome, start: float) -> Receipt:
+    """Sync every file, leave the receipt for a possible adoption, then rename.
+
+    Args:
+        context: what the tasks of this process share.
+        task: the task.
+        outcome: what its body left behind.
+        start: when it began, by ``time.perf_counter``.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        StorageError: if files cannot be written; nothing of the task is left then.
+    """
     records: list[FileRecord] = []
     try:
         with context.phase("commit"):

@@ -20,6 +20,7 @@ from ooc_ntk.units import ITEM_BYTES
 from .callables import absolute_callable, is_callable_spec, is_import_path, load_callable
 from .datasets import Collate
 from .images.seeds import parse_seed_name
+from .joined import JOINT, JoinedData, JoinedSource, split_joined
 from .models import absolute_model, is_model_name, load_model
 from .samples import SampleSource, as_source
 from .specs import Reading, absolute_spec, resolve_spec
@@ -44,7 +45,8 @@ class Job:
     Attributes:
         model: a module; a name such as ``resnet18,classes=10`` or ``hf:FOLDER``; or a spec ``pkg.module:factory`` or
             ``file.py:factory``.
-        train: data (see :func:`ooc_ntk.inputs.samples.as_source`) or a data spec such as ``cifar10:train[0:2500]``.
+        train: data (see :func:`ooc_ntk.inputs.samples.as_source`) or a data spec such as ``cifar10:train[0:2500]``;
+            several specs joined by `` + `` are one data set, and :meth:`extend` appends to it.
         test: further data whose rows follow the train rows, or None.
         kernel: ``trace``, ``pseudo``, ``full`` or ``output:<c>``; or a kernel of features: ``embedding`` (of the last
             layer), ``embedding:<layers>`` (summed over those whose names match) or ``conjugate``.
@@ -225,6 +227,8 @@ class Job:
         return cast("SampleSource", self._made[what])
 
     def _opened(self, what: str, data: object) -> SampleSource:
+        if isinstance(data, JoinedData):
+            return JoinedSource([self._opened(what, part) for part in data.parts], what)
         if not isinstance(data, str | Path):
             return as_source(data, collate=self.collate, what=what)
         return resolve_spec(str(data), base=self.base, what=what, collate=self.collate, reading=self._reading())
@@ -269,6 +273,37 @@ class Job:
         """The same job with another model or other weights; data that are open stay so."""
         found = replace(self, **changes)  # type: ignore[arg-type]
         found._made.update({name: value for name, value in self._made.items() if name != "model"})
+        return found
+
+    def extend(self, train: object) -> Job:
+        """The same job with more train samples after those it has; test data stay as they are.
+
+        Args:
+            train: data as ``train`` takes them: of the same inputs, shapes and dtypes, and with targets if the job's
+                have some. Samples that are there already may come again.
+
+        Returns:
+            The job; data that are open stay so, and are joined at once.
+
+        Raises:
+            InputError: if there are no such data, or they do not join.
+        """
+        if train is None:
+            raise InputError("no samples to append are given; pass train data, for example 'mnist5k[4000:5000]'")
+        if isinstance(train, str) and "_" in train and parse_seed_name(train) is not None:
+            raise InputError(
+                f"{train!r} names test data as well, and only train samples can be appended; name the train data "
+                "alone, for example 'cifar10:train[0:2500]'"
+            )
+        old, more = (str(data) if isinstance(data, Path) else data for data in (self.train, train))
+        both = f"{old}{JOINT}{more}" if isinstance(old, str) and isinstance(more, str) else JoinedData.of(old, more)
+        found = replace(self, train=both)
+        found._made.update({name: made for name, made in self._made.items() if name in ("model", "outputs", "test")})
+        if "train" in self._made:
+            parts = cast("SampleSource", self._made["train"]), found._opened("train", more)
+            found._made["train"] = JoinedSource(parts, "train")
+            if "test" in found._made and cast("SampleSource", found._made["train"]).length is not None:
+                found._bring_to_one_length()
         return found
 
     def output_function(self) -> str | OutputFunction:
@@ -340,7 +375,8 @@ class Job:
             spec["loader_workers"] = self.loader_workers
         named = [spec[key] for key in ("train", "test", "outputs")]
         named += [] if is_model_name(model) else [model]
-        if any(isinstance(text, str) and is_import_path(re.sub(r"\[[^\[\]]*\]$", "", text)) for text in named):
+        parts = [part for text in named if isinstance(text, str) for part in split_joined(text)]
+        if any(is_import_path(re.sub(r"\[[^\[\]]*\]$", "", part)) for part in parts):
             spec["base"] = str(folder)
         return spec
 
@@ -350,6 +386,9 @@ class Job:
             return LIVE
         if isinstance(data, str | Path):
             return absolute_spec(str(data), self.base, what)
+        if isinstance(data, JoinedData):
+            specs = [self._data_spec(what, part) for part in data.parts]
+            return LIVE if LIVE in specs else JOINT.join(specs)
         return (data.spec or LIVE) if isinstance(data, SampleSource) else LIVE
 
     @classmethod

@@ -318,7 +318,7 @@ def _slice_spec(spec: str | None, start: int, stop: int) -> str | None:
     >>> _slice_spec("digits", 2, 9), _slice_spec("digits[100:200]", 2, 9)
     ('digits[2:9]', 'digits[102:109]')
     """
-    if spec is None:
+    if spec is None or " + " in spec:  # a slice of a joined spec cannot be written
         return None
     match = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", spec, flags=re.DOTALL)
     if match is None:

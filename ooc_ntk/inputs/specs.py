@@ -1,4 +1,7 @@
-"""Data specs: texts that name a data set, ``NAME_OR_FILE[:factory][a:b]``, and the sources they stand for."""
+"""Data specs: texts that name a data set, ``NAME_OR_FILE[:factory][a:b]``, and the sources they stand for.
+
+Several of them joined by `` + `` are one data set, part after part.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from .files import open_columns, split_members
 from .images.catalog import CATALOG
 from .images.seeds import SEED_NAMES, parse_seed_name
 from .images.spec import is_image_spec, parse_image_spec
+from .joined import JOINT, JoinedSource, split_joined
 from .options import parse_named, plain_name
 from .samples import as_source
 from .source import SampleSource, SlicedSource
@@ -84,7 +88,7 @@ def parse_spec(text: str, what: str = "train") -> DataSpec:
     """Take a data spec apart, without looking at any file.
 
     Args:
-        text: the spec.
+        text: the spec, of one part.
         what: name of the data set, for messages.
 
     Returns:
@@ -153,6 +157,8 @@ def train_and_test(text: str) -> tuple[str, str | None]:
     >>> train_and_test("digits[0:100]"), train_and_test("cifar10:train[0:9]")
     (('digits[0:100]', None), ('cifar10:train[0:9]', None))
     """
+    if len(split_joined(text)) > 1:
+        return text, None
     seeds = parse_seed_name(text)
     if seeds is not None:
         return seeds
@@ -183,7 +189,7 @@ def absolute_spec(text: str, base: Path | None = None, what: str = "train") -> s
     """Write a data spec so that it means the same from any folder.
 
     Args:
-        text: the spec.
+        text: the spec, of one part or of several.
         base: folder that relative paths are relative to; None is the current one.
         what: name of the data set, for messages.
 
@@ -193,6 +199,9 @@ def absolute_spec(text: str, base: Path | None = None, what: str = "train") -> s
     Raises:
         InputError: if the text is no spec.
     """
+    parts = split_joined(text)
+    if len(parts) > 1:
+        return JOINT.join(absolute_spec(part, base, what) for part in parts)
     spec = parse_spec(text, what)
     if spec.kind == "file":
         return str(DataSpec(str(_absolute(spec.target, base)), "file", spec.start, spec.stop))
@@ -225,7 +234,7 @@ def resolve_spec(
     Args:
         text: ``mnist5k``, ``digits``, images such as ``cifar10:train,resize=64``, texts such as ``text:file.tsv``, a
             ``.npy``, ``.npz`` or ``.zarr``, ``file.py:factory`` or ``pkg.module:factory``, each with an optional slice
-            ``[a:b]``.
+            ``[a:b]``; or several of these joined by `` + ``.
         base: folder that relative paths are relative to; None is the current one.
         what: name of the data set, for messages.
         collate: for factories that return a Dataset: makes a batch of a list of samples.
@@ -237,6 +246,10 @@ def resolve_spec(
     Raises:
         InputError: if the spec cannot be read, the data is missing or damaged, or the slice is outside it.
     """
+    parts = split_joined(text)
+    if len(parts) > 1:
+        each = (resolve_spec(part, base=base, what=what, collate=collate, reading=reading) for part in parts)
+        return JoinedSource(list(each), what)
     spec, reading = parse_spec(text, what), reading or Reading()
     if collate is not None and spec.kind != "factory":
         raise InputError(f"collate works on the samples of a Dataset, but {what} is {text!r}; leave collate out")

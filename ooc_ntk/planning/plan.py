@@ -15,11 +15,12 @@ from ooc_ntk.units import format_bytes, format_count, format_seconds, held_item_
 
 from .budget import Limits
 from .factors import LayerFactors, Window
+from .growth import Grown, kept_tiles
 from .layers import layer_names
 from .layout import Dataflow, Layout
 from .projection import Projection
 from .spans import DENSE, BlockShape, Choice, Contraction, Representation
-from .superblocks import KeptPanels, Order, Superblock, kept_panels, panel_loads
+from .superblocks import KeptPanels, Order, Superblock, kept_panels, panel_loads, superblocks
 from .tasks import Task, TaskGraph
 from .tiles import Range, SampleGrid
 from .workload import HeadRows
@@ -142,6 +143,7 @@ class Plan:
     tile are derived from short to long, each batch cut at its longest. ``order`` and ``superblock_tiles`` say how
     kernel tiles are grouped, and ``kept_bytes`` what memory is for panels that stay in it; ``moved_bytes`` (Q) and
     ``bound_bytes`` (LB) are what crosses the level from disk to host while contracting, promised and at least.
+    ``grown`` is the finished run whose entries are copied and not computed, if there is one.
     """
 
     kernel: str
@@ -195,11 +197,13 @@ class Plan:
     kept_bytes: int = 0
     moved_bytes: int = 0
     bound_bytes: float = 0.0
+    grown: Grown | None = None
 
     @cached_property
     def superblocks(self) -> tuple[Superblock, ...]:
-        """Kernel tiles grouped into what one task contracts."""
-        return self.layout.superblocks(self.sample_grid)
+        """Kernel tiles grouped into what one task contracts; those that are copied are by themselves."""
+        grid = self.sample_grid
+        return superblocks(grid, self.order, self.superblock_tiles, kept_tiles(grid, self.grown))
 
     @cached_property
     def graph(self) -> TaskGraph:
@@ -308,6 +312,8 @@ class Plan:
             covered["superblocks"] = [self.order, self.superblock_tiles]
         if self.head is not None:
             covered["head"] = asdict(self.head)
+        if self.grown is not None:
+            covered["grown"] = asdict(self.grown)
         covered["passes"] = [[span.start, span.stop] for span in self.passes]
         covered["blocks"] = [
             [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction, b.source, _shape(b.factors)]
@@ -350,6 +356,8 @@ class Plan:
             fields["heavy"] = tuple(fields["heavy"])
             if fields.get("head") is not None:
                 fields["head"] = HeadRows(**fields["head"])
+            if fields.get("grown") is not None:
+                fields["grown"] = Grown(**fields["grown"])
             if fields["projection"] is not None:
                 fields["projection"] = Projection(**fields["projection"])
             plan = cls(**fields)

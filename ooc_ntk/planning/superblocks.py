@@ -242,14 +242,21 @@ def superblocks(
     tiles = list(grid.kernel_tiles())
     groups: list[list[KernelTile]]
     if capacity == 1:
-        groups = [[tile] for tile in sorted(tiles, key=lambda tile: (tile[0] != tile[1], tile))]
+        groups = [[tile] for tile in sorted(tiles, key=_diagonal_first)]
     elif len(tiles) <= capacity:
         groups = [tiles]
     else:
         square = _triangles if order == "triangle" else _squares
         groups = square(grid.column_tiles, capacity) + _rectangles(grid, capacity)
     rest = [[tile for tile in group if tile not in alone] for group in groups] if alone else groups
-    return tuple(Superblock(tuple(group)) for group in [*([tile] for tile in sorted(alone)), *rest] if group)
+    return tuple(
+        Superblock(tuple(group)) for group in [*([tile] for tile in sorted(alone, key=_diagonal_first)), *rest] if group
+    )
+
+
+def _diagonal_first(tile: KernelTile) -> tuple[bool, KernelTile]:
+    """Sorts tiles: what others are divided by comes before them."""
+    return tile[0] != tile[1], tile
 
 
 def _squares(count: int, capacity: int) -> list[list[KernelTile]]:

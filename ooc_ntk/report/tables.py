@@ -174,6 +174,7 @@ def info_table(info: RunInfo) -> RenderableType:
             *plan.summary()[: 4 if plan.projection is None else 6],
             *((name, digest) for name, digest in sorted(info.job_digests.items())),
             ("plan", plan.digest),
+            *(("grown", line) for line in _grown(info)),
             ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
             *([("retries", f"{info.retries:,}, after errors of the file system that passed")] if info.retries else ()),
             *_micro_batches(info),
@@ -237,6 +238,15 @@ def _micro_batches(info: RunInfo) -> list[tuple[str, str]]:
     sizes = ", ".join(f"{count:,} with {size:,}" for size, count in sorted(info.micro_batches.items(), reverse=True))
     planned = f"fewer samples than the planned {info.plan.batch_size:,}"
     return [("batches", f"{planned} in tasks for which the device had no memory: {sizes}")]
+
+
+def _grown(info: RunInfo) -> list[str]:
+    """What a run was grown from, generation by generation."""
+    sizes = [*(entry["train_samples"] for entry in info.history), info.plan.train_samples]
+    return [
+        f"from {entry['train_samples']:,} to {after:,} train samples (plan {entry['plan'][:8]})"
+        for entry, after in zip(info.history, sizes[1:], strict=True)
+    ]
 
 
 def _layers(info: RunInfo) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from ooc_ntk.errors import StorageError
+from ooc_ntk.errors import DamagedFileError, StorageError
+from ooc_ntk.planning.memory import STRIPE_BYTES
+from ooc_ntk.planning.tiles import Range
 
-from .atomic import write_whole
+from .atomic import FileRecord, StagedFile, write_whole
+from .reading import read_stripes
 from .retries import storage_error
 
 #: What a missing tile reads as where the dtype has no NaN: bf16's NaN as bits, and no token.
@@ -103,6 +106,86 @@ class TileArray:
     def empty_chunk(self) -> NDArray[np.generic]:
         """A buffer of one tile, uninitialised."""
         return np.empty(self.chunks, dtype=self.dtype)
+
+    @property
+    def stripe_rows(self) -> int:
+        """Rows of a tile that are read or written at once."""
+        return max(1, STRIPE_BYTES // (self.chunks[-1] * np.dtype(self.dtype).itemsize))
+
+    def stage(
+        self,
+        path: str,
+        values: NDArray[Any],
+        fill: float = np.nan,
+        check: Callable[[], None] = lambda: None,
+    ) -> StagedFile:
+        """Write a tile as one padded chunk, stripe by stripe.
+
+        Args:
+            path: where it will be, relative to the run directory.
+            values: (rows, columns), no more than the tile has.
+            fill: what the rest of the chunk is filled with.
+            check: called before every stripe; what it raises ends the writing.
+
+        Returns:
+            The file, complete and not yet published.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        file = StagedFile(self.root, path)
+        step, (height, width) = self.stripe_rows, self.chunks[-2:]
+        try:
+            stripe = np.empty((step, width), dtype=self.dtype)
+            for start in range(0, height, step):
+                check()
+                count = min(step, height - start)
+                part = values[start : start + count]
+                stripe[:] = fill
+                stripe[: part.shape[0], : part.shape[1]] = part
+                file.append(stripe[:count])
+        except BaseException:
+            file.discard()
+            raise
+        return file
+
+    def read_region(
+        self, records: Mapping[str, FileRecord], rows: Range, columns: Range, layer: tuple[int, ...] = ()
+    ) -> tuple[NDArray[Any], int]:
+        """Read entries from the committed chunks that hold them, each checked against its checksum.
+
+        Args:
+            records: committed files by path.
+            rows: rows wanted, of the last axis but one.
+            columns: columns wanted, of the last axis.
+            layer: coordinates of the chunks along the axes before these.
+
+        Returns:
+            (rows, columns) in the array's dtype, and the bytes read.
+
+        Raises:
+            DamagedFileError: if a chunk is missing or is not what was committed.
+        """
+        found = np.empty((len(rows), len(columns)), dtype=self.dtype)
+        height, width = self.chunks[-2:]
+        stripe, read = np.empty((self.stripe_rows, width), dtype=self.dtype), 0
+        for i in range(rows.start // height, -(-rows.stop // height)):
+            for j in range(columns.start // width, -(-columns.stop // width)):
+                path = self.chunk_path((*layer, i, j))
+                if path not in records:
+                    raise DamagedFileError(path, f"{self.root / path} was never committed; run again")
+                left, right = max(columns.start, j * width), min(columns.stop, (j + 1) * width)
+                position = i * height
+                for part in read_stripes(self.root, records[path], stripe):
+                    first, last = max(rows.start, position), min(rows.stop, position + len(part))
+                    if first < last:
+                        target = found[first - rows.start : last - rows.start]
+                        target[:, left - columns.start : right - columns.start] = part[
+                            first - position : last - position, left - j * width : right - j * width
+                        ]
+                    position += len(part)
+                read += records[path].size
+        return found, read
 
 
 def add_attributes(root: Path, name: str, attributes: Mapping[str, Any]) -> None:

@@ -719,8 +719,8 @@ def test_a_disk_that_is_really_full_stops_a_run_that_can_go_on(
     with monkeypatch.context() as patch:
         observer = Observer(begin=lambda totals, remaining: fill(small_disk, left))
         if moment == "before-the-arrays":
-            original = driver._create_arrays
-            patch.setattr(driver, "_create_arrays", lambda *given: (fill(small_disk, left), original(*given)))
+            original = driver.create_arrays
+            patch.setattr(driver, "create_arrays", lambda *given: (fill(small_disk, left), original(*given)))
             observer = Observer()
         with pytest.raises(OocNtkError, match="disk is full"):
             run(out, plan, progress=observer)

@@ -47,7 +47,7 @@ def parse_seed_name(text: str) -> tuple[str, str] | None:
     True
     """
     name, underscore, numbers = text.strip().partition("_")
-    if name not in _SPECS or any(mark in numbers for mark in ":,[="):
+    if name not in _SPECS or any(mark in numbers for mark in ":,[=+"):
         return None
     train, test = _SPECS[name]
     if not underscore:
