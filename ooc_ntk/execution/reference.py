@@ -93,17 +93,18 @@ class Reference:
                 pieces = [next(self._reader.pieces(Range(n, n + 1), 1))[1] for n in chosen]
                 yield slice(start, start + len(chosen)), _doubled(joined(pieces))
 
-    def values(self, batch: ModelBatch, state: Mapping[str, Tensor] | None = None) -> Tensor:
+    def values(self, batch: ModelBatch, state: Mapping[str, Tensor] | None = None, *, graph: bool = True) -> Tensor:
         """The scalars whose gradients are Jacobian rows, with their graph.
 
         Args:
             batch: samples in float64.
             state: parameters by name in the place of the model's own.
+            graph: whether the graph is kept.
 
         Returns:
             (samples, rows): every output, their sum for ``pseudo``, one for ``output:c``.
         """
-        with torch.enable_grad():
+        with torch.set_grad_enabled(graph):
             if state is None:
                 returned = self._module(*batch.args, **batch.kwargs)
             else:
