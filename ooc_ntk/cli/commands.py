@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ooc_ntk.errors import OocNtkError, RunInterrupted
+from ooc_ntk.errors import OocNtkError, RunInterrupted, VerificationError
 
 from .flags import JobFlags, with_job_flags
 from .options import (
@@ -47,6 +47,9 @@ def _reporting_errors() -> Iterator[None]:
     except RunInterrupted as stopped:
         typer.secho(str(stopped), fg="yellow", err=True)
         raise typer.Exit(EXIT_STOPPED) from stopped
+    except VerificationError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(EXIT_FINDING) from error
     except OocNtkError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(EXIT_INPUT) from error
@@ -107,6 +110,9 @@ def run(
         ),
     ] = None,
     profile: ProfileOption = False,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Leave out the proof of some samples at the end of the run.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
     """Compute the kernel into a run directory; typed again after a stop, it goes on where it was."""
@@ -115,7 +121,7 @@ def run(
         from ooc_ntk.report.tables import info_table, phases_table, plan_table
 
         if flags.checkpoints:
-            _run_checkpoints(flags, out, plan_file, scheduler, quiet)
+            _run_checkpoints(flags, out, plan_file, scheduler, quiet, proof=not no_proof)
             return
         wanted, budget = flags.describe(out)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
@@ -132,6 +138,7 @@ def run(
             preferences=flags.preferences(),
             scheduler=scheduler,
             progress=not quiet,
+            proof=not no_proof,
         )
         if not quiet:
             found = api.info(out)
@@ -142,7 +149,9 @@ def run(
             typer.echo(f"\n{made}: {out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
 
-def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, scheduler: str | None, quiet: bool) -> None:
+def _run_checkpoints(
+    flags: JobFlags, out: Path, plan_file: Path | None, scheduler: str | None, quiet: bool, *, proof: bool
+) -> None:
     """Run a job for several weights, and show how the kernels move."""
     from ooc_ntk import api
     from ooc_ntk.errors import InputError
@@ -165,6 +174,7 @@ def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, schedul
         preferences=flags.preferences(),
         scheduler=scheduler,
         progress=not quiet,
+        proof=proof,
         announce=announce,
     )
     found.mean()
@@ -217,15 +227,21 @@ def verify(
         int, typer.Option("--samples", help="Samples whose rows and columns are recomputed in float64.", min=0)
     ] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of samples.")] = 0,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Let every entry take part in the products with vectors. (default: up to 64 × 64 samples)"
+        ),
+    ] = False,
 ) -> None:
-    """Prove a finished kernel: checksums, symmetry, finite entries, and entries recomputed in float64."""
+    """Prove a finished kernel: checksums, symmetry, entries anew in float64, and K v against J(Jᵀv) by vjp and jvp."""
     with _reporting_errors():
         from ooc_ntk import api
 
         several = api.info_checkpoints(run)
         given = JobFlags(model=model, weights=weights, train=train, test=test, outputs=outputs)
         if several:
-            passed = [_verify(each.path, given, samples, seed, heading=each.path.name) for each in several]
+            passed = [_verify(each.path, given, samples, seed, full, heading=each.path.name) for each in several]
             missing = api.missing_checkpoints(run)
             _say_missing(missing)
             if not missing and all(each.finished for each in several):
@@ -235,7 +251,7 @@ def verify(
             passed.append(not missing)
         else:
             api.open(run)
-            passed = [_verify(run, given, samples, seed)]
+            passed = [_verify(run, given, samples, seed, full)]
         if not all(passed):
             raise typer.Exit(EXIT_FINDING)
 
@@ -246,7 +262,7 @@ def _say_missing(names: list[str]) -> None:
         typer.secho(f"missing: {', '.join(names)}; run the same command again to compute them", fg="red")
 
 
-def _verify(run: Path, given: JobFlags, samples: int, seed: int, heading: str | None = None) -> bool:
+def _verify(run: Path, given: JobFlags, samples: int, seed: int, full: bool, heading: str | None = None) -> bool:
     """Verify one run and print what was seen."""
     from ooc_ntk import api
     from ooc_ntk.report.tables import audit_table
@@ -255,7 +271,7 @@ def _verify(run: Path, given: JobFlags, samples: int, seed: int, heading: str | 
         _heading(heading)
     job = given.describe(run)[0] if samples else None
     with _status("verifying"):
-        found = api.verify(run, job, samples=samples, seed=seed)
+        found = api.verify(run, job, samples=samples, seed=seed, full=full)
     _print(audit_table(found))
     return found.passed
 

@@ -20,6 +20,7 @@ from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.manifest import Manifest
 
 from .prepare import PreparedJob
+from .proof import Proof, Prover
 from .recompute import Recomputed, recompute
 
 #: Samples whose rows, and columns, are recomputed by default: 8 × 8 entries (a choice: seconds for a small network).
@@ -29,6 +30,10 @@ AUDITED_SAMPLES: Final = 8
 #: their errors are large together or small together (a choice; on two small networks the largest of 200 seeds was 4.0).
 RESIDUAL_TIMES: Final = 6.0
 
+
+#: Samples whose rows, and columns, take part in a probe by default, if so many seconds last (a choice).
+PROBED_SAMPLES: Final = 64
+PROBE_SECONDS: Final = 10.0
 
 #: Kernel tiles whose layers are added up (a choice: every layer's tile is read).
 SUMMED_TILES: Final = 16
@@ -63,6 +68,7 @@ class Audit:
         coverage: recomputed entries over all entries.
         tolerance: the plan's tolerance.
         predicted_error: of a projected kernel, the error that its error bars predict of these entries.
+        proof: what matrix-free probes showed, None if there were none.
     """
 
     checks: tuple[Check, ...]
@@ -71,6 +77,7 @@ class Audit:
     coverage: float
     tolerance: float
     predicted_error: float | None = None
+    proof: Proof | None = None
 
     @property
     def passed(self) -> bool:
@@ -85,8 +92,10 @@ def audit(
     samples: int = AUDITED_SAMPLES,
     seed: int = 0,
     advance: Callable[[str], None] = lambda what: None,  # noqa: ARG005
+    *,
+    full: bool = False,
 ) -> Audit:
-    """Check a finished run: checksums, structure, and entries recomputed in float64.
+    """Check a finished run: checksums, structure, entries recomputed in float64, and matrix-free probes.
 
     Args:
         root: run directory.
@@ -95,6 +104,7 @@ def audit(
         samples: samples whose rows and columns are recomputed.
         seed: of the choice of samples.
         advance: told what is being checked.
+        full: whether all rows and columns take part in the probe; otherwise some, chosen at random.
 
     Returns:
         The outcome.
@@ -110,15 +120,28 @@ def audit(
         if plan.layers:
             checks.append(_layers_add_up(root, plan, seed))
     found: Recomputed | None = None
+    proof: Proof | None = None
     if prepared is not None and all(check.passed for check in checks):
         advance("recomputing entries in float64")
         found = recompute(root, plan, prepared, samples, seed)
         checks.extend(_judged(plan, found))
+        proof = _probed(root, plan, prepared, seed, advance, full=full)
+        checks.extend(Check(probe.name, probe.passed, probe.detail) for probe in proof.probes)
     rows, columns = plan.kernel_shape
     if found is None:
         return Audit(tuple(checks), None, 0, 0.0, plan.tolerance)
     coverage = found.entries / (rows * columns)
-    return Audit(tuple(checks), found.error, found.entries, coverage, plan.tolerance, found.predicted)
+    return Audit(tuple(checks), found.error, found.entries, coverage, plan.tolerance, found.predicted, proof)
+
+
+def _probed(
+    root: Path, plan: Plan, prepared: PreparedJob, seed: int, advance: Callable[[str], None], *, full: bool
+) -> Proof:
+    """Matrix-free probes of everything, or of some samples within some seconds."""
+    if full:
+        advance(f"probing all {plan.samples:,} × {plan.train_samples:,} samples")
+        return Prover(root, plan, prepared, seed).whole()
+    return Prover(root, plan, prepared, seed, seconds=PROBE_SECONDS).grown(PROBE_SECONDS, PROBED_SAMPLES, advance)
 
 
 def _judged(plan: Plan, found: Recomputed) -> list[Check]:

@@ -42,6 +42,8 @@ def run_checkpoints(
     executor: Executor,
     progress: bool | Observer = True,
     announce: Callable[[int, str], None] = lambda number, name: None,  # noqa: ARG005
+    *,
+    proof: bool = True,
 ) -> Checkpoints:
     """Run a job once for each of several weights, or what is left of that.
 
@@ -55,6 +57,7 @@ def run_checkpoints(
         executor: runs the tasks.
         progress: whether to show progress on the terminal, or an observer.
         announce: told of every checkpoint before it is run: its number and name.
+        proof: whether samples of every finished kernel are proven.
 
     Returns:
         The finished kernels.
@@ -88,7 +91,12 @@ def run_checkpoints(
         announce(number, entry["name"])
         chosen = _with_weights(base, given)
         followed = run_job(
-            chosen, run_directory(out / entry["name"]), replace(asked, template=template), executor, progress
+            chosen,
+            run_directory(out / entry["name"]),
+            replace(asked, template=template),
+            executor,
+            progress,
+            proof=proof,
         )
         base._made.update({name: value for name, value in chosen._made.items() if name != "model"})
         if followed.projection is None:  # a pilot measures how large the errors of a projected kernel are

@@ -54,10 +54,12 @@ class Observer:
     Attributes:
         begin: called once, before the first task.
         advance: called as work gets done, from the task's thread.
+        note: told what is worth a line, such as the proof at the end.
     """
 
     begin: Begin = lambda totals, remaining: None  # noqa: ARG005
     advance: Advance = lambda phase, amount: None  # noqa: ARG005
+    note: Callable[[str], None] = lambda text: None  # noqa: ARG005
 
 
 def check_same_job(directory: RunDirectory, digests: Mapping[str, str]) -> None:
@@ -154,7 +156,7 @@ def execute(
     prepared: PreparedJob,
     executor: Executor,
     observer: Observer | None = None,
-) -> None:
+) -> float:
     """Run what is left of a run that exists; the caller holds its lock.
 
     Args:
@@ -163,6 +165,9 @@ def execute(
         prepared: the job, loaded.
         executor: runs the tasks.
         observer: told about progress.
+
+    Returns:
+        Seconds that the tasks of this session took, 0 if nothing was left to do.
 
     Raises:
         OocNtkError: whatever a task raises; finished tiles stay committed.
@@ -179,7 +184,7 @@ def execute(
         if not remaining.tasks:
             _sweep_away(directory)
             observer.begin(_totals(plan, remaining), remaining)
-            return
+            return 0.0
         stop = threading.Event()
         meter = PeakMeter()
         context = RunContext(
@@ -200,13 +205,14 @@ def execute(
         waits = remaining.waits(plan)
         observer.begin(_totals(plan, remaining), remaining)
 
-        started = 0.0
+        started = spent = 0.0
 
         def commit(receipt: Receipt) -> None:
-            nonlocal started
+            nonlocal started, spent
             # Tasks run one after the other: what passed since the last commit is this task, syncing and committing too.
             now = time.perf_counter()
             receipt, started = replace(receipt, seconds=now - started), now
+            spent += receipt.seconds
             if receipt.key.startswith("release"):
                 # Forgotten before the release counts: a crash in between leaves the release to be done again.
                 for folder in (JACOBIAN, FACTORS):
@@ -231,6 +237,7 @@ def execute(
                 manifest.distrust([error.path])
                 raise
         _sweep_away(directory)
+        return spent
     finally:
         manifest.close()
 

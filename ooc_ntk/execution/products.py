@@ -124,7 +124,7 @@ class JacobianProducts:
                 parts = torch.autograd.grad(weighted.sum(), variables, retain_graph=more, allow_unused=True)
                 for total, part in zip(sums[number], parts, strict=True):
                     if part is not None:
-                        total += part
+                        total.add_(part)
         return sums
 
     def _push(
@@ -265,3 +265,8 @@ class FeatureProducts:
     def _panels(self, samples: int) -> list[slice]:
         step = max(1, PANEL_BYTES // (8 * self._features.outputs * self._features.dim))
         return [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
+
+
+def directions_held(plan: Plan, room: int = DIRECTION_BYTES) -> int:
+    """Directions that fit in some bytes, at least one."""
+    return max(1, min(room, DIRECTION_BYTES) // (8 * max(1, plan.columns)))

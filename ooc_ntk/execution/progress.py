@@ -39,7 +39,7 @@ class TerminalProgress:
         """An observer of what a caller asked for: True, False, or an observer of their own.
 
         Yields:
-            An object with ``begin`` and ``advance``, or None.
+            An object with ``begin``, ``advance`` and ``note``, or None.
         """
         if progress is True:
             shown = TerminalProgress()
@@ -97,6 +97,11 @@ class TerminalProgress:
             elif now - self._last_line >= LINE_SECONDS:
                 self._last_line = now
                 self._line(self._status(phase))
+
+    def note(self, text: str) -> None:
+        """Show a line once the work is done."""
+        self.close()
+        self._line(text)
 
     def _rate(self, phase: str) -> str:
         spent = self._busy[phase]

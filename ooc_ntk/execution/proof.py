@@ -19,7 +19,7 @@ from ooc_ntk.units import format_seconds
 
 from .audit_features import FeatureReference
 from .prepare import PreparedJob
-from .products import DIRECTION_BYTES, FeatureProducts, JacobianProducts
+from .products import FeatureProducts, JacobianProducts, directions_held
 from .reference import Reference, plain_float64
 
 #: A probe passes up to so many times the plan's tolerance. An error matrix E and a vector of independent random signs v
@@ -42,17 +42,14 @@ BLOCK_ROWS: Final = 256
 #: Columns of sparse features that are judged together.
 BLOCK_COLUMNS: Final = 256
 
-#: Bytes of kernel rows that are read at a time, in float64.
-PANEL_BYTES: Final = 2**25
+#: Bytes of kernel rows that are read at a time, in float64 (a choice).
+PANEL_BYTES: Final = 2**23
 
 #: Probe vectors of a whole proof: where one vector happens to cancel in a wrong tile, another does not.
 WHOLE_VECTORS: Final = 2
 
-#: Bytes that a batch may take (a choice: enough for processors to be busy).
-BATCH_BYTES: Final = 2**26
-
-#: Bytes in which R is made anew for a projected kernel (measured: 65,536 parameters by 32 dense columns).
-SKETCH_BYTES: Final = 2**27
+#: Bytes that a batch may take at most (a choice: enough for processors to be busy).
+BATCH_BYTES: Final = 2**27
 
 #: Share of the time left that the next probe may be predicted to take.
 SAFE_SHARE: Final = 0.8
@@ -93,7 +90,7 @@ class Proof:
     Attributes:
         probes: the comparisons.
         rows: samples whose kernel rows took part.
-        columns: samples whose kernel columns took part.
+        columns: samples whose kernel columns took part; 0 where only features were kept.
         coverage: entries (of features alone, samples) that took part over all.
         seconds: how long it took.
     """
@@ -118,16 +115,32 @@ class Proof:
         """One line."""
         worst = self.worst
         return (
-            f"{self.rows:,} × {self.columns:,} samples by float64 vjp/jvp, {self.coverage:.2g} of all entries, relative "
-            f"error {worst.error:.1e} (allowed {worst.allowed:.1e}), {format_seconds(self.seconds)}"
+            f"{self.scope}, relative error {worst.error:.1e} (allowed {worst.allowed:.1e}), "
+            f"{format_seconds(self.seconds)}"
         )
+
+    @property
+    def scope(self) -> str:
+        """What took part, and how much of everything that is."""
+        share = "all" if self.coverage == 1 else f"{100 * self.coverage:.2g}% of all"
+        if not self.columns:
+            return f"features of {self.rows:,} samples by float64 vjp, {share} samples"
+        return f"{self.rows:,} × {self.columns:,} samples by float64 vjp/jvp, {share} entries"
 
 
 class Prover:
     """Proves a finished kernel on chosen samples. Holds a float64 copy of the model; its memory goes with it."""
 
     def __init__(
-        self, root: Path, plan: Plan, prepared: PreparedJob, seed: int, *, held: int | None = None, quick: bool = False
+        self,
+        root: Path,
+        plan: Plan,
+        prepared: PreparedJob,
+        seed: int,
+        *,
+        held: int | None = None,
+        batch_bytes: int = BATCH_BYTES,
+        seconds: float | None = None,
     ) -> None:
         """Copy the model and open the kernel.
 
@@ -136,8 +149,9 @@ class Prover:
             plan: its plan.
             prepared: the job.
             seed: of samples and vectors.
-            held: directions held at a time; None takes what fits in :data:`DIRECTION_BYTES`.
-            quick: see :class:`~ooc_ntk.execution.products.JacobianProducts`.
+            held: directions held at a time; None takes what fits in ``DIRECTION_BYTES``.
+            batch_bytes: what a batch may take.
+            seconds: how much time there is; None for any.
         """
         self._plan, self._prepared, self._seed = plan, prepared, seed
         self._kernel = Kernel(root)
@@ -147,7 +161,8 @@ class Prover:
             began = time.perf_counter()
             self.sweep_bytes = self._reference.sweep_bytes(0)
             self._forward_seconds = time.perf_counter() - began
-        batch = max(1, min(plan.batch_size, BATCH_BYTES // max(1, self.sweep_bytes)))
+        batch = max(1, min(plan.batch_size, min(batch_bytes, BATCH_BYTES) // max(1, self.sweep_bytes)))
+        quick = seconds is not None and seconds < QUICK_SECONDS
         self._products = JacobianProducts(self._reference, plan, batch, held or directions_held(plan), quick=quick)
         self._features = None if plan.projection is None else FeatureProducts(self._kernel.features)
         roots = np.sqrt(np.maximum(self._kernel.diagonal(), 0.0)).reshape(plan.samples, plan.entries_per_sample)
@@ -199,10 +214,10 @@ class Prover:
                 probes.append(self._probe_features(rows, random))
             if self._tiles is not None:
                 probes.append(self._probe_kernel(rows, columns, _signs(random, self._shape(columns, vectors))))
-        coverage = len(rows) / plan.samples
+        coverage, width = len(rows) / plan.samples, 0
         if self._tiles is not None:
-            coverage *= len(columns) / plan.train_samples
-        return Proof(tuple(probes), len(rows), len(columns), coverage, time.perf_counter() - began)
+            coverage, width = coverage * len(columns) / plan.train_samples, len(columns)
+        return Proof(tuple(probes), len(rows), width, coverage, time.perf_counter() - began)
 
     def _shape(self, columns: NDArray[np.int64], vectors: int) -> tuple[int, int, int]:
         return len(columns), self._plan.entries_per_sample, vectors
@@ -265,7 +280,7 @@ class Prover:
         weights: NDArray[np.float64],
         vectors: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], float]:
-        """``K v`` of some rows, and the Frobenius norm of what took part, both weighted; a few rows are read at once."""
+        """``K v`` of some rows, and the norm of what took part, both weighted; a few rows are read at a time."""
         assert self._tiles is not None
         width = self._plan.entries_per_sample
         row_index, column_index = _entries(rows, width), _entries(columns, width)
@@ -313,20 +328,6 @@ class Prover:
             f"{len(samples):,} samples, {len(wanted):,} columns, relative error {worst[0]:.1e}, allowed {allowed:.1e}"
         )
         return Probe("Φᵀv against Rᵀ(Jᵀv)", worst[0], allowed, detail)
-
-
-def needed_bytes(plan: Plan, prepared: PreparedJob, held: int) -> int:
-    """Host memory that a proof takes: a float64 copy of the model, directions, a gradient, a batch, panels."""
-    state = sum(value.numel() for value in prepared.module.state_dict().values())
-    chosen = sum(prepared.function.sizes.values())
-    copies = held + 2 + (plan.projection is not None)
-    fixed = BATCH_BYTES + 2 * PANEL_BYTES + (SKETCH_BYTES if plan.projection is not None else 0)
-    return int(12 * state + 8 * copies * chosen + fixed)
-
-
-def directions_held(plan: Plan, room: int = DIRECTION_BYTES) -> int:
-    """Directions that fit in some bytes, at least one."""
-    return max(1, min(room, DIRECTION_BYTES) // (8 * max(1, plan.columns)))
 
 
 def _signs(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:

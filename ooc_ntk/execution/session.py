@@ -25,6 +25,7 @@ from .executors import Executor
 from .measure import measure
 from .prepare import PreparedJob, available_resources, prepare, with_head
 from .progress import TerminalProgress
+from .proving import prove_run
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,13 @@ def planned(
 
 
 def run_job(
-    job: Job, directory: RunDirectory, asked: Asked, executor: Executor, progress: bool | Observer = True
+    job: Job,
+    directory: RunDirectory,
+    asked: Asked,
+    executor: Executor,
+    progress: bool | Observer = True,
+    *,
+    proof: bool = True,
 ) -> Plan:
     """Run a job in a directory, or what is left of it.
 
@@ -95,6 +102,7 @@ def run_job(
         asked: plan, budget and preferences.
         executor: runs the tasks.
         progress: whether to show progress on the terminal, or an observer.
+        proof: whether samples of the finished kernel are proven as the last step.
 
     Returns:
         The plan that was followed.
@@ -113,7 +121,10 @@ def run_job(
             )
         try:
             with TerminalProgress.of(progress) as observer:
-                execute(chosen, directory, prepared, executor, observer)
+                seconds = execute(chosen, directory, prepared, executor, observer)
+                if proof:
+                    note = (observer or Observer()).note
+                    prove_run(directory, chosen, prepared, seconds, note)
         finally:
             prepared.reader.close()
     return chosen

@@ -174,6 +174,7 @@ def info_table(info: RunInfo) -> RenderableType:
             *plan.summary()[: 4 if plan.projection is None else 6],
             *((name, digest) for name, digest in sorted(info.job_digests.items())),
             ("plan", plan.digest),
+            *(_proof(info)),
             ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
         ]
     )
@@ -213,6 +214,14 @@ def info_table(info: RunInfo) -> RenderableType:
     return Group(*parts)
 
 
+def _proof(info: RunInfo) -> list[tuple[str, str]]:
+    """The last proof of a run by products with vectors."""
+    proof = (info.audited or {}).get("proof")
+    if proof is None or proof["plan"] != info.plan.digest:
+        return []
+    return [("proof", f"{'passed' if proof['passed'] else 'FAILED'}: {proof['line']}, by {proof['by']}")]
+
+
 def _layers(info: RunInfo) -> Table:
     """What every layer adds to the kernel's trace, as bars."""
     table = Table(title="layers", title_justify="left", box=None, pad_edge=False)
@@ -245,6 +254,8 @@ def audit_table(audit: Audit) -> RenderableType:
         f"coverage: {audit.entries:,} entries recomputed ({audit.coverage:.2g} of all), every tile's checksum and "
         "structure"
     )
+    if audit.proof is not None:
+        covered += f"; products with vectors over {audit.proof.scope}"
     return Group(table, Text(covered, style="dim"))
 
 
