@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -173,11 +174,18 @@ def by_forward_mode(reference: Reference, batch: ModelBatch, directions: Sequenc
     found = []
     for direction in directions:
         with torch.no_grad(), forward_ad.dual_level():
-            pairs = zip(reference.names, reference.variables, direction, strict=True)
-            state = {name: forward_ad.make_dual(variable.detach(), there) for name, variable, there in pairs}  # type: ignore[no-untyped-call]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch loads scripts of its own the first time
+                pairs = zip(reference.names, reference.variables, direction, strict=True)
+                state = {name: _dual(variable.detach(), there) for name, variable, there in pairs}
             values, image = forward_ad.unpack_dual(reference.values(batch, state, graph=False))  # type: ignore[no-untyped-call]
             found.append(torch.zeros_like(values) if image is None else image.clone())
     return found
+
+
+def _dual(value: Tensor, tangent: Tensor) -> Tensor:
+    made: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+    return made
 
 
 def by_double_backward(reference: Reference, batch: ModelBatch, directions: Sequence[Direction]) -> list[Tensor]:

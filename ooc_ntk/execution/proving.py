@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 #: Share of the time that a session's tasks took, up to which they are proven.
 TIME_SHARE: Final = 0.1
 
-#: Less than this would prove nothing (a choice: the model is copied and run a few times before the first number).
-SHORTEST_SECONDS: Final = 0.05
+#: Less time than this is not spent (a choice: copying the model, and the first pass of everything, take most of it).
+SHORTEST_SECONDS: Final = 0.25
 
 #: Bytes of the smallest batch that a proof counts on, and of what libraries load for it (measured: 10 MB for forward
 #: mode).
