@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ooc_ntk.errors import OocNtkError, RunInterrupted
+from ooc_ntk.errors import OocNtkError, RunInterrupted, VerificationError
 from ooc_ntk.stopping import EXIT_TERMINATED, Terminated, deadline_after_sigterm
 
 from .flags import JobFlags, with_job_flags
@@ -62,6 +62,9 @@ def _reporting_errors() -> Iterator[None]:
         raise typer.Exit(EXIT_TERMINATED if stopped.signal == signal.SIGTERM else EXIT_STOPPED) from stopped
     except BrokenPipeError:
         raise
+    except VerificationError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(EXIT_FINDING) from error
     except (OocNtkError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(EXIT_INPUT) from error
@@ -121,6 +124,9 @@ def run(
     scheduler: SchedulerOption = None,
     watch_disk: WatchDiskOption = None,
     profile: ProfileOption = False,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Leave out the proof of some samples at the end of the run.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
     """Compute the kernel into a run directory; typed again after a stop, it goes on where it was.
@@ -133,7 +139,8 @@ def run(
         from ooc_ntk.report.tables import info_table, phases_table, plan_table
 
         if flags.checkpoints:
-            _run_checkpoints(flags, out, plan_file, scheduler, watch_disk, quiet)
+            given = {"scheduler": scheduler, "watch_disk": watch_disk, "proof": not no_proof}
+            _run_checkpoints(flags, out, plan_file, given, quiet)
             return
         wanted, budget = flags.describe(out)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
@@ -151,6 +158,7 @@ def run(
             scheduler=scheduler,
             progress=not quiet,
             watch_disk=watch_disk,
+            proof=not no_proof,
         )
         if not quiet:
             found = api.info(out)
@@ -161,9 +169,7 @@ def run(
             typer.echo(f"\n{made}: {out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
 
-def _run_checkpoints(
-    flags: JobFlags, out: Path, plan_file: Path | None, scheduler: str | None, watch_disk: str | None, quiet: bool
-) -> None:
+def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, given: Mapping[str, Any], quiet: bool) -> None:
     """Run a job for several weights, and show how the kernels move."""
     from ooc_ntk import api
     from ooc_ntk.errors import InputError
@@ -184,9 +190,8 @@ def _run_checkpoints(
         flags.checkpoints,
         budget=budget,
         preferences=flags.preferences(),
-        scheduler=scheduler,
         progress=not quiet,
-        watch_disk=watch_disk,
+        **given,
         announce=announce,
     )
     found.mean()
@@ -279,15 +284,21 @@ def verify(
         int, typer.Option("--samples", help="Samples whose rows and columns are recomputed in float64.", min=0)
     ] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of samples.")] = 0,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Let every entry take part in the products with vectors. (default: up to 64 × 64 samples)"
+        ),
+    ] = False,
 ) -> None:
-    """Prove a finished kernel: checksums, symmetry, finite entries, and entries recomputed in float64."""
+    """Prove a finished kernel: checksums, symmetry, entries anew in float64, and K v against J(Jᵀv) by vjp and jvp."""
     with _reporting_errors():
         from ooc_ntk import api
 
         several = api.info_checkpoints(run)
         given = JobFlags(model=model, weights=weights, train=train, test=test, outputs=outputs)
         if several:
-            passed = [_verify(each.path, given, samples, seed, heading=each.path.name) for each in several]
+            passed = [_verify(each.path, given, samples, seed, full, heading=each.path.name) for each in several]
             missing = api.missing_checkpoints(run)
             _say_missing(missing)
             if not missing and all(each.finished for each in several):
@@ -297,7 +308,7 @@ def verify(
             passed.append(not missing)
         else:
             api.open(run)
-            passed = [_verify(run, given, samples, seed)]
+            passed = [_verify(run, given, samples, seed, full)]
         if not all(passed):
             raise typer.Exit(EXIT_FINDING)
 
@@ -308,7 +319,7 @@ def _say_missing(names: list[str]) -> None:
         typer.secho(f"missing: {', '.join(names)}; run the same command again to compute them", fg="red")
 
 
-def _verify(run: Path, given: JobFlags, samples: int, seed: int, heading: str | None = None) -> bool:
+def _verify(run: Path, given: JobFlags, samples: int, seed: int, full: bool, heading: str | None = None) -> bool:
     """Verify one run and print what was seen."""
     from ooc_ntk import api
     from ooc_ntk.report.tables import audit_table
@@ -317,7 +328,7 @@ def _verify(run: Path, given: JobFlags, samples: int, seed: int, heading: str | 
         _heading(heading)
     job = given.describe(run)[0] if samples else None
     with _status("verifying"):
-        found = api.verify(run, job, samples=samples, seed=seed)
+        found = api.verify(run, job, samples=samples, seed=seed, full=full)
     _print(audit_table(found))
     return found.passed
 

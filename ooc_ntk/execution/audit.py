@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-from torch import Tensor
 
 from ooc_ntk.algebra.features import Features
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.layers import LAYERS
-from ooc_ntk.compute.functions import ClipOutput
 from ooc_ntk.errors import StorageError
-from ooc_ntk.planning.layers import layer_of
-from ooc_ntk.planning.outputs import OutputSpec
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.manifest import Manifest
 
-from .audit_features import FeatureReference
-from .context import SampleReader
 from .prepare import PreparedJob
+from .proof import Proof, Prover
+from .recompute import Recomputed, recompute
 
 #: Samples whose rows, and columns, are recomputed by default: 8 × 8 entries (a choice: seconds for a small network).
 AUDITED_SAMPLES: Final = 8
@@ -37,6 +30,10 @@ AUDITED_SAMPLES: Final = 8
 #: their errors are large together or small together (a choice; on two small networks the largest of 200 seeds was 4.0).
 RESIDUAL_TIMES: Final = 6.0
 
+
+#: Samples whose rows, and columns, take part in a probe by default, if so many seconds last (a choice).
+PROBED_SAMPLES: Final = 64
+PROBE_SECONDS: Final = 10.0
 
 #: Kernel tiles whose layers are added up (a choice: every layer's tile is read).
 SUMMED_TILES: Final = 16
@@ -71,6 +68,7 @@ class Audit:
         coverage: recomputed entries over all entries.
         tolerance: the plan's tolerance.
         predicted_error: of a projected kernel, the error that its error bars predict of these entries.
+        proof: what matrix-free probes showed, None if there were none.
     """
 
     checks: tuple[Check, ...]
@@ -79,6 +77,7 @@ class Audit:
     coverage: float
     tolerance: float
     predicted_error: float | None = None
+    proof: Proof | None = None
 
     @property
     def passed(self) -> bool:
@@ -93,8 +92,10 @@ def audit(
     samples: int = AUDITED_SAMPLES,
     seed: int = 0,
     advance: Callable[[str], None] = lambda what: None,  # noqa: ARG005
+    *,
+    full: bool = False,
 ) -> Audit:
-    """Check a finished run: checksums, structure, and entries recomputed in float64.
+    """Check a finished run: checksums, structure, entries recomputed in float64, and matrix-free probes.
 
     Args:
         root: run directory.
@@ -103,6 +104,7 @@ def audit(
         samples: samples whose rows and columns are recomputed.
         seed: of the choice of samples.
         advance: told what is being checked.
+        full: whether all rows and columns take part in the probe; otherwise some, chosen at random.
 
     Returns:
         The outcome.
@@ -117,40 +119,32 @@ def audit(
             checks.extend(_structure(root, plan))
         if plan.layers:
             checks.append(_layers_add_up(root, plan, seed))
-    found: _Recomputed | None = None
+    found: Recomputed | None = None
+    proof: Proof | None = None
     if prepared is not None and all(check.passed for check in checks):
         advance("recomputing entries in float64")
-        found = _recompute(root, plan, prepared, samples, seed)
+        found = recompute(root, plan, prepared, samples, seed)
         checks.extend(_judged(plan, found))
+        proof = _probed(root, plan, prepared, seed, advance, full=full)
+        checks.extend(Check(probe.name, probe.passed, probe.detail) for probe in proof.probes)
     rows, columns = plan.kernel_shape
     if found is None:
         return Audit(tuple(checks), None, 0, 0.0, plan.tolerance)
     coverage = found.entries / (rows * columns)
-    return Audit(tuple(checks), found.error, found.entries, coverage, plan.tolerance, found.predicted)
+    return Audit(tuple(checks), found.error, found.entries, coverage, plan.tolerance, found.predicted, proof)
 
 
-@dataclass(frozen=True)
-class _Recomputed:
-    """What recomputing some entries showed.
-
-    Attributes:
-        error: relative Frobenius error of the entries.
-        entries: how many there are.
-        layers_error: largest error of a layer's entries, relative to the whole kernel's; None if none are kept.
-        features_error: of a projected kernel, relative error of the recomputed features.
-        features: how many numbers of them.
-        predicted: of a projected kernel, the relative error that its error bars predict.
-    """
-
-    error: float
-    entries: int
-    layers_error: float | None = None
-    features_error: float = 0.0
-    features: int = 0
-    predicted: float | None = None
+def _probed(
+    root: Path, plan: Plan, prepared: PreparedJob, seed: int, advance: Callable[[str], None], *, full: bool
+) -> Proof:
+    """Matrix-free probes of everything, or of some samples within some seconds."""
+    if full:
+        advance(f"probing all {plan.samples:,} × {plan.train_samples:,} samples")
+        return Prover(root, plan, prepared, seed).whole()
+    return Prover(root, plan, prepared, seed, seconds=PROBE_SECONDS).grown(PROBE_SECONDS, PROBED_SAMPLES, advance)
 
 
-def _judged(plan: Plan, found: _Recomputed) -> list[Check]:
+def _judged(plan: Plan, found: Recomputed) -> list[Check]:
     """Verdicts on recomputed entries."""
     if found.predicted is None:
         checks = [
@@ -280,178 +274,3 @@ def _layers_add_up(root: Path, plan: Plan, seed: int) -> Check:
 def _times(samples: Range, entries: int) -> slice:
     """Kernel rows of a range of samples."""
     return slice(samples.start * entries, samples.stop * entries)
-
-
-class _Reference:
-    """Gradients by plain autograd in float64, one sample and one output at a time, on a copy of the model."""
-
-    def __init__(self, prepared: PreparedJob, plan: Plan) -> None:
-        self._module = copy.deepcopy(prepared.module).to("cpu").double().eval()
-        self._outputs = prepared.outputs
-        self._kernel = plan.kernel
-        self._reader: SampleReader = prepared.reader
-        chosen = set(prepared.function.names)
-        self._variables = [p for name, p in self._module.named_parameters() if name in chosen]
-        self._columns: dict[str, list[int]] = {}
-        for name, parameter in self._module.named_parameters():
-            if name in chosen:
-                self._columns.setdefault(layer_of(name), []).append(parameter.numel())
-
-    def layers(self) -> dict[str, slice]:
-        """The columns of every layer; a layer's parameters stand side by side."""
-        found, start = {}, 0
-        for name, sizes in self._columns.items():
-            found[name] = slice(start, start + sum(sizes))
-            start += sum(sizes)
-        return found
-
-    def scalars(self, sample: int) -> list[Tensor]:
-        """The scalars whose gradients are the Jacobian rows of a sample, with their graph."""
-        (_, found) = next(self._reader.pieces(Range(sample, sample + 1), 1))
-        args = [value.double() if value.is_floating_point() else value for value in found.args]
-        kwargs = {k: value.double() if value.is_floating_point() else value for k, value in found.kwargs.items()}
-        with torch.enable_grad():
-            output = self._output(self._module(*args, **kwargs))
-            values = self._values(output, None if found.targets is None else found.targets[0])
-            if self._kernel == "pseudo":
-                return [values.sum()]
-            if self._kernel.startswith("output:"):
-                return [values[int(self._kernel[7:])]]
-            return list(values)
-
-    def _output(self, output: Any) -> Tensor:
-        """What a model returned for one sample, as one row: its logits, or the embeddings of a pair."""
-        if isinstance(self._outputs, ClipOutput):
-            if isinstance(output, dict):
-                output = (output["image_embeds"], output["text_embeds"])
-            pair = output[:2] if isinstance(output, tuple | list) else (output.image_embeds, output.text_embeds)
-            return torch.cat([part.reshape(-1) for part in pair])
-        found: Tensor = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
-        return found.reshape(-1)
-
-    def _values(self, logits: Tensor, target: Tensor | None) -> Tensor:
-        """The output function by its definition, in other words than the engine's."""
-        if callable(self._outputs):
-            return self._outputs(logits, target).reshape(-1)
-        spec = OutputSpec.parse(self._outputs)
-        if spec.name == "logits" or (target is None and spec.name != "logprob"):
-            return logits[spec.part(logits.numel())]
-        if spec.name == "logprob":
-            return (logits - torch.logsumexp(logits, 0))[spec.part(logits.numel())]
-        assert target is not None
-        if spec.name == "loss" and target.is_floating_point():
-            return 0.5 * (logits - target.double().reshape(-1)).pow(2).sum().reshape(1)
-        if target.numel() > 1:
-            steps = logits.reshape(target.numel(), -1)
-            if spec.name == "loss":
-                return F.cross_entropy(steps, target.reshape(-1)).reshape(1)
-            last = int((target.reshape(-1) >= 0).nonzero()[-1])
-            return steps[last, int(target.reshape(-1)[last])].reshape(1)
-        label = int(target)
-        if spec.name == "next-token":
-            return logits[label].reshape(1)
-        if spec.name == "loss":
-            return F.cross_entropy(logits[None], torch.tensor([label])).reshape(1)
-        rest = torch.cat([logits[:label], logits[label + 1 :]])
-        return (logits[label] - torch.logsumexp(rest, 0)).reshape(1)
-
-    def gradient(self, scalar: Tensor) -> Tensor:
-        """One Jacobian row (parameters,) float64."""
-        parts = torch.autograd.grad(
-            scalar, self._variables, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed: int) -> _Recomputed:
-    """Relative error of randomly chosen entries, and of the features behind them."""
-    random = np.random.default_rng(seed)
-    rows = np.sort(random.choice(plan.samples, min(samples, plan.samples), replace=False))
-    among = [int(row) for row in rows if row < plan.train_samples][: samples // 2]
-    others = random.permutation(np.setdiff1d(np.arange(plan.train_samples), among))[: samples - len(among)]
-    columns = np.sort(np.concatenate([np.asarray(among, dtype=np.int64), others.astype(np.int64)]))
-    reference = _Reference(prepared, plan)
-    features = None
-    if plan.projection is not None:
-        features = FeatureReference(plan, prepared.function, len(rows), seed)
-    was_fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    layers = dict.fromkeys(plan.layers, slice(0))
-    layers.update({name: part for name, part in reference.layers().items() if name in layers})
-    parts = np.zeros((len(layers), len(rows) * plan.entries_per_sample, len(columns) * plan.entries_per_sample))
-    try:
-        expected = _reference_entries(reference, plan, rows, columns, features, list(layers.values()), parts)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_fast)
-    kernel = Kernel(root)
-    entries = plan.entries_per_sample
-    row_index = (rows[:, None] * entries + np.arange(entries)).reshape(-1)
-    column_index = (columns[:, None] * entries + np.arange(entries)).reshape(-1)
-    stored = np.asarray(kernel[row_index, column_index], dtype=np.float64)
-    norm = float(np.linalg.norm(expected))
-    error = float(np.linalg.norm(stored - expected))
-    if not np.isfinite(error):
-        raise StorageError("the recomputed entries are not finite; the model's float64 gradients overflow")
-    found = _Recomputed(error / norm if norm else error, int(expected.size))
-    if plan.layers:
-        mine = np.stack([np.asarray(kernel.layer(name)[row_index, column_index], np.float64) for name in layers])
-        found = replace(found, layers_error=float(np.linalg.norm(mine - parts, axis=(1, 2)).max()) / (norm or 1.0))
-    if features is None:
-        return found
-    mine = kernel.features.read(rows)[:, :, features.columns].astype(np.float64)
-    scale = float(np.linalg.norm(features.found)) or 1.0
-    predicted = float(np.linalg.norm(kernel.errors(row_index, column_index)))
-    return replace(
-        found,
-        features_error=float(np.linalg.norm(mine - features.found)) / scale,
-        features=int(mine.size),
-        predicted=predicted / (norm or 1.0),
-    )
-
-
-def _reference_entries(
-    reference: _Reference,
-    plan: Plan,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    features: FeatureReference | None,
-    layers: Sequence[slice],
-    parts: np.ndarray,
-) -> np.ndarray:
-    """Kernel entries by the definitions, in float64: (rows · entries, columns · entries).
-
-    ``parts``, (layers, rows · entries, columns · entries), takes the same of every layer's columns.
-
-    Row gradients are held for one output at a time, so memory is (rows + 1) · parameters · 8 bytes.
-    """
-    full = plan.kernel == "full"
-    entries, outputs = plan.entries_per_sample, plan.rows_per_sample
-    if plan.head is not None:  # by every output, whatever rows the engine derived
-        outputs = plan.outputs
-    result = np.zeros((len(rows), entries, len(columns), entries))
-    row_norms, column_norms = np.zeros((len(rows), entries)), np.zeros((len(columns), entries))
-    for c in range(outputs):
-        held = torch.stack([reference.gradient(reference.scalars(int(row))[c]) for row in rows])
-        row_norms[:, c if full else 0] += held.square().sum(1).numpy()
-        if features is not None:
-            features.add(c, held.numpy())
-        for j, column in enumerate(columns):
-            scalars = reference.scalars(int(column))
-            for d in range(outputs) if full else (c,):
-                gradient = reference.gradient(scalars[d])
-                first, second = (c, d) if full else (0, 0)
-                result[:, first, j, second] += (held @ gradient).numpy()
-                for part, there in zip(parts, layers, strict=True):
-                    part[first::entries, j * entries + second] += (held[:, there] @ gradient[there]).numpy()
-                if c == d:
-                    column_norms[j, d if full else 0] += float(gradient @ gradient)
-    if plan.scale == "mean":
-        result /= plan.outputs
-        parts /= plan.outputs
-    flat = result.reshape(len(rows) * entries, len(columns) * entries)
-    if plan.normalize == "cosine":
-        scale = plan.outputs if plan.scale == "mean" else 1
-        left, right = np.sqrt(row_norms.reshape(-1) / scale), np.sqrt(column_norms.reshape(-1) / scale)
-        flat = flat * np.divide(1, left, out=np.zeros_like(left), where=left > 0)[:, None]
-        flat = flat * np.divide(1, right, out=np.zeros_like(right), where=right > 0)[None, :]
-    return flat

@@ -88,7 +88,11 @@ def run_checkpoints(
         announce(number, entry["name"])
         chosen = _with_weights(base, given)
         followed = run_job(
-            chosen, run_directory(out / entry["name"]), replace(asked, template=template), executor, progress
+            chosen,
+            run_directory(out / entry["name"]),
+            replace(asked, template=template),
+            executor,
+            progress,
         )
         base._made.update({name: value for name, value in chosen._made.items() if name != "model"})
         if followed.projection is None:  # a pilot measures how large the errors of a projected kernel are

@@ -58,7 +58,7 @@ class Observer:
     Attributes:
         begin: called once, before the first task.
         advance: called as work gets done, from the task's thread.
-        say: told what goes on beside the tasks, for people.
+        say: told what goes on beside the tasks, for people, such as the proof at the end.
     """
 
     begin: Begin = lambda totals, remaining: None  # noqa: ARG005
@@ -175,7 +175,7 @@ def execute(
     observer: Observer | None = None,
     *,
     watch_disk: int = 0,
-) -> None:
+) -> float:
     """Run what is left of a run that exists; the caller holds its lock.
 
     A file that turns out to be damaged in the middle is computed again, as in a new session.
@@ -188,6 +188,9 @@ def execute(
         observer: told about progress.
         watch_disk: free bytes below which the run stops; 0 lets it fill the disk.
 
+    Returns:
+        Seconds that the tasks of this session took, 0 if nothing was left to do.
+
     Raises:
         OocNtkError: whatever a task raises; finished tiles stay committed.
     """
@@ -196,10 +199,12 @@ def execute(
         prepared = with_head(prepared, plan.head.name)
     manifest = Manifest(directory.root)
     try:
+        seconds = 0.0
         with stoppable() as stop:
             for repairs in range(REPAIRS, -1, -1):
                 session = _Session(plan, directory, prepared, executor, observer, manifest, stop, watch_disk)
                 damaged = session.run(last=not repairs)
+                seconds += session.seconds
                 if damaged is None:
                     break
                 logger.warning("%s; computing it again now", damaged)
@@ -207,6 +212,7 @@ def execute(
                 observer = Observer(advance=observer.advance)
         _keep_batches(plan, directory, manifest)
         _sweep_away(directory)
+        return seconds
     except BaseException:
         with suppress(OSError):
             directory.sweep()
@@ -227,6 +233,7 @@ class _Session:
     manifest: Manifest
     stop: Stop
     watch_disk: int
+    seconds: float = 0.0  # that its tasks took
 
     def run(self, *, last: bool) -> str | None:
         """Run what is left.
@@ -276,6 +283,7 @@ class _Session:
             # Tasks run one after the other: what passed since the last commit is this task, syncing and committing too.
             now = time.perf_counter()
             receipt, started = replace(receipt, seconds=now - started), now
+            self.seconds += receipt.seconds
             if receipt.key.startswith("release"):
                 # Forgotten before the release counts: a crash in between leaves the release to be done again.
                 for folder in (JACOBIAN, FACTORS):

@@ -39,7 +39,7 @@ class TerminalProgress:
         """An observer of what a caller asked for: True, False, or an observer of their own.
 
         Yields:
-            An object with ``begin`` and ``advance``, or None.
+            An object with ``begin``, ``advance`` and ``say``, or None.
         """
         if progress is True:
             shown = TerminalProgress()
@@ -82,10 +82,6 @@ class TerminalProgress:
                 )
             self._bars.start()
 
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self._line(text)
-
     def advance(self, phase: str, amount: float) -> None:
         """Note that work was done."""
         with self._lock:
@@ -101,6 +97,13 @@ class TerminalProgress:
             elif now - self._last_line >= LINE_SECONDS:
                 self._last_line = now
                 self._line(self._status(phase))
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bars while they are drawn."""
+        if self._bars is not None:
+            self._bars.console.print(text, highlight=False)
+        else:
+            self._line(text)
 
     def _rate(self, phase: str) -> str:
         spent = self._busy[phase]

@@ -28,6 +28,7 @@ from .executors import Executor
 from .measure import measure
 from .prepare import PreparedJob, available_resources, prepare, with_head
 from .progress import TerminalProgress
+from .proving import prove_run
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Asked:
         preferences: what to fix by hand in a new plan; refused where a plan that is there does otherwise.
         template: the plan of the same job with other weights, which a new plan takes over; None measures the model.
         watch_disk: free bytes of the run's file system below which it stops; 0 lets it fill the disk.
+        proof: whether samples of the finished kernel are proven as the last step.
     """
 
     plan: Plan | None = None
@@ -49,6 +51,7 @@ class Asked:
     preferences: Preferences | None = None
     template: Plan | None = None
     watch_disk: int = 0
+    proof: bool = True
 
 
 def planned(
@@ -106,7 +109,11 @@ def measured(
 
 
 def run_job(
-    job: Job, directory: RunDirectory, asked: Asked, executor: Executor, progress: bool | Observer = True
+    job: Job,
+    directory: RunDirectory,
+    asked: Asked,
+    executor: Executor,
+    progress: bool | Observer = True,
 ) -> Plan:
     """Run a job in a directory, or what is left of it.
 
@@ -134,7 +141,10 @@ def run_job(
             )
         try:
             with TerminalProgress.of(progress) as observer:
-                execute(chosen, directory, prepared, executor, observer, watch_disk=asked.watch_disk)
+                seconds = execute(chosen, directory, prepared, executor, observer, watch_disk=asked.watch_disk)
+                if asked.proof:
+                    say = (observer or Observer()).say
+                    prove_run(directory, chosen, prepared, seconds, say)
         finally:
             prepared.reader.close()
     return chosen

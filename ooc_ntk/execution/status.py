@@ -17,6 +17,7 @@ from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import HISTORY
 
 from .audit import Audit
+from .proof import Proof
 
 #: File of what the last audit saw.
 AUDIT: Final = "audit.json"
@@ -46,8 +47,8 @@ class RunInfo:
         retries: how often tasks, or calls in them, were tried again.
         micro_batches: of rows for which the device had no room in batches as planned: how many tasks, by batch size.
         layer_traces: what every layer adds to the trace of the train square, by name; empty unless kept by layer.
-        audited: what the last ``verify`` saw: relative error and, of a projected kernel, the predicted one; None if
-            there was none.
+        audited: what the last ``verify``, or the proof at the end of the run, saw: relative error of recomputed
+            entries, of a projected kernel the predicted one, and the proof; None if there was none.
         history: the generations that the run was grown from, the earliest first: digests of plan and job, train and
             test samples, versions.
     """
@@ -194,7 +195,7 @@ def run_info(path: str | Path) -> RunInfo:
     )
 
 
-def keep_audit(directory: RunDirectory, audit: Audit) -> None:
+def keep_audit(directory: RunDirectory, plan: Plan, audit: Audit) -> None:
     """Keep what an audit saw, for ``info``; a run that cannot be written is left as it is."""
     if audit.relative_error is None:
         return
@@ -203,7 +204,32 @@ def keep_audit(directory: RunDirectory, audit: Audit) -> None:
         "predicted_error": audit.predicted_error,
         "entries": audit.entries,
         "passed": audit.passed,
+        "proof": None if audit.proof is None else _proof_fields(plan, audit.proof, "verify"),
     }
+    _keep(directory, seen)
+
+
+def keep_proof(directory: RunDirectory, plan: Plan, proof: Proof, by: str) -> None:
+    """Keep what a proof alone saw, in the place of an audit before it, which was of other tiles."""
+    _keep(directory, {"passed": proof.passed, "proof": _proof_fields(plan, proof, by)})
+
+
+def _proof_fields(plan: Plan, proof: Proof, by: str) -> dict[str, Any]:
+    worst = proof.worst
+    return {
+        "plan": plan.digest,
+        "by": by,
+        "passed": proof.passed,
+        "samples": [proof.rows, proof.columns],
+        "coverage": proof.coverage,
+        "relative_error": worst.error,
+        "allowed": worst.allowed,
+        "seconds": proof.seconds,
+        "line": str(proof),
+    }
+
+
+def _keep(directory: RunDirectory, seen: dict[str, Any]) -> None:
     with suppress(StorageError, OSError):
         directory.write_text(directory.root / AUDIT, json.dumps(seen) + "\n")
 

@@ -175,6 +175,7 @@ def info_table(info: RunInfo) -> RenderableType:
             *((name, digest) for name, digest in sorted(info.job_digests.items())),
             ("plan", plan.digest),
             *(("grown", line) for line in _grown(info)),
+            *_proof(info),
             ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
             *([("retries", f"{info.retries:,}, after errors of the file system that passed")] if info.retries else ()),
             *_micro_batches(info),
@@ -249,6 +250,14 @@ def _grown(info: RunInfo) -> list[str]:
     ]
 
 
+def _proof(info: RunInfo) -> list[tuple[str, str]]:
+    """The last proof of a run by products with vectors."""
+    proof = (info.audited or {}).get("proof")
+    if proof is None or proof["plan"] != info.plan.digest:
+        return []
+    return [("proof", f"{'passed' if proof['passed'] else 'FAILED'}: {proof['line']}, by {proof['by']}")]
+
+
 def _layers(info: RunInfo) -> Table:
     """What every layer adds to the kernel's trace, as bars."""
     table = Table(title="layers", title_justify="left", box=None, pad_edge=False)
@@ -281,6 +290,8 @@ def audit_table(audit: Audit) -> RenderableType:
         f"coverage: {audit.entries:,} entries recomputed ({audit.coverage:.2g} of all), every tile's checksum and "
         "structure"
     )
+    if audit.proof is not None:
+        covered += f"; products with vectors over {audit.proof.scope}"
     return Group(table, Text(covered, style="dim"))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ooc_ntk
+import ooc_ntk.api
 from ooc_ntk.execution import sums
 from ooc_ntk.planning.superblocks import panel_loads
 from tests import oracle, zoo
@@ -100,24 +101,21 @@ def test_a_run_that_stops_between_superblocks_goes_on_to_the_same_bits(tmp_path,
     job, out = zoo_case("mobilenet").job(), tmp_path / "stopped"
     seen = []
 
-    class Stopper:
-        def begin(self, totals, remaining):
-            seen.append(totals["kernel"])
+    def advance(phase, amount):
+        if phase == "kernel" and len(seen) == 1:
+            stops.append(amount)
+            if len(stops) == stops_at:
+                raise KeyboardInterrupt
 
-        def advance(self, phase, amount):
-            if phase == "kernel" and len(seen) == 1:
-                stops.append(amount)
-                if len(stops) == stops_at:
-                    raise KeyboardInterrupt
-
+    observer = ooc_ntk.api.Observer(lambda totals, remaining: seen.append(totals["kernel"]), advance)
     spans = len(whole.plan.passes[0])
     stops, stops_at = [], spans * (len(whole.plan.superblocks[0].tiles) + 1)  # within the second superblock
     with pytest.raises(ooc_ntk.OocNtkError, match="stopped"):
-        ooc_ntk.run(job, out, plan=whole.plan, scheduler=scheduler, progress=Stopper())
+        ooc_ntk.run(job, out, plan=whole.plan, scheduler=scheduler, progress=observer)
     info = ooc_ntk.info(out)
     assert info.kernel_tiles_done == len(whole.plan.superblocks[0].tiles)
     assert info.io_ratio is None
-    again = ooc_ntk.run(job, out, scheduler=scheduler, progress=Stopper())
+    again = ooc_ntk.run(job, out, scheduler=scheduler, progress=observer)
     assert seen[1] == (info.kernel_tiles_done, whole.plan.sample_grid.kernel_tile_count)
     assert np.asarray(again).tobytes() == np.asarray(whole).tobytes()
 
