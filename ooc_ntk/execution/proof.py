@@ -158,8 +158,9 @@ class Prover:
         self._tiles = None if plan.features_only else TileRows(root, "kernel.zarr")
         self._reference = Reference(prepared, plan)
         with plain_float64():
-            began = time.perf_counter()
             self.sweep_bytes = self._reference.sweep_bytes(0)
+            began = time.perf_counter()
+            self._reference.scalars(0)  # once more: the first pass of anything takes several times as long
             self._forward_seconds = time.perf_counter() - began
         batch = max(1, min(plan.batch_size, min(batch_bytes, BATCH_BYTES) // max(1, self.sweep_bytes)))
         quick = seconds is not None and seconds < QUICK_SECONDS
@@ -199,7 +200,9 @@ class Prover:
             if not found.passed or size >= min(largest, self._plan.samples):
                 break
             left = SAFE_SHARE * (seconds - (time.perf_counter() - began))
-            step = min(LARGEST_STEP, left / max(found.seconds, 1e-9))
+            # The first probe loads parts of torch, which the next one does not.
+            took = min(found.seconds, self.least_seconds()) if size == 2 else found.seconds
+            step = min(LARGEST_STEP, left / max(took, 1e-9))
             if step < SMALLEST_STEP:
                 break
             size = min(largest, int(size * step))

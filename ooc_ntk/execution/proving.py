@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 #: Share of the time that a session's tasks took, up to which they are proven.
 TIME_SHARE: Final = 0.1
 
-#: Less time than this is not spent (a choice: copying the model, and the first pass of everything, take most of it).
-SHORTEST_SECONDS: Final = 0.25
+#: Less time than this is not enough: the first backward pass through a backward pass loads parts of torch before the
+#: first number is there (measured: 0.6 to 0.8 s).
+SHORTEST_SECONDS: Final = 1.0
 
 #: Bytes of the smallest batch that a proof counts on, and of what libraries load for it (measured: 10 MB for forward
 #: mode).
