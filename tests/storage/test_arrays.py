@@ -97,6 +97,12 @@ def test_an_array_that_is_not_there(tmp_path):
         open_tile_array(tmp_path, "diagonal")
 
 
+def test_metadata_that_cannot_be_read_are_a_storage_error(tmp_path):
+    (tmp_path / "kernel.zarr" / "zarr.json").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"reading .*kernel\.zarr failed"):
+        open_tile_array(tmp_path, "kernel.zarr")
+
+
 def test_opened_arrays_cannot_be_written(array):
     with pytest.raises(ValueError, match=r"read-only|read only"):
         array.open()[0, 0] = 1
