@@ -85,7 +85,7 @@ class TileArray:
         """Open the array read-only with Zarr.
 
         Raises:
-            StorageError: if it is not there.
+            StorageError: if it is not there or cannot be read.
         """
         try:
             with warnings.catch_warnings():
@@ -93,6 +93,8 @@ class TileArray:
                 return zarr.open_array(zarr.storage.LocalStore(self.root, read_only=True), path=self.name, mode="r")
         except (OSError, KeyError, ValueError) as error:
             raise StorageError(f"there is no array {self.name} in {self.root}: {error}") from error
+        except OSError as error:
+            raise storage_error("reading", self.root / self.name, error) from error
 
     def chunk_path(self, coordinates: Sequence[int]) -> str:
         """Path of one tile relative to the run directory."""

@@ -113,11 +113,19 @@ class RunDirectory:
         write_whole(self.root, f"pending/{receipt.key}.json", receipt.to_json().encode())
 
     def pending_receipts(self) -> list[Receipt]:
-        """Receipts of tasks that finished but were not committed."""
+        """Receipts of tasks that finished but were not committed.
+
+        Raises:
+            StorageError: if one cannot be read; one that is torn is passed over.
+        """
         found = []
         for path in sorted((self.root / "pending").glob("*.json")):
             with suppress(ValueError, KeyError, TypeError):
-                found.append(Receipt.from_json(path.read_text()))
+                try:
+                    text = path.read_text()
+                except OSError as error:
+                    raise storage_error("reading", path, error) from error
+                found.append(Receipt.from_json(text))
         return found
 
     def drop_receipt(self, key: str) -> None:

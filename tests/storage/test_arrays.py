@@ -1,5 +1,6 @@
 """Zarr arrays whose chunk is one tile."""
 
+import errno
 import json
 
 import numpy as np
@@ -95,6 +96,15 @@ def test_another_array_in_its_place_is_refused(changes, array):
 def test_an_array_that_is_not_there(tmp_path):
     with pytest.raises(StorageError, match="there is no array diagonal"):
         open_tile_array(tmp_path, "diagonal")
+
+
+def test_metadata_that_cannot_be_read_are_a_storage_error(tmp_path, monkeypatch):
+    def fail(*arguments, **more):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zarr, "open_array", fail)
+    with pytest.raises(StorageError, match=r"reading .*kernel\.zarr failed: Input/output error"):
+        open_tile_array(tmp_path, "kernel.zarr")
 
 
 def test_opened_arrays_cannot_be_written(array):

@@ -93,6 +93,10 @@ def test_pending_receipts_there_and_back(tmp_path):
     assert directory.pending_receipts() == receipts
     directory.drop_receipt("kernel-0-0-0")
     directory.drop_receipt("never there")
+    (tmp_path / "pending/unreadable.json").mkdir()
+    with pytest.raises(StorageError, match=r"reading .*unreadable\.json"):
+        directory.pending_receipts()
+    (tmp_path / "pending/unreadable.json").rmdir()
     assert directory.pending_receipts() == receipts[1:]
 
 
