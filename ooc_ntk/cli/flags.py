@@ -30,6 +30,7 @@ from .options import (
     ModelOption,
     NoLayerRulesOption,
     NormalizeOption,
+    OrderOption,
     OutputsOption,
     ParametersOption,
     PrecisionOption,
@@ -78,6 +79,7 @@ class JobFlags:
     backend: BackendOption = None
     features_only: FeaturesOnlyOption = False
     dataflow: DataflowOption = None
+    order: OrderOption = None
     tile_samples: TileOption = None
     representation: RepresentationOption = None
     no_layer_rules: NoLayerRulesOption = False
@@ -124,6 +126,7 @@ class JobFlags:
 
         return api.Preferences(
             dataflow=self.dataflow,
+            order=self.order,
             tile_samples=self.tile_samples,
             representation=self.representation,
             layer_rules=not self.no_layer_rules,

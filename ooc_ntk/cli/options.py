@@ -286,6 +286,16 @@ DataflowOption = Annotated[
         show_default=False,
     ),
 ]
+OrderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--order",
+        help="How kernel tiles are grouped where tiles are read from disk: square or triangle. (default: planned)",
+        rich_help_panel=_HOW,
+        autocompletion=complete("square", "triangle"),
+        show_default=False,
+    ),
+]
 TileOption = Annotated[
     int | None,
     typer.Option("--tile-samples", help="Samples per tile. (default: planned)", rich_help_panel=_HOW, min=1),

@@ -208,6 +208,8 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
         "span_columns": (chosen.span_columns, max(1, dense)),
         "passes": (len(chosen.passes), None),
     }
+    if not chosen.layout.in_memory:
+        follows["superblock_tiles"] = (chosen.superblock_tiles, chosen.sample_grid.kernel_tile_count)
     for name, (value, largest) in follows.items():
         wanted = getattr(preferences, name)
         # The planner cuts what is asked for at what there is.

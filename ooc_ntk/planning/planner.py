@@ -84,6 +84,7 @@ class Preferences:
             for.
         every_output: derives a row for every output, even where a linear head allows fewer.
         order: ``square`` or ``triangle``: how kernel tiles are grouped where tiles are read from disk.
+        superblock_tiles: most kernel tiles that are contracted together there; 1 contracts them one by one.
     """
 
     dataflow: str | None = None
@@ -95,6 +96,7 @@ class Preferences:
     features_only: bool = False
     every_output: bool = False
     order: str | None = None
+    superblock_tiles: int | None = None
 
     def __post_init__(self) -> None:
         """Check names and signs."""
@@ -104,7 +106,7 @@ class Preferences:
             raise unknown_name("representation", self.representation, REPRESENTATIONS)
         if self.order is not None and self.order not in ORDERS:
             raise unknown_name("order", self.order, ORDERS)
-        for field in ("tile_samples", "span_columns", "passes"):
+        for field in ("tile_samples", "span_columns", "passes", "superblock_tiles"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"{field} must be at least 1, got {value}")
@@ -155,6 +157,8 @@ def make_plan(
         raise InputError(
             "layer-wise kernels are made in one pass; leave dataflow='recompute' and passes out, or by='layer'"
         )
+    if preferences.superblock_tiles not in (None, 1) or preferences.order is not None:
+        _check_superblocks(workload, preferences)
     job = workload
     if workload.sketch is not None:
         preferences = _for_features(preferences)
@@ -269,7 +273,8 @@ def _in_batches(
                 f"no layout of this job has at most {MAX_TASKS:,} tasks with the tiles asked for; raise --tile-samples"
             )
         ordered = [candidate for candidate in candidates if candidate.layout.superblock_tiles > 1]
-        if preferences.order is not None and any(candidate.over(limits) is None for candidate in ordered):
+        asked = preferences.order is not None or (preferences.superblock_tiles or 1) > 1
+        if asked and any(candidate.over(limits) is None for candidate in ordered):
             candidates = ordered
         return sized, workload, candidates
 
@@ -434,6 +439,17 @@ def _layouts(
             return
 
 
+def _check_superblocks(workload: Workload, preferences: Preferences) -> None:
+    """Refuse superblocks that a kernel cannot have."""
+    if workload.by_layer:
+        raise InputError("layer-wise kernels are summed up tile by tile; leave order and superblock_tiles out")
+    if workload.normalize is not None and preferences.order == "triangle":
+        raise InputError(
+            "tiles of a normalised kernel are divided by those on the diagonal, which triangles do not finish first; "
+            "use order='square'"
+        )
+
+
 def _grouped(workload: Workload, limits: Limits, layout: Layout, preferences: Preferences) -> Iterator[Layout]:
     """A layout with its kernel tiles one by one, and in the largest superblocks that there is memory for.
 
@@ -444,7 +460,10 @@ def _grouped(workload: Workload, limits: Limits, layout: Layout, preferences: Pr
         yield layout
         return
     yield layout
-    if not workload.by_layer:
+    if preferences.superblock_tiles is not None:
+        if preferences.superblock_tiles > 1:
+            yield replace(layout, order=preferences.order or "square", superblock_tiles=preferences.superblock_tiles)
+    elif not workload.by_layer:
         for order, capacity in _capacities(workload, limits, layout, grid, preferences.order):
             yield replace(layout, order=order, superblock_tiles=capacity)
 

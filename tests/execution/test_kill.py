@@ -36,11 +36,13 @@ PATIENCE = 90.0
 
 PREFERENCES = {
     "resident": ooc_ntk.Preferences(dataflow="resident", tile_samples=10, span_columns=400, layer_rules=False),
-    "spill": ooc_ntk.Preferences(dataflow="spill", tile_samples=10, span_columns=400, layer_rules=False),
+    "spill": ooc_ntk.Preferences(
+        dataflow="spill", tile_samples=10, span_columns=400, layer_rules=False, superblock_tiles=4
+    ),
     "recompute": ooc_ntk.Preferences(
         dataflow="recompute", tile_samples=14, span_columns=200, passes=3, layer_rules=False
     ),
-    "factored": ooc_ntk.Preferences(dataflow="spill", tile_samples=10),
+    "factored": ooc_ntk.Preferences(dataflow="spill", tile_samples=10, superblock_tiles=1),
 }
 
 

@@ -34,11 +34,13 @@ TRAIN, TEST, TILE = 40, 9, 8
 BUDGET = ooc_ntk.Budget("16GiB", disk="1GiB")
 DATAFLOWS = {
     "resident": ooc_ntk.Preferences(dataflow="resident", tile_samples=TILE, span_columns=60, layer_rules=False),
-    "spill": ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE, span_columns=60, layer_rules=False),
+    "spill": ooc_ntk.Preferences(
+        dataflow="spill", tile_samples=TILE, span_columns=60, layer_rules=False, superblock_tiles=1
+    ),
     "recompute": ooc_ntk.Preferences(
         dataflow="recompute", tile_samples=TILE, span_columns=30, passes=3, layer_rules=False
     ),
-    "factored": ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE),
+    "factored": ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE, superblock_tiles=1),
 }
 
 

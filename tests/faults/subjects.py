@@ -55,7 +55,13 @@ SUBJECTS: Final = {
             60,
             18,
             {"normalize": "cosine"},
-            {"dataflow": "spill", "tile_samples": 10, "span_columns": 400, "layer_rules": False},
+            {
+                "dataflow": "spill",
+                "tile_samples": 10,
+                "span_columns": 400,
+                "layer_rules": False,
+                "superblock_tiles": 4,
+            },
         ),
         Subject(
             "recompute",
@@ -71,13 +77,19 @@ SUBJECTS: Final = {
             {},
             {"dataflow": "resident", "tile_samples": 10, "span_columns": 400, "layer_rules": False},
         ),
-        Subject("factored", 60, 18, {"normalize": "cosine"}, {"dataflow": "spill", "tile_samples": 10}),
+        Subject(
+            "factored",
+            60,
+            18,
+            {"normalize": "cosine"},
+            {"dataflow": "spill", "tile_samples": 10, "superblock_tiles": 1},
+        ),
         Subject(
             "projected",
             60,
             18,
             {"projection": "sjlt:64", "backend": "torch", "normalize": "cosine"},
-            {"tile_samples": 10},
+            {"tile_samples": 10, "superblock_tiles": 4},
         ),
         Subject(
             "features",
@@ -87,7 +99,13 @@ SUBJECTS: Final = {
             {"tile_samples": 5, "features_only": True},
         ),
         Subject("layers", 32, 8, {"by": "layer"}, {"dataflow": "spill", "tile_samples": 8}),
-        Subject("full", 12, 4, {"kernel": "full"}, {"dataflow": "spill", "tile_samples": 2}),
+        Subject(
+            "full",
+            14,
+            4,
+            {"kernel": "full"},
+            {"dataflow": "spill", "tile_samples": 2, "order": "triangle", "superblock_tiles": 4},
+        ),
     )
 }
 
