@@ -125,8 +125,9 @@ def _finish(
         path = kernel_path(array, plan, task.generation - 1, task.row, task.column)
         _add_partial(context, array, path, tile)
         read, replaces = array.chunk_bytes, [path]
-    for file in _stage_tile(context, task, tile, diagonals):
-        staged.append(file)
+    mine = _stage_tile(context, task, tile, diagonals)
+    staged.extend(mine)
+    for file in mine:
         file.seal()  # closed at once: a superblock has more tiles than a process may have open files
     return read, replaces
 

@@ -462,10 +462,11 @@ def _grouped(workload: Workload, limits: Limits, layout: Layout, preferences: Pr
     yield layout
     if preferences.superblock_tiles is not None:
         if preferences.superblock_tiles > 1:
-            yield replace(layout, order=preferences.order or "square", superblock_tiles=preferences.superblock_tiles)
+            order: Order = "triangle" if preferences.order == "triangle" else "square"
+            yield replace(layout, order=order, superblock_tiles=preferences.superblock_tiles)
     elif not workload.by_layer:
-        for order, capacity in _capacities(workload, limits, layout, grid, preferences.order):
-            yield replace(layout, order=order, superblock_tiles=capacity)
+        for found, capacity in _capacities(workload, limits, layout, grid, preferences.order):
+            yield replace(layout, order=found, superblock_tiles=capacity)
 
 
 def _keeping(workload: Workload, limits: Limits, rates: MachineRates, chosen: _Candidate) -> _Candidate:

@@ -91,7 +91,7 @@ class TileArray:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", category=UserWarning)
                 return zarr.open_array(zarr.storage.LocalStore(self.root, read_only=True), path=self.name, mode="r")
-        except (OSError, KeyError, ValueError) as error:
+        except (FileNotFoundError, KeyError, ValueError) as error:
             raise StorageError(f"there is no array {self.name} in {self.root}: {error}") from error
         except OSError as error:
             raise storage_error("reading", self.root / self.name, error) from error

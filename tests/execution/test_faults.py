@@ -62,7 +62,7 @@ _plans: dict[str, ooc_ntk.Plan] = {}
 def make_plan(dataflow: str = "spill") -> ooc_ntk.Plan:
     if dataflow not in _plans:
         passes = {"passes": 2, "span_columns": 80, "layer_rules": False} if dataflow == "recompute" else {}
-        preferences = ooc_ntk.Preferences(dataflow=dataflow, tile_samples=TILE, **passes)
+        preferences = ooc_ntk.Preferences(dataflow=dataflow, tile_samples=TILE, superblock_tiles=1, **passes)
         made = ooc_ntk.plan(make_job(), BUDGET, preferences=preferences, rates=UNCALIBRATED)
         _plans[dataflow] = replace(made, batch_size=TILE)
     return _plans[dataflow]

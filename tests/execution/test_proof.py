@@ -18,8 +18,8 @@ from ooc_ntk.execution.prepare import prepare
 from ooc_ntk.execution.products import JacobianProducts, directions_held
 from ooc_ntk.execution.proof import Prover
 from ooc_ntk.execution.reference import Reference, plain_float64
-from ooc_ntk.storage.atomic import checksum_file
 from ooc_ntk.storage.manifest import file_stamp
+from ooc_ntk.storage.reading import checksum_file
 from tests import oracle
 from tests.cases import TEST, TRAIN, case
 from tests.execution.test_lengths import encoder, texts  # noqa: F401 - a fixture
