@@ -319,8 +319,8 @@ def wrong(monkeypatch):
     """A run that writes one wrong tile."""
     right = session.execute
 
-    def execute(plan, directory, *rest):
-        seconds = right(plan, directory, *rest)
+    def execute(plan, directory, *rest, **more):
+        seconds = right(plan, directory, *rest, **more)
         if seconds:
             forge(directory.root, tiles(directory.root)[-1])
         return seconds

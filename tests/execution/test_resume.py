@@ -68,7 +68,8 @@ def make_job(**changes) -> ooc_ntk.Job:
 
 @functools.cache
 def make_plan(dataflow: str) -> ooc_ntk.Plan:
-    return ooc_ntk.plan(make_job(), BUDGET, preferences=DATAFLOWS[dataflow], rates=UNCALIBRATED)
+    made = ooc_ntk.plan(make_job(), BUDGET, preferences=DATAFLOWS[dataflow], rates=UNCALIBRATED)
+    return replace(made, kept_bytes=0)  # what stays in memory would never be read again
 
 
 def run(out: Path, plan: ooc_ntk.Plan | None = None, job: ooc_ntk.Job | None = None, progress=False, **more):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -217,6 +218,10 @@ def check_finished(out: Path, reference: Reference) -> None:
     check_unlocked(out)
 
 
+#: What a run says of faults that it gets over.
+WARNING: Final = re.compile(r"it will be computed again$|computing it again now$|trying again in .* \(retry \d+\)$")
+
+
 def check_output(said: str, code: int) -> None:
     """What a run printed: one line on what went wrong, if anything did, and no traceback.
 
@@ -224,7 +229,7 @@ def check_output(said: str, code: int) -> None:
         said: everything it printed.
         code: its exit code.
     """
-    lines = [line for line in said.splitlines() if line and not line.endswith("it will be computed again")]
+    lines = [line for line in said.splitlines() if line and not WARNING.search(line)]
     assert "Traceback" not in said, said
     assert len(lines) == (0 if code in (0, -9, -15) else 1), f"exit code {code}:\n{said}"
     if code == 2:

@@ -90,7 +90,7 @@ def test_lost_and_repeated_tasks_are_seen(copy):
             tasks[key] = committed
         observation.check_kept(seen, replace(seen, tasks=tasks), damaged, bool(damaged), wanted)
 
-    for key in ("kernel-0-3-2", "rows-0-4-0", "release-0-0-0"):
+    for key in ("kernel-0-4-2", "rows-0-4-0", "release-0-0-0"):
         with pytest.raises(AssertionError, match="is lost"):
             check(key, None)
         with pytest.raises(AssertionError, match="done again"):
@@ -108,7 +108,7 @@ def test_leftovers_and_a_kernel_that_opens_too_early_are_seen(copy):
         observation.check_swept(out)
     with pytest.raises(AssertionError, match="tmp-12345678"):
         observation.check_finished(out, reference)
-    fewer = {key: time for key, time in seen.tasks.items() if key != "kernel-0-3-2"}
+    fewer = {key: time for key, time in seen.tasks.items() if key != "kernel-0-4-2"}
     with pytest.raises(AssertionError, match="opened although"):
         observation.check_opened(out, replace(seen, tasks=fewer), reference, ())
 
