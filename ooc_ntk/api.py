@@ -32,12 +32,14 @@ from .inputs.images.seeds import parse_seed_name
 from .inputs.job import LIVE, Job, checked_device
 from .inputs.jobfile import read_job_file
 from .inputs.models import absolute_model
+from .inputs.named_files import named_files
 from .inputs.specs import FILE_KINDS, absolute_spec, train_and_test
 from .planning.budget import Budget
 from .planning.plan import Plan
 from .planning.planner import Preferences
 from .planning.projection import Projection, parsed_fields
 from .planning.rates import MachineRates
+from .storage import again
 from .storage.directory import RunDirectory
 from .units import parse_bytes
 
@@ -76,6 +78,7 @@ __all__ = [
     "open_checkpoints",
     "open_features",
     "plan",
+    "remember",
     "run",
     "run_checkpoints",
     "verify",
@@ -231,6 +234,22 @@ def check_extendable(path: str | Path, *, described: bool = True) -> None:
                 f"the run in {path} was made from live Python data; extend it from Python with its job as it was, "
                 "ooc_ntk.extend(path, train, job=job)"
             )
+
+
+def remember(job: Job, path: str | Path, command: Mapping[str, object], more: Sequence[Path] = ()) -> None:
+    """Keep the command that a finished run was made by, so that the same one typed again sees it at once.
+
+    Nothing is kept where the files that the job comes from are not known.
+
+    Args:
+        job: the job, as it was run.
+        path: the run directory.
+        command: what was asked for, in values that JSON has.
+        more: files that the command names beside those of the job.
+    """
+    files = named_files(job)
+    if files is not None:
+        again.remember(Path(path), command, [*files, *more])
 
 
 def run_checkpoints(

@@ -135,6 +135,14 @@ def run(
     SIGTERM, within ten seconds.
     """
     with _reporting_errors():
+        from ooc_ntk.storage.again import is_done
+
+        command = {**flags.asked(), "plan": str(plan_file), "scheduler": scheduler}
+        if is_done(out, command):
+            if not quiet:
+                typer.echo(f"nothing to do: the kernel is complete   see it: ooc-ntk info {shlex.quote(str(out))}")
+            return
+
         from ooc_ntk import api
         from ooc_ntk.report.tables import info_table, phases_table, plan_table
 
@@ -160,6 +168,8 @@ def run(
             watch_disk=watch_disk,
             proof=not no_proof,
         )
+        files = [path for path in (flags.job, plan_file) if path is not None and Path(path).is_file()]
+        api.remember(wanted, out, command, [out / "job.toml", *map(Path, files)])
         if not quiet:
             found = api.info(out)
             _print(info_table(found))

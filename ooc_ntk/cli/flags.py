@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,12 @@ class JobFlags:
             device_memory=self.device_memory,
             disk=self.disk,
         )
+
+    def asked(self) -> dict[str, str]:
+        """Everything that was asked for, and from where, as text."""
+        found = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        data = os.environ.get("OOC_NTK_DATA", "")
+        return {**found, "folder": str(Path.cwd()), "data": data}
 
     def preferences(self) -> Preferences:
         """What is fixed by hand of how it is computed."""

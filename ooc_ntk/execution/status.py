@@ -7,20 +7,18 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ooc_ntk.algebra.kernel import Kernel, no_run
 from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
+from ooc_ntk.storage.again import AUDIT
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import HISTORY
 
 from .audit import Audit
 from .proof import Proof
-
-#: File of what the last audit saw.
-AUDIT: Final = "audit.json"
 
 
 @dataclass(frozen=True)

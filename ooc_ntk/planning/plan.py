@@ -233,6 +233,10 @@ class Plan:
         tiles = {Task("kernel", last, *block.name).key: len(block.tiles) for block in self.superblocks}
         return sum(tiles.get(key, 0) for key in keys)
 
+    def is_finished(self, keys: Iterable[str]) -> bool:
+        """Whether every task is finished, by the keys of those that are."""
+        return {task.key for task in self.graph.tasks()} <= set(keys)
+
     @property
     def tile_count(self) -> int:
         """Kernel tiles, or row tiles of features alone."""

@@ -39,7 +39,17 @@ HISTORY: Final = "history"
 #: Everything that the engine writes into a run directory; whatever else lies there is the user's.
 _OURS: Final = (
     *("plan.json", "job.toml", "manifest", "lock", "weights.safetensors", "receipts.jsonl", "kernel.zarr"),
-    *("layers.zarr", "diagonal", "features.zarr", "heavy.zarr", "tiles", "pending", "audit.json", "attribution.zarr"),
+    *(
+        "layers.zarr",
+        "diagonal",
+        "features.zarr",
+        "heavy.zarr",
+        "tiles",
+        "pending",
+        "audit.json",
+        "again.json",
+        "attribution.zarr",
+    ),
     *("report.html", "zarr.json"),
 )
 

@@ -31,13 +31,13 @@ WHOLE: Final = 200
 SUBSET: Final = 40
 
 #: Exit codes of a run that was asked to stop by SIGTERM.
-STOPPED: Final = (143, 130)
+STOPPED: Final = (143,)
 
 #: Exit code of a run that could not read or write.
 STORAGE: Final = 2
 
-#: Exit codes after one I/O error that does not come back: a run may stop on it, or try again and go on.
-AFTER_ONE_ERROR: Final = (STORAGE, 0)
+#: Exit codes after one I/O error that does not come back: a run tries again and goes on.
+AFTER_ONE_ERROR: Final = (0,)
 
 KILLED: Final = -int(signal.SIGKILL)
 TERMINATED: Final = -int(signal.SIGTERM)

@@ -1,0 +1,120 @@
+"""The same command typed again on a finished run: seen without loading anything, and only where nothing changed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import ooc_ntk
+from ooc_ntk.cli import app
+from ooc_ntk.inputs.named_files import named_files
+from ooc_ntk.storage.again import AGAIN, is_done
+
+NET = """
+import torch
+from sizes import HIDDEN
+
+
+def net():
+    torch.manual_seed(0)
+    nn = torch.nn
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "sizes.py").write_text("HIDDEN = 4\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "sizes", raising=False)
+    return tmp_path
+
+
+WORDS = ["run", "--model", "net.py:net", "--train", "digits[0:12]", "--tile-samples", "5", "--out", "run"]
+
+
+def run(*more):
+    done = CliRunner().invoke(app, [*WORDS, *more])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_same_command_has_nothing_to_do(folder, monkeypatch):
+    assert "nothing to do" not in run()
+    kept = json.loads((folder / "run" / AGAIN).read_text())
+    assert {Path(path).name for path in kept["stamps"]} == {"net.py", "sizes.py", "job.toml"}
+    monkeypatch.setattr(ooc_ntk.api, "run", None)  # it is not called
+    assert "nothing to do: the kernel is complete" in run()
+    assert run("--quiet") == ""
+
+
+@pytest.mark.parametrize("file", ["net.py", "sizes.py", "run/kernel.zarr/c/1/0", "run/job.toml"])
+def test_whatever_was_touched_is_looked_at(folder, file):
+    run()
+    path = folder / file
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert "see it: ooc-ntk info" not in run()
+
+
+def test_a_deleted_tile_is_computed_again(folder):
+    run()
+    tile = folder / "run" / "kernel.zarr" / "c" / "2" / "1"
+    before = tile.read_bytes()
+    tile.unlink()
+    assert "computing it again" in run()
+    assert tile.read_bytes() == before
+
+
+def test_another_command_is_looked_at(folder):
+    run()
+    command = json.loads((folder / "run" / AGAIN).read_text())["command"]
+    assert is_done(folder / "run", command)
+    assert not is_done(folder / "run", {**command, "kernel": "pseudo"})
+    done = CliRunner().invoke(app, [*WORDS, "--kernel", "pseudo"])
+    assert done.exit_code == 2
+    assert "another job" in done.output
+
+
+def test_a_kernel_that_failed_its_audit_is_not_done(folder):
+    run()
+    command = json.loads((folder / "run" / AGAIN).read_text())["command"]
+    (folder / "run" / "audit.json").write_text('{"passed": false}')
+    assert not is_done(folder / "run", command)
+
+
+def test_torch_is_not_imported(folder):
+    run()
+    code = "import sys; from ooc_ntk.cli import main; sys.argv[0] = 'ooc-ntk'\ntry:\n    main()\nfinally:\n    "
+    code += "print('torch' in sys.modules, 'zarr' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code, *WORDS], capture_output=True, text=True, check=True).stdout
+    assert "nothing to do" in said
+    assert "False False" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"model": "mlp"}, True),
+        ({"train": "digits[0:5] + digits[5:9]"}, True),
+        ({"model": "ooc_ntk.demo:network"}, False),
+        ({"train": "cifar10:train"}, False),
+        ({"weights": "missing.pt"}, False),
+    ],
+)
+def test_what_a_job_comes_from(folder, changes, known):
+    job = ooc_ntk.Job(**{"model": "net.py:net", "train": "digits[0:12]", "device": "cpu", **changes})
+    assert (named_files(job) is not None) == known
+
+
+def test_live_objects_are_not_known(folder):
+    import torch
+
+    job = ooc_ntk.Job(torch.nn.Linear(3, 2), torch.randn(4, 3), device="cpu")
+    assert named_files(job) is None
