@@ -66,7 +66,6 @@ __all__ = [
     "Solution",
     "VerificationError",
     "calibrate",
-    "check_extendable",
     "describe_job",
     "extend",
     "forget_layer_rule",
@@ -78,7 +77,6 @@ __all__ = [
     "open_checkpoints",
     "open_features",
     "plan",
-    "remember",
     "run",
     "run_checkpoints",
     "verify",
@@ -247,7 +245,7 @@ def remember(job: Job, path: str | Path, command: Mapping[str, object], more: Se
         command: what was asked for, in values that JSON has.
         more: files that the command names beside those of the job.
     """
-    files = named_files(job)
+    files = named_files(job, Path(path))
     if files is not None:
         again.remember(Path(path), command, [*files, *more])
 

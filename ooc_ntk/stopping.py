@@ -87,10 +87,17 @@ def _in_child() -> None:
     """A forked process takes signals as usual, and tells its parent nothing of them."""
     if _current:
         _current.clear()
+        for pipe in _pipes:
+            with suppress(OSError):
+                os.close(pipe)
+        _pipes.clear()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+
+#: Both ends of the pipe through which the watching thread hears of signals; a forked child closes its copies.
+_pipes: list[int] = []
 
 os.register_at_fork(after_in_child=_in_child)
 
@@ -136,6 +143,7 @@ def deadline_after_sigterm() -> Iterator[None]:
     stop, over = Stop(), threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    _pipes.extend((reader, writer))
     thread = threading.Thread(target=_watch, args=(reader, over), name="ooc-ntk-sigterm", daemon=True)
     thread.start()
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -147,14 +155,16 @@ def deadline_after_sigterm() -> Iterator[None]:
         _current.remove(stop)
         signal.set_wakeup_fd(before)
         over.set()
-        os.close(writer)  # ends the thread
+        os.write(writer, b"\0")  # ends the thread, whoever else holds the pipe
         thread.join()
+        _pipes.clear()
+        os.close(writer)
         os.close(reader)
 
 
 def _watch(reader: int, over: threading.Event) -> None:
     """Wait for SIGTERM, and then for the command to end."""
-    while number := os.read(reader, 1):
+    while (number := os.read(reader, 1)) and number != b"\0":
         if number[0] == signal.SIGTERM:
             break
     else:

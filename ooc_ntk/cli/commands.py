@@ -131,8 +131,8 @@ def run(
 ) -> None:
     """Compute the kernel into a run directory; typed again after a stop, it goes on where it was.
 
-    Exit codes: 0 done, 2 a wrong input, a budget too small or a disk that cannot be used, 130 stopped by Ctrl-C, 143 by
-    SIGTERM, within ten seconds.
+    Exit codes: 0 done, 1 a kernel that its proof finds wrong, 2 a wrong input, a budget too small or a disk that cannot
+    be used, 130 stopped by Ctrl-C, 143 by SIGTERM, within ten seconds.
     """
     with _reporting_errors():
         from ooc_ntk.storage.again import is_done

@@ -124,8 +124,7 @@ class JobFlags:
     def asked(self) -> dict[str, str]:
         """Everything that was asked for, and from where, as text."""
         found = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        data = os.environ.get("OOC_NTK_DATA", "")
-        return {**found, "folder": str(Path.cwd()), "data": data}
+        return {**found, "folder": str(Path.cwd()), "data": os.environ.get("OOC_NTK_DATA", "")}
 
     def preferences(self) -> Preferences:
         """What is fixed by hand of how it is computed."""

@@ -78,6 +78,7 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
         read, replaces = panels.bytes_read, list[str]()
         # Those on the diagonal first: the others are divided by them.
         for number in sorted(range(len(block.tiles)), key=lambda number: len(set(block.tiles[number]))):
+            context.check_stop()
             row, column = block.tiles[number]
             values = sums.result(number) if layered is None else layered.total
             more, path = _finish(context, Task("kernel", task.generation, row, column), values, diagonals, staged)

@@ -16,7 +16,7 @@ import torch
 import zarr
 
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError
+from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
@@ -210,6 +210,8 @@ def execute(
                 logger.warning("%s; computing it again now", damaged)
                 # Nobody is told twice how much there is to do.
                 observer = Observer(advance=observer.advance)
+            if stop.event.is_set():  # after the last task had looked
+                raise RunInterrupted("stopped; all tiles are finished, the same command ends the run", stop.signal)
         _keep_batches(plan, directory, manifest)
         _sweep_away(directory)
         return seconds

@@ -23,19 +23,20 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.planner import Preferences, make_plan
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.stopping import stoppable
+from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import HISTORY, Generations, complete_swap, read_history, swap_in
 from ooc_ntk.units import format_bytes
 
-from .context import PeakMeter, RunContext
+from .context import KERNEL, PeakMeter, RunContext
 from .driver import Observer, check_budget, check_same_job, create_arrays, execute
 from .executors import Executor
 from .prepare import PreparedJob, prepare
 from .progress import TerminalProgress
 from .seed import FinishedRun, seed
 from .session import measured, write_new_run
-from .stores import store_of
+from .stores import FEATURES, store_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ def extend_run(
         more = _appended(job.train_source(), grown.train_source())
         repeated = _digests(run) == old and _note(run, APPENDED) == more  # typed again after it was done
         new = None if repeated else prepare(grown)
+        if new is not None:
+            opened.callback(new.reader.close)
         if new is None or _digests(run) == new.digests:
             with TerminalProgress.of(progress) as observer:
                 (observer or Observer()).say("nothing to do: these samples were appended last")
@@ -196,6 +199,10 @@ def _notes(run: RunDirectory, old: dict[str, str], more: str) -> dict[str, str]:
         "test_samples": stored.test_samples,
         "versions": json.loads(_note(run, "versions") or "{}"),
     }
+    attributes = open_tile_array(run.root, FEATURES if stored.features_only else KERNEL).attrs
+    for name in ("batch_size", "micro_batches"):  # rows for which the device had no room in batches as planned
+        if name in attributes:
+            entry[name] = attributes[name]
     return {HISTORY: json.dumps([*read_history(run.root), entry]), APPENDED: more}
 
 

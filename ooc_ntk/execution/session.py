@@ -218,6 +218,11 @@ def _check_preferences(chosen: Plan, preferences: Preferences | None) -> None:
                 f"the plan that is there has {name} {value}, asked for is {wanted}; leave it out to go on with that "
                 "plan, or choose another --out"
             )
+    if preferences.order is not None and chosen.superblock_tiles > 1 and chosen.order != preferences.order:
+        raise RunConflictError(
+            f"the plan that is there groups kernel tiles in {chosen.order}s, asked for is {preferences.order}; leave "
+            "--order out to go on with that plan, or choose another --out"
+        )
     if preferences.representation is not None:
         other = [b.name for b in chosen.blocks if b.choice not in allowed_choices(b, preferences.representation)]
         if other:

@@ -89,6 +89,7 @@ class TileSums:
             return
         with self._context.phase("fold"):
             for number in range(len(self._block.tiles)):
+                self._context.check_stop()
                 total = self._total(number)
                 self._on_disk(os.pwrite, total.reshape(-1).view(np.uint8).data, number * self._stride)
                 self.folded_bytes += total.nbytes

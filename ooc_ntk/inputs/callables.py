@@ -17,6 +17,8 @@ from types import CodeType, ModuleType
 
 from ooc_ntk.errors import InputError, unknown_name
 
+from .opened import watch
+
 
 def is_callable_spec(text: str) -> bool:
     """Whether a text has the form of a callable spec.
@@ -91,6 +93,7 @@ def load_callable(spec: str, base: Path | None = None, what: str = "function") -
         InputError: if the text is no callable spec, the file or module is missing, its code raises (kept as the
             cause), or it has no such name.
     """
+    watch()
     place, name = _split(spec, what)
     module = _load_file(_file(place, base), what) if place.endswith(".py") else _load_module(place, base, what)
     value: object = module

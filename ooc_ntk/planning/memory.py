@@ -45,7 +45,7 @@ GROUP_BYTES: Final = 16 * 2**20
 GATHERED_COLUMNS: Final = 43_750
 
 #: Bytes of the stripe in which a finished kernel tile is converted, transposed and written.
-STRIPE_BYTES: Final = 8 * 2**20
+STRIPE_BYTES: Final = 2 * 2**20
 
 #: Spans whose products are added up in float32 before the sums of a superblock are added to float64 ones on disk: each
 #: addition rounds the sum by 3e-8 (root mean square), n of them by 2e-8·√n, and contraction is to stay within 5e-7.
@@ -471,6 +471,8 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
             kernel["panels kept"] = layout.kept_bytes
         if on_device:
             terms.pinned["read buffers"] = kernel["read buffers"]
+    if workload.by_length:  # a tile is put into the order of its samples
+        kernel["a tile in another order"] = 8 * (layout.tile_samples * workload.entries_per_sample) ** 2
     if workload.by_layer:
         kernel["tiles of open layers"] = layers_bytes(workload, layout)
     if folds(layout, len(layout.spans(workload))):

@@ -223,7 +223,8 @@ class Plan:
         if self.layout.in_memory or not self.kept_bytes:
             return KeptPanels()
         sizes = [self.tile_samples * stored for stored in self.layout.cut(self).stored]
-        return kept_panels(panel_loads(self.superblocks), sizes, self.kept_bytes)
+        copied = kept_tiles(self.sample_grid, self.grown)
+        return kept_panels(panel_loads(b for b in self.superblocks if b.name not in copied), sizes, self.kept_bytes)
 
     def finished_tiles(self, keys: Iterable[str]) -> int:
         """Kernel tiles (of features alone, row tiles) that are there, from the keys of finished tasks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -12,24 +11,22 @@ from ooc_ntk.units import format_bytes, format_seconds
 
 from .budget import Limits
 from .cost import Cost, block_flops, price
+from .grouping import check_superblocks, grouped, keeping
 from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
 from .memory import (
     ALLOCATOR_SHARE,
-    kernel_room,
     memory_need,
-    panel_bytes,
-    read_buffers,
-    superblock_bytes,
 )
 from .need import MemoryNeed
 from .plan import Alternative, Plan, PlannedBlock, Promise
+from .planes import PLANES
 from .projection import SPARSE_KINDS
 from .rates import MachineRates
 from .representation import POLICIES, REPRESENTATIONS, choose
 from .sketched import features_workload, from_factors
 from .spans import DENSE, PROJECTED, TENSOR_SKETCHED, Choice
-from .superblocks import AHEAD, ORDERS, PLANES, Order, kept_panels, panel_loads
-from .tiles import Range, SampleGrid, count_tiles, even_ranges
+from .superblocks import ORDERS
+from .tiles import Range, SampleGrid, even_ranges
 from .workload import ParameterBlock, Workload
 
 #: A kernel task should not run longer than this, so that stopping and resuming lose little (DESIGN: 5–60 s).
@@ -47,13 +44,13 @@ EQUALLY_FAST: Final = 0.03
 LONGEST_TASK_SHARE: Final = 0.1
 
 #: What moving fewer bytes may cost, where tiles are on disk (a choice: others use the disk too).
-FEWER_BYTES_SHARE: Final = 0.05
+FEWER_BYTES_SHARE: Final = 0.1
+
+#: The same where the order of kernel tiles was asked for by hand.
+FEWER_BYTES_ASKED: Final = 0.5
 
 #: What short tasks may cost beside the fastest layout (a choice: losing a minute's work, not a tenth of the time).
 SHORT_TASKS_SHARE: Final = 1.1
-
-#: Triangles are worth pricing where squares would read every panel so many times (DESIGN: dataflows).
-TRIANGLE_TIMES: Final = 3
 
 #: End-to-end tolerances against float64 (relative Frobenius norm), by what limits them (DESIGN: run, same bits).
 TOLERANCE_SMOOTH: Final = 2e-6
@@ -158,7 +155,7 @@ def make_plan(
             "layer-wise kernels are made in one pass; leave dataflow='recompute' and passes out, or by='layer'"
         )
     if preferences.superblock_tiles not in (None, 1) or preferences.order is not None:
-        _check_superblocks(workload, preferences)
+        check_superblocks(workload, preferences.order)
     job = workload
     if workload.sketch is not None:
         preferences = _for_features(preferences)
@@ -169,9 +166,10 @@ def make_plan(
         )
     job, workload, candidates = _in_batches(job, limits, rates, preferences)
     fitting = [candidate for candidate in candidates if candidate.over(limits) is None]
-    best = _best(fitting)
+    best = _best(fitting, FEWER_BYTES_SHARE if preferences.order is None else FEWER_BYTES_ASKED)
+    keeping_more = _keeping(workload, limits, rates, best)
+    candidates[candidates.index(best)] = best = keeping_more
     alternatives, reason = _explain(candidates, best, limits)
-    best = _keeping(workload, limits, rates, best)
     layout, need, cost = best.layout, best.need, best.cost
     notes = job.notes
     expected = None
@@ -251,6 +249,28 @@ def make_plan(
     )
 
 
+def _as_asked(candidates: list[_Candidate], preferences: Preferences) -> list[_Candidate]:
+    """Without spilled layouts that group kernel tiles in another way than was asked for.
+
+    Raises:
+        InputError: if no layout groups them so, and spilling was asked for as well.
+    """
+    if preferences.order is None and preferences.superblock_tiles in (None, 1):
+        return candidates
+    found = [
+        c
+        for c in candidates
+        if c.layout.in_memory or (c.layout.superblock_tiles > 1 and preferences.order in (None, c.layout.order))
+    ]
+    if not found:
+        raise InputError(
+            f"no layout of this job groups kernel tiles in {preferences.order or 'superblocks'}s: triangles need "
+            f"{', '.join(map(str, PLANES))} tiles of train samples, three times as many as fit at once; leave order or "
+            "tile_samples out"
+        )
+    return found
+
+
 def _in_batches(
     job: Workload, limits: Limits, rates: MachineRates, preferences: Preferences
 ) -> tuple[Workload, Workload, list[_Candidate]]:
@@ -272,10 +292,7 @@ def _in_batches(
             raise InputError(
                 f"no layout of this job has at most {MAX_TASKS:,} tasks with the tiles asked for; raise --tile-samples"
             )
-        ordered = [candidate for candidate in candidates if candidate.layout.superblock_tiles > 1]
-        asked = preferences.order is not None or (preferences.superblock_tiles or 1) > 1
-        if asked and any(candidate.over(limits) is None for candidate in ordered):
-            candidates = ordered
+        candidates = _as_asked(candidates, preferences)
         return sized, workload, candidates
 
     def fits(found: tuple[Workload, Workload, list[_Candidate]]) -> bool:
@@ -411,7 +428,7 @@ def _candidates(
             held = {choose(workload, rates, dataflow, tile, policy, preferences.representation) for policy in POLICIES}
             for choices in sorted(held, key=str):
                 for one in _layouts(workload, limits, dataflow, tile, choices, preferences):
-                    for layout in _grouped(workload, limits, one, preferences):
+                    for layout in grouped(workload, limits, one, preferences.order, preferences.superblock_tiles):
                         if layout.task_count(workload) <= MAX_TASKS:
                             need = memory_need(workload, layout)
                             yield _Candidate(layout, need, price(workload, layout, rates, limits.host))
@@ -439,78 +456,11 @@ def _layouts(
             return
 
 
-def _check_superblocks(workload: Workload, preferences: Preferences) -> None:
-    """Refuse superblocks that a kernel cannot have."""
-    if workload.by_layer:
-        raise InputError("layer-wise kernels are summed up tile by tile; leave order and superblock_tiles out")
-    if workload.normalize is not None and preferences.order == "triangle":
-        raise InputError(
-            "tiles of a normalised kernel are divided by those on the diagonal, which triangles do not finish first; "
-            "use order='square'"
-        )
-
-
-def _grouped(workload: Workload, limits: Limits, layout: Layout, preferences: Preferences) -> Iterator[Layout]:
-    """A layout with its kernel tiles one by one, and in the largest superblocks that there is memory for.
-
-    A kernel by layer is summed up tile by tile.
-    """
-    grid = layout.sample_grid(workload)
-    if layout.dataflow != "spill" or grid.row_tiles == 1:
-        yield layout
-        return
-    yield layout
-    if preferences.superblock_tiles is not None:
-        if preferences.superblock_tiles > 1:
-            order: Order = "triangle" if preferences.order == "triangle" else "square"
-            yield replace(layout, order=order, superblock_tiles=preferences.superblock_tiles)
-    elif not workload.by_layer:
-        for found, capacity in _capacities(workload, limits, layout, grid, preferences.order):
-            yield replace(layout, order=found, superblock_tiles=capacity)
-
-
 def _keeping(workload: Workload, limits: Limits, rates: MachineRates, chosen: _Candidate) -> _Candidate:
     """The same layout with the memory that is left for panels that stay."""
-    layout = chosen.layout
-    if layout.in_memory:
-        return chosen
-    loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
-    sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
-    kept = kept_panels(loads, sizes, max(0, kernel_room(workload, layout, limits.host)))
-    layout = replace(layout, kept_bytes=kept.bytes)
+    layout = keeping(workload, limits, chosen.layout)
     found = _Candidate(layout, memory_need(workload, layout), price(workload, layout, rates, limits.host))
     return chosen if found.over(limits) else found
-
-
-def _capacities(
-    workload: Workload, limits: Limits, layout: Layout, grid: SampleGrid, wanted: str | None
-) -> Iterator[tuple[Order, int]]:
-    """The largest superblocks for which there is memory: everything at once, squares, triangles."""
-    tile = superblock_bytes(workload, replace(layout, superblock_tiles=2)) // 2
-    panel, base = panel_bytes(workload, layout), read_buffers(workload, layout)
-    host = kernel_room(workload, layout, limits.host)
-    device = limits.device - memory_need(workload, layout).total("device") if workload.device != "cpu" else None
-
-    def fits(tiles: int, live: int) -> bool:
-        buffers = (live + AHEAD - base) * panel
-        return tiles * tile + buffers <= host if device is None else tiles * tile <= device and buffers <= host
-
-    train = grid.column_tiles
-    if fits(grid.kernel_tile_count, train):
-        yield "square", grid.kernel_tile_count
-        return
-    if wanted != "triangle":
-        for groups in range(1, train):
-            side = count_tiles(train, groups)
-            tiles = side * side if groups > 1 else train * (train + 1) // 2
-            if tiles > 1 and fits(tiles, side + 1 if groups > 1 else train):
-                yield "square", tiles
-                break
-    # A tile is divided by diagonal tiles, which triangles do not finish first.
-    if wanted != "square" and workload.normalize is None:
-        side = PLANES.get(train, 0)
-        if side and fits(side * (side - 1) // 2 + 1, side) and train >= TRIANGLE_TIMES * side / math.sqrt(2):
-            yield "triangle", side * (side - 1) // 2 + 1
 
 
 def _passes(workload: Workload, limits: Limits, layout: Layout, wanted: int | None) -> Iterator[tuple[Range, ...]]:
@@ -539,7 +489,7 @@ def _passes(workload: Workload, limits: Limits, layout: Layout, wanted: int | No
         yield even_ranges(len(spans), 2)
 
 
-def _best(fitting: list[_Candidate]) -> _Candidate:
+def _best(fitting: list[_Candidate], fewer_bytes: float = FEWER_BYTES_SHARE) -> _Candidate:
     """The fastest, preferring short tasks; of equally fast ones of that dataflow the one that moves the fewest bytes.
 
     Where bytes do not differ, or none move, the one with the smallest memory.
@@ -555,7 +505,7 @@ def _best(fitting: list[_Candidate]) -> _Candidate:
         quick = min(short, key=lambda c: c.cost.seconds)
         if quick.cost.seconds <= SHORT_TASKS_SHARE * fastest.cost.seconds:
             pool, fastest = short, quick
-    share = EQUALLY_FAST if fastest.layout.in_memory else FEWER_BYTES_SHARE
+    share = EQUALLY_FAST if fastest.layout.in_memory else fewer_bytes
     equal = [
         c
         for c in pool

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ooc_ntk.planning.superblocks import PLANES, Grouping, Superblock, cover, panel_loads, superblocks, triangle_side
+from ooc_ntk.planning.planes import PLANES, cover
+from ooc_ntk.planning.superblocks import Grouping, Superblock, panel_loads, superblocks, triangle_side
 from ooc_ntk.planning.tiles import SampleGrid
 
 grids = st.builds(SampleGrid, train=st.integers(1, 40), test=st.integers(0, 15), tile=st.integers(1, 20))

@@ -1,0 +1,106 @@
+"""How kernel tiles of a spilled layout are grouped: the largest superblocks that memory holds, and panels that stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from ooc_ntk.errors import InputError
+
+from .budget import Limits
+from .layout import Layout
+from .memory import ALLOCATOR_SHARE, kernel_room, memory_need, panel_bytes, read_buffers, superblock_bytes
+from .planes import PLANES
+from .superblocks import AHEAD, Order, kept_panels, panel_loads
+from .tiles import SampleGrid, count_tiles
+from .workload import Workload
+
+#: Triangles are worth pricing where squares would read every panel so many times (DESIGN: dataflows).
+TRIANGLE_TIMES: Final = 3
+
+
+def check_superblocks(workload: Workload, order: str | None) -> None:
+    """Refuse superblocks that a kernel cannot have.
+
+    Raises:
+        InputError: for a kernel by layer, and for triangles of a normalised one.
+    """
+    if workload.by_layer:
+        raise InputError("layer-wise kernels are summed up tile by tile; leave order and superblock_tiles out")
+    if workload.normalize is not None and order == "triangle":
+        raise InputError(
+            "tiles of a normalised kernel are divided by those on the diagonal, which triangles do not finish first; "
+            "use order='square'"
+        )
+
+
+def grouped(
+    workload: Workload, limits: Limits, layout: Layout, order: str | None = None, tiles: int | None = None
+) -> Iterator[Layout]:
+    """A layout with its kernel tiles one by one, and in the largest superblocks that there is memory for.
+
+    A kernel by layer is summed up tile by tile.
+
+    Args:
+        workload: the measured job.
+        limits: budget in bytes.
+        layout: with single kernel tiles.
+        order: ``square`` or ``triangle`` if asked for.
+        tiles: kernel tiles of a superblock if asked for.
+    """
+    grid = layout.sample_grid(workload)
+    yield layout
+    if layout.dataflow != "spill" or grid.row_tiles == 1 or workload.by_layer:
+        return
+    if tiles is not None:
+        tiles = min(tiles, grid.kernel_tile_count)
+        if tiles > 1:
+            found: Order = "triangle" if order == "triangle" else "square"
+            yield replace(layout, order=found, superblock_tiles=tiles)
+        return
+    for found, capacity in _capacities(workload, limits, layout, grid, order):
+        yield replace(layout, order=found, superblock_tiles=capacity)
+
+
+def keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
+    """The same layout with the host memory that is left for panels that stay; on a device none do."""
+    if layout.in_memory or workload.device != "cpu":
+        return layout
+    loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
+    sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
+    kept = kept_panels(loads, sizes, max(0, kernel_room(workload, layout, limits.host)))
+    return replace(layout, kept_bytes=kept.bytes)
+
+
+def _capacities(
+    workload: Workload, limits: Limits, layout: Layout, grid: SampleGrid, wanted: str | None
+) -> Iterator[tuple[Order, int]]:
+    """The largest superblocks for which there is memory: everything at once, squares, triangles."""
+    tile = superblock_bytes(workload, replace(layout, superblock_tiles=2)) // 2
+    panel, base = panel_bytes(workload, layout), read_buffers(workload, layout)
+    host, device = kernel_room(workload, layout, limits.host), math.inf
+    if workload.device != "cpu":
+        device = (limits.device - memory_need(workload, layout).total("device")) / (1 + ALLOCATOR_SHARE)
+
+    def fits(tiles: int, live: int) -> bool:
+        sums, buffers = tiles * tile, (live + AHEAD - base) * panel
+        return sums + buffers <= host if workload.device == "cpu" else sums <= device and buffers <= host
+
+    train = grid.column_tiles
+    if wanted != "triangle":
+        if fits(grid.kernel_tile_count, train):
+            yield "square", grid.kernel_tile_count
+            return
+        for groups in range(1, train):
+            side = count_tiles(train, groups)
+            tiles = side * side if groups > 1 else train * (train + 1) // 2
+            if tiles > 1 and fits(tiles, side + 1 if groups > 1 else train):
+                yield "square", tiles
+                break
+    # A tile is divided by diagonal tiles, which triangles do not finish first.
+    if wanted != "square" and workload.normalize is None:
+        side = PLANES.get(train, 0)
+        if side and fits(side * (side - 1) // 2 + 1, side) and train >= TRIANGLE_TIMES * side / math.sqrt(2):
+            yield "triangle", side * (side - 1) // 2 + 1
