@@ -179,9 +179,8 @@ class Grouping:
             cuts = count_tiles(train, math.isqrt(capacity))
             high = count_tiles(train, cuts)
             second = high if train - cuts * (high - 1) > 1 else high - 1
-            square = cls(
-                cuts * (cuts + 1) // 2, max(high * second, high * (high + 1) // 2), high + 1 + AHEAD, cuts * train
-            )
+            live = high + 1 if second > 1 else max(high, 2)  # of a single row each column is needed once
+            square = cls(cuts * (cuts + 1) // 2, max(high * second, high * (high + 1) // 2), live + AHEAD, cuts * train)
         if not rows:
             return square
         height, width = _rectangle(train, rows, capacity)
