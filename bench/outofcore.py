@@ -208,16 +208,16 @@ def spill(smoke: bool) -> list[str]:
 def moved(smoke: bool) -> list[str]:
     """Measured Q beside the promised one and the bound."""
     cases = [
-        ("square, N/b whole", 14_400, "square", WHOLE_BAR),
-        ("square, N/b not whole", 17_000, "square", OTHER_BAR),
-        ("triangle", 40_000, "triangle", TRIANGLE_BAR),
-        ("as planned", 20_000, None, OTHER_BAR),
+        ("square, N/b whole", 24_000, 300, "square", WHOLE_BAR),
+        ("square, N/b not whole", 17_000, 140, "square", OTHER_BAR),
+        ("triangle", 40_000, 60, "triangle", TRIANGLE_BAR),
+        ("as planned", 20_000, 140, None, OTHER_BAR),
     ]
     rows: list[tuple[str, ...]] = [("", "N", "N/b", "f", "Q/LB", "bar", "Q / promised", "peak / promised", "layout")]
-    for name, samples, order, bar in cases:
+    for name, samples, room, order, bar in cases:
         preferences = {**DENSE, "dataflow": "spill", **({"order": order} if order else {})}
-        run = measure_apart(Case(60 * samples // 14_400 if smoke else samples, 16 if smoke else 260, preferences,
-                                 room_bytes=(40 if smoke else 140) * MIB))  # fmt: skip
+        wanted = Case(samples, 260, preferences, room_bytes=room * MIB)
+        run = measure_apart(Case(samples // 240, 16, preferences, room_bytes=40 * MIB) if smoke else wanted)
         assert run.ratio is not None
         assert run.moved is not None
         rows.append(

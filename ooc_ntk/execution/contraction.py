@@ -60,8 +60,10 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
         layered = (
             LayerSums(plan, tile_shape(plan, task.tile), _stage_layers(context, task, staged)) if plan.layers else None
         )
-        with Panels(context, task.generation, block) as panels:
-            for span in range(spans.start, spans.stop):
+        start = sums.restore(task.key)
+        context.advance("kernel", share * len(block.tiles) * (start - spans.start))
+        with Panels(context, task.generation, block, start) as panels:
+            for span in range(start, spans.stop):
                 for number, tile in enumerate(block.tiles):
                     context.check_stop()
                     left, right = _sides(plan, panels, span, tile)
@@ -74,6 +76,7 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
                     panels.contracted(span, number)
                     context.advance("kernel", share)
                 sums.fold(span)
+                sums.save(span, task.key)
         diagonals: dict[int, np.ndarray] = {}
         read, replaces = panels.bytes_read, list[str]()
         # Those on the diagonal first: the others are divided by them.

@@ -18,13 +18,21 @@ class Panels:
         bytes_read: bytes read from disk so far.
     """
 
-    def __init__(self, context: RunContext, generation: int, block: Superblock) -> None:
+    def __init__(self, context: RunContext, generation: int, block: Superblock, start: int) -> None:
+        """Begin reading.
+
+        Args:
+            context: what the tasks of this process share.
+            generation: pass.
+            block: the superblock.
+            start: first span that is wanted.
+        """
         plan, store = context.plan, context.store
         spans = plan.passes[generation]
         self._context, self._block, self._held = context, block, dict[int, Tile]()
         self._kept, self._first = context.kept, spans.start
         self.bytes_read = 0
-        keys = [(s, r) for s in range(spans.start, spans.stop) for r in block.panels if (s, r) not in self._kept]
+        keys = [(s, r) for s in range(start, spans.stop) for r in block.panels if (s, r) not in self._kept]
 
         def load(key: tuple[int, int], buffer: Matrix | None) -> Tile:
             span, row = key

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any
@@ -21,6 +23,9 @@ from ooc_ntk.storage.atomic import TEMPORARY
 from ooc_ntk.storage.retries import storage_error
 
 from .context import RunContext
+from .savedsums import SAVED_SECONDS, SAVED_SHARE, SavedSums
+
+logger = logging.getLogger(__name__)
 
 
 def tile_shape(plan: Plan, tile: KernelTile) -> tuple[int, int]:
@@ -49,7 +54,46 @@ class TileSums:
         self._folds = self._several and self._several[0].dtype == torch.float32
         self._file: IO[bytes] | None = None
         self._folded = False
+        self._saved_at = time.perf_counter()
         self.folded_bytes = 0
+
+    def restore(self, key: str) -> int:
+        """Go on with sums that an earlier session saved, if there are any and they are whole.
+
+        Args:
+            key: the task's key.
+
+        Returns:
+            The span to go on with.
+        """
+        saved = SavedSums(self._context, key)
+        if self._several:
+            saved.delete_others()
+        if not (self._several and self._context.plan.saves_sums):
+            return self._spans.start
+        self._saved_at = time.perf_counter()
+        found = saved.load(self._several, self._on_disk)
+        if found is None:
+            return self._spans.start
+        span, self._folded = found
+        logger.info("%s goes on after %d of %d spans", key, span - self._spans.start, len(self._spans))
+        return span
+
+    def save(self, span: int, key: str) -> None:
+        """Save the sums after a span if it is time to; what cannot be written is left out.
+
+        Args:
+            span: the span that all tiles are contracted for.
+            key: the task's key.
+        """
+        plan = self._context.plan
+        if not (self._several and plan.saves_sums) or span + 1 == self._spans.stop:
+            return
+        if time.perf_counter() - self._saved_at < max(SAVED_SECONDS, SAVED_SHARE * plan.promised.seconds):
+            return
+        with self._context.phase("save sums"):
+            SavedSums(self._context, key).write(self._several, span + 1, self._folded, self._file)
+        self._saved_at = time.perf_counter()
 
     def start(self, span: int, number: int) -> None:
         """The next products are those of a span for a tile of the superblock."""

@@ -13,7 +13,7 @@ from .budget import Limits
 from .layout import Layout
 from .memory import ALLOCATOR_SHARE, kernel_room, memory_need, panel_bytes, read_buffers, superblock_bytes
 from .planes import PLANES
-from .superblocks import AHEAD, Order, kept_panels, panel_loads
+from .superblocks import AHEAD, Order, kept_panels, panel_loads, triangle_tiles
 from .tiles import SampleGrid, count_tiles
 from .workload import Workload
 
@@ -101,6 +101,9 @@ def _capacities(
                 break
     # A tile is divided by diagonal tiles, which triangles do not finish first.
     if wanted != "square" and workload.normalize is None:
-        side = PLANES.get(train, 0)
-        if side and fits(side * (side - 1) // 2 + 1, side) and train >= TRIANGLE_TIMES * side / math.sqrt(2):
-            yield "triangle", side * (side - 1) // 2 + 1
+        for points, side in PLANES.items():  # the smaller the plane, the fewer panels
+            times = (points - 1) // (side - 1)
+            live = side * count_tiles(train, points)
+            if times >= TRIANGLE_TIMES and points <= train and fits(triangle_tiles(train, points), live):
+                yield "triangle", triangle_tiles(train, points)
+                break

@@ -143,6 +143,7 @@ class Plan:
     tile are derived from short to long, each batch cut at its longest. ``order`` and ``superblock_tiles`` say how
     kernel tiles are grouped, and ``kept_bytes`` what memory is for panels that stay in it; ``moved_bytes`` (Q) and
     ``bound_bytes`` (LB) are what crosses the level from disk to host while contracting, promised and at least.
+    ``saves_sums`` says that the sums of a superblock are saved while it is contracted, as it takes long.
     ``grown`` is the finished run whose entries are copied and not computed, if there is one.
     """
 
@@ -197,6 +198,7 @@ class Plan:
     kept_bytes: int = 0
     moved_bytes: int = 0
     bound_bytes: float = 0.0
+    saves_sums: bool = False
     grown: Grown | None = None
 
     @cached_property

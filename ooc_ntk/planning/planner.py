@@ -13,10 +13,7 @@ from .budget import Limits
 from .cost import Cost, block_flops, price
 from .grouping import check_superblocks, grouped, keeping
 from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
-from .memory import (
-    ALLOCATOR_SHARE,
-    memory_need,
-)
+from .memory import ALLOCATOR_SHARE, memory_need, superblock_bytes
 from .need import MemoryNeed
 from .plan import Alternative, Plan, PlannedBlock, Promise
 from .planes import PLANES
@@ -40,8 +37,9 @@ RESTART_BYTES: Final = 12 * 2**20
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
 EQUALLY_FAST: Final = 0.03
 
-#: Or not longer than this share of the run: large superblocks move fewer bytes (a choice).
-LONGEST_TASK_SHARE: Final = 0.1
+#: Or not longer than this share of the run: large superblocks move fewer bytes, and save their sums as they grow, so
+#: that stopping loses no more (a choice).
+LONGEST_TASK_SHARE: Final = 0.5
 
 #: What moving fewer bytes may cost, where tiles are on disk (a choice: others use the disk too).
 FEWER_BYTES_SHARE: Final = 0.1
@@ -171,6 +169,9 @@ def make_plan(
     candidates[candidates.index(best)] = best = keeping_more
     alternatives, reason = _explain(candidates, best, limits)
     layout, need, cost = best.layout, best.need, best.cost
+    saved = superblock_bytes(workload, layout) if cost.longest_task_seconds > LONGEST_TASK_SECONDS else 0
+    if need.total("disk") + saved > limits.disk:
+        saved = 0
     notes = job.notes
     expected = None
     if job.sketch is not None:
@@ -216,6 +217,7 @@ def make_plan(
         order=layout.order,
         superblock_tiles=layout.superblock_tiles,
         kept_bytes=layout.kept_bytes,
+        saves_sums=bool(saved),
         jacobian_bytes=job.jacobian_bytes,
         kernel_bytes=workload.kernel_bytes,
         task_count=layout.task_count(workload),
@@ -223,7 +225,7 @@ def make_plan(
         promised=Promise(
             host_bytes=need.total("host"),
             device_bytes=need.total("device"),
-            disk_bytes=need.total("disk"),
+            disk_bytes=need.total("disk") + saved,
             pinned_bytes=need.total("pinned"),
             seconds=cost.seconds,
             rows_seconds=cost.rows_seconds,
@@ -264,9 +266,8 @@ def _as_asked(candidates: list[_Candidate], preferences: Preferences) -> list[_C
     ]
     if not found:
         raise InputError(
-            f"no layout of this job groups kernel tiles in {preferences.order or 'superblocks'}s: triangles need "
-            f"{', '.join(map(str, PLANES))} tiles of train samples, three times as many as fit at once; leave order or "
-            "tile_samples out"
+            f"no layout of this job groups kernel tiles in {preferences.order or 'superblock'}s: triangles need seven "
+            "row tiles of train samples or more; leave order or tile_samples out"
         )
     return found
 
@@ -421,7 +422,7 @@ def _candidates(
             continue
         if workload.by_layer and dataflow == "recompute":
             continue  # a layer's kernel would have to be put together from several passes
-        more = PLANES if dataflow == "spill" else ()
+        more = [points * each for points in PLANES for each in (1, 2, 4)] if dataflow == "spill" else ()
         for tile in tile_sizes(workload, preferences.tile_samples, more):
             if SampleGrid(workload.train_samples, workload.test_samples, tile).kernel_tile_count > MAX_TASKS:
                 continue

@@ -3,7 +3,7 @@
 A panel is the part of one row tile in one span. While a superblock is contracted its kernel tiles stay in memory and
 its panels stream by; panels that several superblocks need are read several times. How tiles are grouped therefore
 decides how many bytes move. Squares of ``b × b`` samples read every panel ``⌈N/b⌉`` times. Triangles, all pairs of
-``k`` row tiles, do with √2 times less (Beaumont et al. 2022, arXiv 2202.10217); that every pair is in exactly one
+some row tiles, do with √2 times less (Beaumont et al. 2022, arXiv 2202.10217); that every pair is in exactly one
 triangle takes a combinatorial design, here the lines of affine and projective planes.
 """
 
@@ -18,8 +18,8 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Final, Literal
 
-from .planes import cover
-from .tiles import SampleGrid, count_tiles, even_ranges
+from .planes import PLANES, cover
+from .tiles import Range, SampleGrid, count_tiles, even_ranges
 
 Order = Literal["square", "triangle"]
 ORDERS: Final[tuple[Order, ...]] = ("square", "triangle")
@@ -165,6 +165,13 @@ class Grouping:
         if grid.kernel_tile_count <= capacity:
             live = train + (1 if rows else 0)
             return cls(1, grid.kernel_tile_count, live + min(AHEAD, train + rows), train + rows)
+        points = plane_of(train, capacity) if order == "triangle" else None
+        if points is not None and not rows:
+            side = PLANES[points]
+            # A plane of order q has a line for every point, or with a point fewer on each q more.
+            lines = points if points != side**2 else points + side
+            live = side * count_tiles(train, points)
+            return cls(lines, triangle_tiles(train, points), live + AHEAD, (points - 1) // (side - 1) * train)
         if order == "triangle":
             found = superblocks(grid, order, capacity)
             return cls(
@@ -283,34 +290,58 @@ def _rectangle(train: int, rows: int, capacity: int) -> tuple[int, int]:
     return height, min(train, capacity // height)
 
 
-def triangle_side(capacity: int) -> int:
-    """Row tiles of the largest triangle of at most so many kernel tiles, one of the diagonal among them.
+def triangle_tiles(count: int, points: int) -> int:
+    """Most kernel tiles of a triangle, where row tiles are put together to the points of a plane.
 
-    >>> triangle_side(4), triangle_side(22)
-    (3, 7)
+    >>> triangle_tiles(7, 7), triangle_tiles(14, 7)
+    (4, 15)
     """
-    return (1 + math.isqrt(8 * capacity - 7)) // 2
+    side, each = PLANES[points], count_tiles(count, points)
+    return side * (side - 1) // 2 * each**2 + each * (each + 1) // 2
+
+
+def plane_of(count: int, capacity: int) -> int | None:
+    """Points of the plane that needs the fewest panels among those whose triangles hold at most so many kernel tiles.
+
+    >>> plane_of(14, 15), plane_of(14, 14), plane_of(5, 10)
+    (7, None, None)
+    """
+    able = (points for points in PLANES if points <= count and triangle_tiles(count, points) <= capacity)
+    return min(able, key=lambda points: ((points - 1) // (PLANES[points] - 1), points), default=None)
 
 
 def _triangles(count: int, capacity: int) -> list[list[KernelTile]]:
-    """Tiles on and below the diagonal, in triangles of at most so many tiles."""
-    side = triangle_side(capacity)
-    sets = min((cover(count, size) for size in range(max(2, side - 2), side + 1)), key=lambda sets: sum(map(len, sets)))
-    room = [capacity - len(members) * (len(members) - 1) // 2 for members in sets]
-    homes = _homes(count, sets, room)
+    """Tiles on and below the diagonal, in triangles of at most so many tiles.
+
+    Row tiles next to each other are one point of a plane, and every line of it one triangle: all pairs of its points,
+    and the pairs within one of them. Where no plane is small enough, sets of single row tiles hold every pair once.
+    """
+    points = plane_of(count, capacity)
+    if points is None:
+        side = (1 + math.isqrt(8 * capacity - 7)) // 2
+        cuts, sets = even_ranges(count, count), cover(count, side)
+    else:
+        cuts, sets = even_ranges(count, points), cover(points, PLANES[points])
+    homes = _homes(len(cuts), sets)
     groups = []
     for number, members in enumerate(sets):
-        group = [(i, j) for i in members for j in members if j < i or (j == i and homes.get(i) == number)]
-        groups.append(sorted(group))
-    return groups + [[(index, index)] for index in range(count) if index not in homes]
+        pairs = [(a, b) for a in members for b in members if b < a or (b == a and homes.get(a) == number)]
+        tiles = [(i, j) for a, b in pairs for i in _of(cuts[a]) for j in _of(cuts[b]) if j <= i]
+        groups.append(sorted(tiles))
+    alone = [cut for number, cut in enumerate(cuts) if number not in homes]
+    return groups + [[(i, j) for i in _of(cut) for j in _of(cut) if j <= i] for cut in alone]
 
 
-def _homes(count: int, sets: Sequence[Sequence[int]], room: Sequence[int]) -> dict[int, int]:
-    """The set with which the diagonal tile of each row tile is contracted, as far as there is room.
+def _of(cut: Range) -> range:
+    return range(cut.start, cut.stop)
 
-    A matching by augmenting paths: every set takes in at most as many as it has room for.
+
+def _homes(count: int, sets: Sequence[Sequence[int]]) -> dict[int, int]:
+    """The set with which the pairs within each member are contracted: no set takes in two, as far as that goes.
+
+    A matching by augmenting paths.
     """
-    holding: list[list[int]] = [[] for _ in sets]
+    holding: dict[int, int] = {}
     of: dict[int, list[int]] = {index: [] for index in range(count)}
     for number, members in enumerate(sets):
         for index in members:
@@ -321,16 +352,11 @@ def _homes(count: int, sets: Sequence[Sequence[int]], room: Sequence[int]) -> di
             if number in tried:
                 continue
             tried.add(number)
-            if len(holding[number]) < room[number]:
-                holding[number].append(index)
+            if number not in holding or place(holding[number], tried):
+                holding[number] = index
                 return True
-            for other in holding[number]:
-                if place(other, tried):
-                    holding[number].remove(other)
-                    holding[number].append(index)
-                    return True
         return False
 
     for index in range(count):
         place(index, set())
-    return {index: number for number, held in enumerate(holding) for index in held}
+    return {index: number for number, index in holding.items()}

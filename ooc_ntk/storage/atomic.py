@@ -93,6 +93,11 @@ class StagedFile:
         self._crc = google_crc32c.extend(self._crc, raw)
         self.size += raw.nbytes
 
+    @property
+    def crc32c(self) -> int:
+        """CRC-32C of what was written so far."""
+        return int(self._crc)
+
     def seal(self) -> FileRecord:
         """Sync and close the temporary file; once that is done, only say what it is.
 

@@ -1,5 +1,6 @@
 """Superblocks end to end: kernels summed up many tiles at once equal those summed up tile by tile, and the oracle."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import ooc_ntk
 import ooc_ntk.api
 from ooc_ntk.execution import sums
+from ooc_ntk.planning import memory, planner
 from ooc_ntk.planning.superblocks import panel_loads
 from tests import oracle, zoo
 from tests.zoo import zoo_case
@@ -120,16 +122,70 @@ def test_a_run_that_stops_between_superblocks_goes_on_to_the_same_bits(tmp_path,
     assert np.asarray(again).tobytes() == np.asarray(whole).tobytes()
 
 
-def test_what_is_moved_is_what_was_promised(tmp_path):
-    """A budget that holds a ninth of the kernel: Q as promised, and both beside the bound."""
-    found = spilled("mobilenet", tmp_path, "square", 4)
-    plan, info = found.plan, ooc_ntk.info(found.path)
-    # This plan was made for single tiles; what it is promised to move is counted again by hand.
-    panel = sum(plan.tile_samples * stored for stored in plan.layout.cut(plan).stored)
-    grid = plan.sample_grid
-    tile = plan.tile_samples**2 * 4
-    kernel = tile * grid.row_tiles * grid.column_tiles
-    wanted = panel_loads(plan.superblocks).total() * panel + kernel
-    diagonal = plan.tile_samples * 8 * grid.column_tiles
-    assert wanted <= info.moved_bytes <= wanted + diagonal
-    assert info.io_ratio == info.moved_bytes / plan.bound_bytes
+@pytest.mark.parametrize("damage", [None, "flipped", "cut", "other"])
+@pytest.mark.parametrize("folded", [400, 3])
+def test_sums_that_were_saved_are_gone_on_with(tmp_path, monkeypatch, damage, folded):
+    monkeypatch.setattr(sums, "FOLDED_SPANS", folded)
+    monkeypatch.setattr(sums, "SAVED_SECONDS", 0.0)
+    monkeypatch.setattr(sums, "SAVED_SHARE", 0.0)
+    whole = spilled("mobilenet", tmp_path, "square", 4)
+    plan = replace(whole.plan, saves_sums=True)
+    job, out, stops = zoo_case("mobilenet").job(), tmp_path / "stopped", []
+    first = plan.superblocks[0]
+    stop_at = (len(plan.passes[0]) - 2) * len(first.tiles)
+
+    def advance(phase, amount):
+        stops.append(phase)
+        if stops.count("kernel") == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(ooc_ntk.OocNtkError, match="stopped"):
+        ooc_ntk.run(job, out, plan=plan, progress=ooc_ntk.api.Observer(advance=advance))
+    (saved,) = out.glob("tiles/sums-*")
+    content = bytearray(saved.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 3] ^= 4
+    elif damage == "cut":
+        del content[10:20]
+    elif damage == "other":
+        content = content.replace(plan.digest.encode(), b"0" * len(plan.digest))
+    saved.write_bytes(content)
+    again = ooc_ntk.run(job, out, progress=False)
+    assert np.asarray(again).tobytes() == np.asarray(whole).tobytes()
+    read = {path: _read(path, first) for path in (whole.path, out)}
+    if damage is None:
+        assert read[out] < read[whole.path] / 2, "what was contracted before is read again"
+    else:
+        assert read[out] == read[whole.path]
+    assert list(out.glob("tiles/*")) == []
+
+
+def _read(path, block):
+    """Bytes that the task of a superblock read."""
+    receipts = [json.loads(line) for line in (path / "receipts.jsonl").read_text().splitlines()]
+    return next(r["bytes_read"] for r in receipts if r["key"] == f"kernel-0-{block.name[0]}-{block.name[1]}")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("mobilenet", {"superblock_tiles": 4}),
+        ("mobilenet", {"superblock_tiles": 4, "order": "triangle"}),
+        ("gpt", {"superblock_tiles": 9}),
+        ("gpt", {"superblock_tiles": 1}),
+        ("lstm", {}),
+    ],
+)
+def test_as_much_is_moved_as_was_promised(name, wanted, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(sums, "FOLDED_SPANS", 5)
+    monkeypatch.setattr(memory, "FOLDED_SPANS", 5)
+    if not kept:
+        monkeypatch.setattr(planner, "keeping", lambda workload, limits, layout: layout)
+    preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE, span_columns=64, **wanted)
+    job = zoo_case(name).job()
+    plan = ooc_ntk.plan(job, ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=preferences, out=tmp_path)
+    assert (plan.kept_bytes > 0) == (kept and len(plan.superblocks) > 1)
+    info = ooc_ntk.info(ooc_ntk.run(job, tmp_path / "run", plan=plan, progress=False).path)
+    assert abs(info.moved_bytes / plan.moved_bytes - 1) < 0.05
+    assert abs(info.io_ratio / plan.io_ratio - 1) < 0.05

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from ooc_ntk.errors import BudgetError, InputError
 from ooc_ntk.planning.layout import MAX_TASKS, MAX_TILE_ELEMENTS
-from ooc_ntk.planning.memory import memory_need
+from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES, memory_need
 from ooc_ntk.planning.planner import RESTART_BYTES, Preferences, make_plan, tolerance
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.planning.workload import Derivation
@@ -250,3 +251,30 @@ def test_tf32_is_not_held_to_the_tolerance_of_float32():
 def test_empty_workloads_are_refused(changes):
     with pytest.raises(InputError):
         small_workload(**changes)
+
+
+@pytest.mark.parametrize(
+    ("room", "side", "order", "bar"),
+    [
+        # N/b for b = √(0.8·S/s_K), and what is moved over the least that can be.
+        (300, 3.0, "square", 1.6),
+        (300, 3.0, None, 1.6),
+        # Triangles come in the sizes of planes: where one fills the memory, and where it does not.
+        (300, 3.6, "triangle", 1.35),
+        (300, 12.0, "triangle", 1.35),
+        (300, 12.0, None, 1.35),
+        (300, 8.0, "triangle", 1.6),
+        (300, 1.7, None, 2.3),
+        (300, 2.4, None, 2.3),
+        (300, 3.6, None, 2.3),
+        (1000, 6.0, None, 2.3),
+        (1000, 9.0, None, 2.3),
+    ],
+)
+@pytest.mark.parametrize("columns", [20_000, 300_000])
+def test_few_bytes_more_than_the_bound_are_moved(room, side, order, bar, columns):
+    samples = int(side * math.sqrt(0.8 * room * 2**20 / 4))
+    job = small_workload(train_samples=samples, outputs=1, rows_per_sample=1, sizes=(columns,))
+    limits = ample(host=job.baseline_bytes + LIBRARY_GROWTH_BYTES + room * 2**20)
+    plan = make_plan(job, limits, UNCALIBRATED, Preferences(dataflow="spill", order=order))
+    assert plan.io_ratio <= bar, plan.layout.describe()
