@@ -37,8 +37,8 @@ RESTART_BYTES: Final = 12 * 2**20
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
 EQUALLY_FAST: Final = 0.03
 
-#: Or not longer than this share of the run: large superblocks move fewer bytes, and save their sums as they grow, so
-#: that stopping loses no more (a choice).
+#: Or, of superblocks, not longer than this share of the run: large ones move fewer bytes, and save their sums as they
+#: grow, so that stopping loses no more (a choice).
 LONGEST_TASK_SHARE: Final = 0.5
 
 #: What moving fewer bytes may cost, where tiles are on disk (a choice: others use the disk too).
@@ -490,16 +490,19 @@ def _passes(workload: Workload, limits: Limits, layout: Layout, wanted: int | No
         yield even_ranges(len(spans), 2)
 
 
+def _longest(candidate: _Candidate) -> float:
+    """Seconds that a kernel task should take at most."""
+    if candidate.layout.superblock_tiles == 1:
+        return LONGEST_TASK_SECONDS
+    return max(LONGEST_TASK_SECONDS, LONGEST_TASK_SHARE * candidate.cost.seconds)
+
+
 def _best(fitting: list[_Candidate], fewer_bytes: float = FEWER_BYTES_SHARE) -> _Candidate:
     """The fastest, preferring short tasks; of equally fast ones of that dataflow the one that moves the fewest bytes.
 
     Where bytes do not differ, or none move, the one with the smallest memory.
     """
-    short = [
-        c
-        for c in fitting
-        if c.cost.longest_task_seconds <= max(LONGEST_TASK_SECONDS, LONGEST_TASK_SHARE * c.cost.seconds)
-    ]
+    short = [c for c in fitting if c.cost.longest_task_seconds <= _longest(c)]
     fastest = min(fitting, key=lambda c: c.cost.seconds)
     pool = fitting
     if short:
