@@ -172,6 +172,8 @@ def extend(
     budget: Budget | None = None,
     progress: bool | Observer = True,
     scheduler: str | None = None,
+    watch_disk: str | int | None = None,
+    proof: bool = True,
 ) -> Kernel:
     """Append train samples to a finished run: only their rows and columns are computed, the others are copied.
 
@@ -186,6 +188,9 @@ def extend(
         budget: limits for the new generation.
         progress: whether to show progress on the terminal, or an observer.
         scheduler: ``threads`` (default) or ``serial``.
+        watch_disk: disk to be left free, as for :func:`run`.
+        proof: whether samples of the grown kernel are proven before it takes the place of the old one, as for
+            :func:`run`.
 
     Returns:
         The grown kernel; its rows are the train samples as they were, the new ones, then the test samples.
@@ -202,7 +207,8 @@ def extend(
     if isinstance(train, str) and not ("_" in train and parse_seed_name(train)):
         train = absolute_spec(train, None, "train")
     job = job or describe_job(None, {}, run=path)[0]
-    extend_run(path, train, job, budget, executor_named(scheduler), progress)
+    margin = _disk_margin(watch_disk)
+    extend_run(path, train, job, budget, executor_named(scheduler), progress, watch_disk=margin, proof=proof)
     return Kernel(path)
 
 

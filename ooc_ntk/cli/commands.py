@@ -25,6 +25,7 @@ from .options import (
     ManyWeights,
     ModelOption,
     MoreOption,
+    NoProofOption,
     OutputsOption,
     ProfileOption,
     RunArgument,
@@ -124,9 +125,7 @@ def run(
     scheduler: SchedulerOption = None,
     watch_disk: WatchDiskOption = None,
     profile: ProfileOption = False,
-    no_proof: Annotated[
-        bool, typer.Option("--no-proof", help="Leave out the proof of some samples at the end of the run.")
-    ] = False,
+    no_proof: NoProofOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
     """Compute the kernel into a run directory; typed again after a stop, it goes on where it was.
@@ -223,6 +222,8 @@ def extend(
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
     scheduler: SchedulerOption = None,
+    watch_disk: WatchDiskOption = None,
+    no_proof: NoProofOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
     """Append train samples to a finished run: only their rows and columns are computed. Typed again, it goes on."""
@@ -244,7 +245,16 @@ def extend(
         if given.checkpoints:
             raise InputError(f"a run has one set of weights, got {len(given.checkpoints)}; give one with --weights")
         wanted, budget = given.describe(run)
-        grown = api.extend(run, train, job=wanted, budget=budget, scheduler=scheduler, progress=not quiet)
+        grown = api.extend(
+            run,
+            train,
+            job=wanted,
+            budget=budget,
+            scheduler=scheduler,
+            progress=not quiet,
+            watch_disk=watch_disk,
+            proof=not no_proof,
+        )
         if not quiet:
             _print(info_table(api.info(run)))
             what = "features" if grown.plan is not None and grown.plan.features_only else "kernel"

@@ -286,6 +286,9 @@ DataflowOption = Annotated[
         show_default=False,
     ),
 ]
+NoProofOption = Annotated[
+    bool, typer.Option("--no-proof", help="Leave out the proof of some samples at the end of the run.")
+]
 OrderOption = Annotated[
     str | None,
     typer.Option(

@@ -84,6 +84,7 @@ def check_same_job(
     manifest = Manifest(directory.root, read_only=True)
     try:
         stored: dict[str, str] = json.loads(manifest.meta("job") or "{}")
+        grown = manifest.meta(HISTORY)
     finally:
         manifest.close()
     differing = [name for name in digests if stored.get(name) != digests[name]]
@@ -92,6 +93,8 @@ def check_same_job(
             f"{DIGEST_PARTS.get(name, name)} (there {stored.get(name, 'unknown')[:8]}, here {digests[name][:8]})"
             for name in differing
         )
+        if grown and differing == ["data"]:
+            advice = f"it was grown, and ooc-ntk run --out {directory.root} goes on with all samples; or {advice}"
         raise RunConflictError(f"{directory.root} holds a run of another job: {details} differ; {advice}")
 
 

@@ -27,13 +27,14 @@ from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import HISTORY, Generations, complete_swap, read_history, swap_in
-from ooc_ntk.units import format_bytes
+from ooc_ntk.units import format_bytes, format_seconds
 
 from .context import KERNEL, PeakMeter, RunContext
 from .driver import Observer, check_budget, check_same_job, create_arrays, execute
 from .executors import Executor
 from .prepare import PreparedJob, prepare
 from .progress import TerminalProgress
+from .proving import prove_run
 from .seed import FinishedRun, seed
 from .session import measured, write_new_run
 from .stores import FEATURES, store_of
@@ -77,6 +78,9 @@ def extend_run(
     budget: Budget | None,
     executor: Executor,
     progress: bool | Observer = True,
+    *,
+    watch_disk: int = 0,
+    proof: bool = True,
 ) -> None:
     """Append train samples to a finished run, or go on where that was stopped.
 
@@ -87,6 +91,8 @@ def extend_run(
         budget: limits for the plan of the new generation.
         executor: runs the tasks.
         progress: whether to show progress on the terminal, or an observer.
+        watch_disk: free bytes below which it stops; 0 lets it fill the disk.
+        proof: whether samples of the grown kernel are proven before it takes the place of the old one.
 
     Raises:
         OocNtkError: as :func:`ooc_ntk.extend`.
@@ -123,8 +129,16 @@ def extend_run(
                 write_new_run(coming, plan, new, places.run, _notes(run, old, more))
             finished = FinishedRun.open(places.run)
             with TerminalProgress.of(progress) as observer:
+                say = (observer or Observer()).say
+                say(
+                    f"{plan.notes[-1]}; {format_seconds(plan.promised.seconds)} promised, "
+                    f"{format_bytes(plan.promised.host_bytes)} host, "
+                    f"{format_bytes(plan.promised.disk_bytes)} disk beside the run as it is"
+                )
                 _fill(plan, coming, new, finished, observer or Observer())
-                execute(plan, coming, new, executor, observer)
+                seconds = execute(plan, coming, new, executor, observer, watch_disk=watch_disk)
+                if proof:
+                    prove_run(coming, plan, new, seconds, say)
             swap_in(places)
 
 

@@ -115,7 +115,7 @@ class TerminalProgress:
         done, total = self._done[phase], self._total[phase]
         made, spent = done - self._before[phase], self._busy[phase]
         left = format_seconds(spent * (total - done) / made) if made > 0 else "unknown time"
-        return f"{label}: {done:.4g} of {total:.0f} {unit}, {self._rate(phase)}, {left} left in this phase"
+        return f"{label}: {done:.0f} of {total:.0f} {unit}, {self._rate(phase)}, {left} left in this phase"
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")

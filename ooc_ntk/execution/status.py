@@ -62,10 +62,10 @@ class RunInfo:
     disk_bytes: int
     bytes_read: int
     bytes_written: int
-    moved_bytes: int
     job_digests: dict[str, str]
     versions: dict[str, str]
     phases: dict[str, float]
+    moved_bytes: int = 0
     expected_error: float | None = None
     retries: int = 0
     micro_batches: dict[int, int] = field(default_factory=dict)

@@ -31,7 +31,7 @@ PLANES: Final = {
 _FIELDS: Final = {4: (2, (1, 1)), 8: (2, (1, 1, 0)), 9: (3, (2, 0))}
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=64)
 def cover(count: int, size: int) -> tuple[tuple[int, ...], ...]:
     """Sets of at most ``size`` of ``count`` things, so that every pair is in exactly one set.
 

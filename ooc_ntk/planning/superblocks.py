@@ -201,7 +201,7 @@ class Grouping:
         )
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4)
 def superblocks(
     grid: SampleGrid, order: Order = "square", capacity: int = 1, alone: frozenset[KernelTile] = frozenset()
 ) -> tuple[Superblock, ...]:

@@ -272,7 +272,8 @@ def test_errors_by_numbers_slices_and_lists(run):
     ):
         found = run.errors(*part)
         assert found.shape == every[index].shape
-        np.testing.assert_allclose(found, every[index], rtol=1e-6, atol=1e-9 * every.max())
+        # The error of an entry that is 1 by normalising is what is left of a difference.
+        np.testing.assert_allclose(found, every[index], rtol=1e-6, atol=1e-7 * every.max())
     with pytest.raises(IndexError, match="out of range"):
         run.errors(rows)
 

@@ -136,7 +136,8 @@ def check_kept(
     tiles = KEPT if releasing else (*SPILLED, *KEPT)
     stored = {file.task for path, file in before.files.items() if path.startswith(tiles)}
     # A tile that is found damaged when all others are there, and theirs are given up, takes its rows again.
-    released = bool(undone) and not any(path.startswith(SPILLED) for path in after.files)
+    had, has = (any(path.startswith(SPILLED) for path in seen.files) for seen in (before, after))
+    released = bool(undone) and had and not has
     unfinished = len(before.tasks) < len(wanted) or bool(undone)
     for key, committed in before.tasks.items():
         if after.tasks.get(key) == committed or family(key) in undone:

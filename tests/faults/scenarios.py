@@ -36,8 +36,8 @@ STOPPED: Final = (143,)
 #: Exit code of a run that could not read or write.
 STORAGE: Final = 2
 
-#: Exit codes after one I/O error that does not come back: a run tries again and goes on.
-AFTER_ONE_ERROR: Final = (0,)
+#: Exit codes after one I/O error that does not come back: a run tries again where that is safe, or stops.
+AFTER_ONE_ERROR: Final = (STORAGE, 0)
 
 KILLED: Final = -int(signal.SIGKILL)
 TERMINATED: Final = -int(signal.SIGTERM)
