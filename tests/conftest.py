@@ -77,15 +77,25 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def frozen() -> None:
+    """Spare the collector what was imported: a run collects several times, which would take most of a test's time.
+
+    What was frozen before and is garbage by now goes first: otherwise the process would grow with every module.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def compute(tmp_path: Path, rates: MachineRates) -> Callable[..., ooc_ntk.Kernel]:
+def compute(tmp_path: Path, rates: MachineRates, frozen: None) -> Callable[..., ooc_ntk.Kernel]:
     """``compute(job, method=None, batch_size=None, scheduler=None, **preferences)``: plan, run, and return the kernel.
 
     The budget is fixed, so that no test depends on what is free; ``method`` overrides what the probe found faster, and
     leaves layer rules out.
     """
     count = 0
-    gc.freeze()  # a run collects garbage several times: over what the tests imported it would take most of the time
 
     def plan_and_run(
         job: ooc_ntk.Job,

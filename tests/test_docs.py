@@ -4,7 +4,6 @@ The blocks of a page run one after the other in one folder, in this process: imp
 take most of the time.
 """
 
-import gc
 import os
 import re
 import shlex
@@ -135,12 +134,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def page_folder(files: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[Path]:
+def page_folder(files: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, frozen: None) -> Iterator[Path]:
     monkeypatch.chdir(files)
     monkeypatch.delenv("OOC_NTK_DATA", raising=False)
     monkeypatch.syspath_prepend(files)  # a page imports what it wrote, as a script in its folder does
     sys.modules.pop("nets", None)
-    gc.freeze()  # a run collects garbage several times: over what the tests imported it would take most of the time
     yield files
     sys.modules.pop("nets", None)
 

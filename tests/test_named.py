@@ -6,7 +6,6 @@ The data sets are generated, in the files of the real ones.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import multiprocessing
 import pickle
@@ -29,12 +28,6 @@ from tests.named import IMAGENET, NORMALISATIONS, by_hand, command, done, files_
 pytestmark = pytest.mark.usefixtures("one_thread", "frozen")
 
 CPU = ("--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def frozen():
-    """A run collects garbage several times: over what the tests imported it would take most of the time."""
-    gc.freeze()
 
 
 # --- a study of empirical-ntks, as it is typed there ------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 
@@ -19,12 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "frozen")
 FAKE = "fakedata:train,size=32,samples=3"
 DATA = ("--data-dir", "data")
 MLP = ("--model", "mlp,width=2")
-
-
-@pytest.fixture(scope="module")
-def frozen():
-    """A run collects garbage several times: over what the tests imported it would take most of the time."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="module")

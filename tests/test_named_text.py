@@ -5,7 +5,6 @@ Models are tiny and written as people have them, a configuration beside a vocabu
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 
@@ -23,7 +22,7 @@ from tests.named import command, done, refused
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers are imported
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("one_thread", "frozen")
+pytestmark = pytest.mark.usefixtures("one_thread", "frozen", "quiet")
 
 CPU = ("--device", "cpu")
 
@@ -72,11 +71,10 @@ GPT2 = {
 
 
 @pytest.fixture(scope="module")
-def frozen():
-    """A run collects garbage several times: over what the tests imported it would take most of the time."""
+def quiet():
+    """No progress bars of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    gc.freeze()
 
 
 @pytest.fixture(scope="module")
