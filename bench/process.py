@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import ooc_ntk
-from ooc_ntk.execution.calibration import cached_rates
+from ooc_ntk.compute.rates import cached_rates
 
 from .contenders import CONTENDERS, DENSE, DEVICE, OURS
 from .floors import Floors, measure_floors

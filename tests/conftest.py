@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import ooc_ntk
 from ooc_ntk.cli import app
-from ooc_ntk.execution.calibration import rates_path
+from ooc_ntk.compute.rates import rates_path
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
 
 

@@ -22,7 +22,7 @@ from bench.peers import Refused, chunks_within, jacobian_contraction, per_sample
 from bench.sentences import sentences
 from bench.table import relative_error
 from ooc_ntk.compute.machine import limited_threads
-from ooc_ntk.execution.calibration import rates_path
+from ooc_ntk.compute.rates import rates_path
 from ooc_ntk.planning.rates import MachineRates
 from tests.cases import FLOAT64, KINKED
 

@@ -12,7 +12,7 @@ import ooc_ntk
 from bench import projection, residual_figures, residuals, tails, throughput, trak_peer, trak_projection
 from bench.models import build
 from ooc_ntk.compute.machine import limited_threads
-from ooc_ntk.execution.calibration import rates_path
+from ooc_ntk.compute.rates import rates_path
 from ooc_ntk.planning.rates import MachineRates
 from tests.cases import FLOAT64
 

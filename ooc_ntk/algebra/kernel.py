@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,17 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from ooc_ntk.errors import IncompleteRunError, InputError, StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.arrays import TileRows, index_numbers, open_tile_array
+from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import cut_off
 
 from .attribution import attribution_scores
+from .entries import ArrayEntries, Entries, FeatureEntries, TileEntries
 from .errors import sketch_shape
 from .features import FeatureProduct, Features, no_features
 from .layers import LayerKernel
+from .operator import KernelOperator
 from .ridge import Solution, solve_ridge
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
 
-class Kernel:
+class Kernel(KernelOperator):
     """A finished kernel: (samples · entries) × (train samples · entries), train rows first, on disk.
 
     Where only features were kept, entries are computed from them when they are asked for.
@@ -57,6 +61,7 @@ class Kernel:
         manifest = Manifest(self.path, read_only=True)
         try:
             finished = manifest.keys()
+            self._records: Mapping[str, FileRecord] | None = manifest.files()
         finally:
             manifest.close()
         wanted = (
@@ -76,6 +81,7 @@ class Kernel:
         self._features = None if plan.projection is None else run_features(self.path, plan)
         self._shape, self._train, self._test = plan.kernel_shape, plan.train_samples, plan.test_samples
         self._diagonal: NDArray[np.float64] | None = None
+        self._entries: Entries | None = None
         self._array: Any = None
         if plan.features_only:
             assert self._features is not None
@@ -93,6 +99,7 @@ class Kernel:
         """
         kernel = cls.__new__(cls)
         kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, features, None
+        kernel._records, kernel._entries = None, None
         kernel._shape, kernel._train, kernel._test = (
             features.kernel_shape,
             features.train_samples,
@@ -114,9 +121,43 @@ class Kernel:
         """
         kernel = cls.__new__(cls)
         kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, None, diagonal
+        kernel._records, kernel._entries = None, None
         kernel._shape, kernel._train, kernel._test = (int(array.shape[0]), int(array.shape[1])), train, test
         kernel._array = array
         return kernel
+
+    @property
+    def entries(self) -> Entries:
+        """Where products take the entries from: tiles on disk, or features where less is read of them."""
+        if self._entries is None:
+            featured = None if self._features is None else FeatureEntries(self._features)
+            if isinstance(self._array, FeatureProduct):
+                assert featured is not None
+                self._entries = featured
+            elif isinstance(self._array, zarr.Array) and (self.path / "kernel.zarr").is_dir():
+                stored = TileEntries(self.path, "kernel.zarr", self._array, self._records)
+                triangle = self.shape[1] ** 2 // 2 * self.dtype.itemsize
+                self._entries = featured if featured is not None and featured.product_bytes < triangle else stored
+            else:
+                self._entries = ArrayEntries(self._array)
+        return self._entries
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Train and test samples."""
+        return self._train, self._test
+
+    def sample_diagonal(self) -> NDArray[np.float64]:
+        """Entry of every row with itself as it is in the kernel, (rows,) float64."""
+        found = self.diagonal()
+        return np.where(found > 0, 1.0, 0.0) if self._is_cosine else found
+
+    @property
+    def _is_cosine(self) -> bool:
+        """Whether the entries are cosines already."""
+        if self.plan is not None:
+            return self.plan.normalize == "cosine"
+        return self._features is not None and self._features.cosine
 
     @property
     def chunk_rows(self) -> int:
@@ -309,12 +350,7 @@ class Kernel:
         rows, columns = self.shape
         if rows == columns:
             raise InputError("the run has no test rows to predict; give test data to the job")
-        step = self._array.chunks[0]
-        parts = [
-            np.asarray(self._array[start : min(start + step, rows)], dtype=np.float64) @ solution.coefficients
-            for start in range(columns, rows, step)
-        ]
-        return np.concatenate(parts)
+        return self.matmat(solution.coefficients, rows="test")
 
 
 def no_run(path: Path) -> StorageError:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ooc_ntk.errors import StorageError, unknown_name
-from ooc_ntk.storage.arrays import TileArray, open_tile_array
+from ooc_ntk.errors import unknown_name
+from ooc_ntk.storage.arrays import TileRows, open_tile_array
 
 if TYPE_CHECKING:
     import dask.array
@@ -75,14 +75,4 @@ class LayerKernel:
 
     def trace(self) -> float:
         """Sum of its diagonal over the train samples: what the layer adds to the trace of the train square."""
-        height, width = self._array.chunks[1:]
-        tiles, total = TileArray(self._root, LAYERS, self._array.shape, self._array.chunks, self.dtype.str), 0.0
-        for index in range(-(-self.shape[1] // height)):
-            path = self._root / tiles.chunk_path((self._index, index, index))
-            try:
-                # Mapped, so that of a tile only the pages of its diagonal are read.
-                tile = np.memmap(path, dtype=self.dtype, mode="r", shape=(height, width))
-            except (OSError, ValueError) as error:
-                raise StorageError(f"cannot read the tile {path} ({error}); run again: it is computed anew") from error
-            total += float(tile.diagonal()[: self.shape[1] - index * height].astype(np.float64).sum())
-        return total
+        return float(TileRows(self._root, LAYERS, (self._index,)).diagonal(self.shape[1]).sum())

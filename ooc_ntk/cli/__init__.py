@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from ooc_ntk.stopping import EXIT_TERMINATED
 
-from .commands import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app, main
+from . import commands
+from .terminal import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app
 
-__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "EXIT_TERMINATED", "app", "main"]
+__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "EXIT_TERMINATED", "app", "commands", "main"]
+
+
+def main() -> None:
+    """Entry point of the ``ooc-ntk`` command."""
+    app()

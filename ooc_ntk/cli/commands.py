@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import signal
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from ooc_ntk.errors import OocNtkError, RunInterrupted, VerificationError
-from ooc_ntk.stopping import EXIT_TERMINATED, Terminated, deadline_after_sigterm
 
 from .flags import JobFlags, with_job_flags
 from .options import (
@@ -35,54 +29,7 @@ from .options import (
     WatchDiskOption,
     WeightsOption,
 )
-
-#: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C.
-#: (That of a stop by SIGTERM is EXIT_TERMINATED.)
-EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
-
-app = typer.Typer(
-    name="ooc-ntk",
-    help="Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@contextmanager
-def _reporting_errors() -> Iterator[None]:
-    """Turn errors raised on purpose, and files that cannot be used, into one line and an exit code.
-
-    Ctrl-C and SIGTERM are taken for the whole command.
-    """
-    try:
-        with deadline_after_sigterm():
-            yield
-    except RunInterrupted as stopped:
-        typer.secho(str(stopped), fg="yellow", err=True)
-        raise typer.Exit(EXIT_TERMINATED if stopped.signal == signal.SIGTERM else EXIT_STOPPED) from stopped
-    except BrokenPipeError:
-        raise
-    except VerificationError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(EXIT_FINDING) from error
-    except (OocNtkError, OSError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(EXIT_INPUT) from error
-    except Terminated as stopped:
-        typer.secho("stopped by SIGTERM; what is finished is kept", fg="yellow", err=True)
-        raise typer.Exit(EXIT_TERMINATED) from stopped
-    except KeyboardInterrupt as stopped:
-        typer.secho("stopped", fg="yellow", err=True)
-        raise typer.Exit(EXIT_STOPPED) from stopped
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    # Without a terminal nothing is wrapped: a table in a log file keeps one line per row.
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
-    console.print(renderable)
+from .terminal import EXIT_FINDING, app, heading, reporting_errors, show, status
 
 
 @app.command(cls=ManyWeights)
@@ -95,23 +42,23 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say how a job would be run, how long it takes and how much memory, without computing the kernel."""
-    with _reporting_errors():
+    with reporting_errors():
         from ooc_ntk import api
         from ooc_ntk.report.tables import many_runs, plan_table
 
         wanted, budget = flags.describe()
         if flags.checkpoints:
             wanted = wanted.with_model(weights=flags.checkpoints[0])
-        with _status("measuring the model"):
+        with status("measuring the model"):
             made = api.plan(wanted, budget, preferences=flags.preferences(), out=out)
         if save is not None:
             made.save(save)
         if as_json:
             typer.echo(made.to_json())
         else:
-            _print(plan_table(made, every_block=blocks))
+            show(plan_table(made, every_block=blocks))
             if flags.checkpoints:
-                _print(many_runs(made, len(flags.checkpoints)))
+                show(many_runs(made, len(flags.checkpoints)))
         if save is not None:
             typer.echo(f"plan written to {save}", err=True)
 
@@ -133,7 +80,7 @@ def run(
     Exit codes: 0 done, 1 a kernel that its proof finds wrong, 2 a wrong input, a budget too small or a disk that cannot
     be used, 130 stopped by Ctrl-C, 143 by SIGTERM, within ten seconds.
     """
-    with _reporting_errors():
+    with reporting_errors():
         from ooc_ntk.storage.again import is_done
 
         command = {**flags.asked(), "plan": str(plan_file), "scheduler": scheduler}
@@ -152,10 +99,10 @@ def run(
         wanted, budget = flags.describe(out)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
         if not (out / "plan.json").exists() and chosen is None:
-            with _status("measuring the model", quiet):
+            with status("measuring the model", quiet):
                 chosen = api.plan(wanted, budget, preferences=flags.preferences(), out=out)
         if chosen is not None and not quiet:
-            _print(plan_table(chosen))
+            show(plan_table(chosen))
         api.run(
             wanted,
             out,
@@ -171,9 +118,9 @@ def run(
         api.remember(wanted, out, command, [out / "job.toml", *map(Path, files)])
         if not quiet:
             found = api.info(out)
-            _print(info_table(found))
+            show(info_table(found))
             if profile:
-                _print(phases_table(found))
+                show(phases_table(found))
             made = "features" if found.plan.features_only else "kernel"
             typer.echo(f"\n{made}: {out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
@@ -191,7 +138,7 @@ def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, given: 
 
     def announce(number: int, name: str) -> None:
         if not quiet:
-            _heading(f"checkpoint {number + 1} of {count}: {name}")
+            heading(f"checkpoint {number + 1} of {count}: {name}")
 
     found = api.run_checkpoints(
         wanted,
@@ -206,7 +153,7 @@ def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, given: 
     found.mean()
     drift = found.drift()
     if not quiet:
-        _print(checkpoints_table(api.info_checkpoints(out), drift))
+        show(checkpoints_table(api.info_checkpoints(out), drift))
         typer.echo(f"\nmean kernel: {out}/mean/kernel.zarr   check all: ooc-ntk verify {shlex.quote(str(out))}")
 
 
@@ -227,7 +174,7 @@ def extend(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
 ) -> None:
     """Append train samples to a finished run: only their rows and columns are computed. Typed again, it goes on."""
-    with _reporting_errors():
+    with reporting_errors():
         from ooc_ntk import api
         from ooc_ntk.errors import InputError
         from ooc_ntk.report.tables import info_table
@@ -256,7 +203,7 @@ def extend(
             proof=not no_proof,
         )
         if not quiet:
-            _print(info_table(api.info(run)))
+            show(info_table(api.info(run)))
             what = "features" if grown.plan is not None and grown.plan.features_only else "kernel"
             typer.echo(f"\n{what}: {run}/{what}.zarr   check it: ooc-ntk verify {shlex.quote(str(run))}")
 
@@ -268,7 +215,7 @@ def info(
     profile: ProfileOption = False,
 ) -> None:
     """Show a run: progress, promises beside measurements, where it came from."""
-    with _reporting_errors():
+    with reporting_errors():
         from ooc_ntk import api
         from ooc_ntk.report.tables import checkpoints_table, info_table, phases_table
 
@@ -280,16 +227,16 @@ def info(
             if as_json:
                 typer.echo("[" + ",\n".join(each.to_json() for each in several) + "]")
             else:
-                _print(checkpoints_table(several, drift))
+                show(checkpoints_table(several, drift))
                 _say_missing(missing)
             return
         found = api.info(run)
         if as_json:
             typer.echo(found.to_json())
         else:
-            _print(info_table(found))
+            show(info_table(found))
             if profile:
-                _print(phases_table(found))
+                show(phases_table(found))
 
 
 @app.command(cls=ManyWeights)
@@ -312,13 +259,13 @@ def verify(
     ] = False,
 ) -> None:
     """Prove a finished kernel: checksums, symmetry, entries anew in float64, and K v against J(Jᵀv) by vjp and jvp."""
-    with _reporting_errors():
+    with reporting_errors():
         from ooc_ntk import api
 
         several = api.info_checkpoints(run)
         given = JobFlags(model=model, weights=weights, train=train, test=test, outputs=outputs)
         if several:
-            passed = [_verify(each.path, given, samples, seed, full, heading=each.path.name) for each in several]
+            passed = [_verify(each.path, given, samples, seed, full, title=each.path.name) for each in several]
             missing = api.missing_checkpoints(run)
             _say_missing(missing)
             if not missing and all(each.finished for each in several):
@@ -339,17 +286,17 @@ def _say_missing(names: list[str]) -> None:
         typer.secho(f"missing: {', '.join(names)}; run the same command again to compute them", fg="red")
 
 
-def _verify(run: Path, given: JobFlags, samples: int, seed: int, full: bool, heading: str | None = None) -> bool:
+def _verify(run: Path, given: JobFlags, samples: int, seed: int, full: bool, title: str | None = None) -> bool:
     """Verify one run and print what was seen."""
     from ooc_ntk import api
     from ooc_ntk.report.tables import audit_table
 
-    if heading is not None:
-        _heading(heading)
+    if title is not None:
+        heading(title)
     job = given.describe(run)[0] if samples else None
-    with _status("verifying"):
+    with status("verifying"):
         found = api.verify(run, job, samples=samples, seed=seed, full=full)
-    _print(audit_table(found))
+    show(audit_table(found))
     return found.passed
 
 
@@ -359,13 +306,13 @@ def calibrate(
     disk: Annotated[Path, typer.Option("--out", help="A folder on the disk where runs will be.")] = Path(),
 ) -> None:
     """Measure how fast this machine multiplies, copies, reads and writes (a few seconds); plans then hold."""
-    with _reporting_errors():
+    with reporting_errors():
         from ooc_ntk import api
         from ooc_ntk.report.tables import rates_table
 
-        with _status("measuring the machine"):
+        with status("measuring the machine"):
             rates = api.calibrate(device, disk)
-        _print(rates_table(rates))
+        show(rates_table(rates))
 
 
 @app.command()
@@ -376,62 +323,41 @@ def demo(
     ] = "1GiB",
 ) -> None:
     """Train a small network on real digits, compute its kernel under a small budget, verify it and use it."""
-    with _reporting_errors():
+    with reporting_errors():
         _demo(out, host_memory)
 
 
 def _demo(out: Path, host_memory: str) -> None:
     from ooc_ntk import api
-    from ooc_ntk import demo as show
+    from ooc_ntk import demo as shown
     from ooc_ntk.report.tables import audit_table, info_table, plan_table
 
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "weights.safetensors"
-    _heading("1. Train a small network on 4,000 MNIST digits")
+    heading("1. Train a small network on 4,000 MNIST digits")
     if weights.exists():
         typer.echo(f"{weights} is there already")
     else:
-        show.train(weights, say=typer.echo)
-    job = show.job(weights)
+        shown.train(weights, say=typer.echo)
+    job = shown.job(weights)
     budget = api.Budget(host=host_memory)
-    _heading(f"2. Plan its trace kernel under a host budget of {host_memory}")
+    heading(f"2. Plan its trace kernel under a host budget of {host_memory}")
     run_folder = out / "run"
     if (run_folder / "plan.json").exists():
         made = api.Plan.load(run_folder / "plan.json")
     else:
-        with _status("measuring the model"):
+        with status("measuring the model"):
             made = api.plan(job, budget, out=run_folder)
-    _print(plan_table(made))
-    _heading("3. Run it (Ctrl-C and type the same command again: it goes on)")
+    show(plan_table(made))
+    heading("3. Run it (Ctrl-C and type the same command again: it goes on)")
     kernel = api.run(job, run_folder, plan=made)
-    _print(info_table(api.info(run_folder)))
-    _heading("4. Verify it against float64 autograd")
+    show(info_table(api.info(run_folder)))
+    heading("4. Verify it against float64 autograd")
     found = api.verify(run_folder, job)
-    _print(audit_table(found))
+    show(audit_table(found))
     if not found.passed:
         raise typer.Exit(EXIT_FINDING)
-    _heading("5. Use it: kernel regression on 4,000 digits classifies the other 1,000")
-    scores = show.score(kernel, job.module())
+    heading("5. Use it: kernel regression on 4,000 digits classifies the other 1,000")
+    scores = shown.score(kernel, job.module())
     typer.echo(f"network              {scores.network:.1%} of 1,000 test digits right")
     typer.echo(f"its kernel, ridge    {scores.kernel:.1%} (ridge {scores.ridge_ratio:.0e} of the mean diagonal)")
-
-
-def _heading(text: str) -> None:
-    typer.secho(f"\n{text}", bold=True)
-
-
-@contextmanager
-def _status(text: str, quiet: bool = False) -> Iterator[None]:
-    """Show that something short is going on, on a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
-
-
-def main() -> None:
-    """Entry point of the ``ooc-ntk`` command."""
-    app()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -20,30 +18,14 @@ from ooc_ntk.compute.machine import (
     memory_rates,
     return_free_memory,
 )
-from ooc_ntk.errors import StorageError
-from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
+from ooc_ntk.compute.rates import cached_rates, rates_path
+from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.storage.diskrate import measure_disk
 
 logger = logging.getLogger(__name__)
 
 #: Share of the free memory that tiles may fill for the page cache to serve them again (chosen; others use it as well).
 CACHED_SHARE: Final = 0.5
-
-
-def cache_folder() -> Path:
-    """Folder of cached rates: ``$OOC_NTK_CACHE``, or ``ooc-ntk`` under the user's cache directory."""
-    named = os.environ.get("OOC_NTK_CACHE")
-    if named:
-        return Path(named)
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/ooc-ntk"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ooc-ntk"
-
-
-def rates_path(device: str) -> Path:
-    """File of the rates of this machine, device, thread count and library versions."""
-    name = machine_name(device, torch.get_num_threads())
-    return cache_folder() / f"rates-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}.json"
 
 
 def calibrate(device: str, disk: Path) -> MachineRates:
@@ -95,14 +77,6 @@ def calibrate(device: str, disk: Path) -> MachineRates:
             error.strerror or error,
         )
     return rates
-
-
-def cached_rates(device: str) -> MachineRates:
-    """The kept rates of this machine and device, or a guess that says it is one."""
-    try:
-        return MachineRates.from_json(rates_path(device).read_text())
-    except (OSError, StorageError):
-        return UNCALIBRATED
 
 
 def reads_directly(device: str, stored_bytes: int) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ooc_ntk.planning.superblocks import Superblock
+from ooc_ntk.storage.ahead import ReadAhead
 
 from .context import RunContext
-from .prefetch import ReadAhead
 from .stores import Matrix, Tile
 
 

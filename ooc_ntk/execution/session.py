@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ooc_ntk.compute.machine import peak_resident_bytes
+from ooc_ntk.compute.rates import cached_rates
 from ooc_ntk.errors import RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
 from ooc_ntk.inputs.jobfile import format_toml
@@ -96,7 +97,7 @@ def measured(
     Returns:
         The workload, the limits in bytes and the machine's rates: all that a plan is made of.
     """
-    rates = rates or calibration.cached_rates(prepared.device)
+    rates = rates or cached_rates(prepared.device)
     if not rates.measured:
         logger.info("first plan on this machine: calibrating for a few seconds")
         rates = calibration.calibrate(prepared.device, existing_folder(out))

@@ -224,21 +224,22 @@ class TileRows:
         dtype: of the elements.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, layer: tuple[int, ...] = ()) -> None:
         """Open an array.
 
         Args:
             root: run directory.
             name: name of the array in it.
+            layer: coordinates of the tiles along axes before the last two.
 
         Raises:
             StorageError: if it is not there.
         """
         array = open_tile_array(root, name)
         self.attributes: Mapping[str, Any] = dict(array.attrs)
-        self.shape: tuple[int, int] = (array.shape[0], array.shape[1])
+        self.shape: tuple[int, int] = (array.shape[-2], array.shape[-1])
         self.dtype = np.dtype(array.dtype)
-        self._tiles = TileArray(root, name, array.shape, array.chunks, self.dtype.str)
+        self._tiles, self._layer = TileArray(root, name, array.shape, array.chunks, self.dtype.str), layer
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -258,20 +259,35 @@ class TileRows:
         """
         numbers = index_numbers(index, self.shape[0])
         found = np.empty((len(numbers), self.shape[1]), dtype=self.dtype)
-        height, width = self._tiles.chunks
+        height, width = self._tiles.chunks[-2:]
         for tile in np.unique(numbers // height):
             here = numbers // height == tile
             for number in range(-(-self.shape[1] // width)):
-                path = self._tiles.root / self._tiles.chunk_path((int(tile), number))
-                try:
-                    chunk = np.memmap(path, dtype=self.dtype, mode="r", shape=(height, width))
-                except (OSError, ValueError) as error:
-                    raise StorageError(
-                        f"cannot read the tile {path} ({error}); run again: it is computed anew"
-                    ) from error
+                chunk = self._mapped(int(tile), number)
                 columns = slice(number * width, min((number + 1) * width, self.shape[1]))
                 found[here, columns] = chunk[numbers[here] - tile * height, : columns.stop - columns.start]
         return found if isinstance(index, slice) or np.ndim(index) else found[0]
+
+    def diagonal(self, count: int) -> NDArray[np.float64]:
+        """The first entries of the diagonal, (count,) float64; of tiles as high as wide.
+
+        Raises:
+            StorageError: if a tile is missing or cannot be read.
+        """
+        height = self._tiles.chunks[-2]
+        parts = [
+            self._mapped(tile, tile).diagonal()[: count - tile * height].astype(np.float64)
+            for tile in range(-(-count // height))
+        ]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    def _mapped(self, row: int, column: int) -> NDArray[Any]:
+        """One tile, mapped, so that only the pages that are used are read."""
+        path = self._tiles.root / self._tiles.chunk_path((*self._layer, row, column))
+        try:
+            return np.memmap(path, dtype=self.dtype, mode="r", shape=self._tiles.chunks[-2:])
+        except (OSError, ValueError) as error:
+            raise StorageError(f"cannot read the tile {path} ({error}); run again: it is computed anew") from error
 
 
 def index_numbers(index: Any, size: int) -> NDArray[np.int64]:

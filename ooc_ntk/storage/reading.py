@@ -100,19 +100,19 @@ class FileReader:
         """Read a file; returns whether it is what was committed."""
         if record.size > buffer.size:
             return False
-        file, direct = _open(path, direct and _may_be_direct(buffer, record.size))
+        file, direct = open_for_reading(path, direct and _may_be_direct(buffer, record.size))
         try:
             crc, done = 0, 0
             while done < record.size:
                 # Past the end of the file a direct read asks for the rest of the page, and gets what there is.
                 stop = min(done + PIECE_BYTES, padded(record.size) if direct else record.size)
                 try:
-                    count = _read_at(file, path, buffer[done:stop], done)
+                    count = read_at(file, path, buffer[done:stop], done)
                 except OSError as error:
                     if not direct or error.errno not in _NOT_DIRECT:
                         raise
                     os.close(file)
-                    file, direct = _open(path, direct=False)
+                    file, direct = open_for_reading(path, direct=False)
                     continue
                 count = min(count, record.size - done)
                 if not count:
@@ -121,7 +121,7 @@ class FileReader:
                 done += count
                 if direct and count % ALIGNMENT and done < record.size:  # cut short within a page: go on without
                     os.close(file)
-                    file, direct = _open(path, direct=False)
+                    file, direct = open_for_reading(path, direct=False)
         finally:
             os.close(file)
         return bool(crc == record.crc32c)
@@ -135,7 +135,7 @@ def _may_be_direct(buffer: NDArray[np.uint8], size: int) -> bool:
     return buffer.ctypes.data % ALIGNMENT == 0 and buffer.size >= padded(size)
 
 
-def _open(path: Path, direct: bool) -> tuple[int, bool]:
+def open_for_reading(path: Path, direct: bool) -> tuple[int, bool]:
     """Open a file for reading front to back; says whether past the page cache."""
     if direct:
         try:
@@ -150,7 +150,7 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
     return file, False
 
 
-def _read_at(file: int, path: Path, target: NDArray[np.uint8], offset: int) -> int:
+def read_at(file: int, path: Path, target: NDArray[np.uint8], offset: int) -> int:
     """Read bytes of a file into memory; returns how many, 0 at its end."""
 
     def read() -> int:
@@ -251,13 +251,13 @@ def read_stripes(root: Path, record: FileRecord, stripe: NDArray[np.generic]) ->
     path, crc, done = root / record.path, 0, 0
     whole = raw_bytes(stripe)
     try:
-        file, _ = _open(path, direct=False)
+        file, _ = open_for_reading(path, direct=False)
         try:
             while done < record.size:
                 wanted = whole[: record.size - done]
                 count = 0
                 while count < wanted.size:
-                    more = _read_at(file, path, wanted[count : count + PIECE_BYTES], done + count)
+                    more = read_at(file, path, wanted[count : count + PIECE_BYTES], done + count)
                     if not more:
                         break
                     crc = google_crc32c.extend(crc, wanted[count : count + more])
@@ -289,10 +289,10 @@ def checksum_file(path: Path) -> int:
         OSError: if it cannot be read.
     """
     buffer = aligned_buffer(PIECE_BYTES)
-    file, _ = _open(path, direct=False)
+    file, _ = open_for_reading(path, direct=False)
     try:
         crc, done = 0, 0
-        while count := _read_at(file, path, buffer, done):
+        while count := read_at(file, path, buffer, done):
             crc = google_crc32c.extend(crc, buffer[:count])
             done += count
     finally:

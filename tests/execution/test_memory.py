@@ -20,7 +20,7 @@ def cache(tmp_path_factory):
     """A cache that holds rates, so that the children do not calibrate; rates are kept per count of threads."""
     folder = tmp_path_factory.mktemp("rates")
     code = (
-        "import sys, dataclasses; from ooc_ntk.execution.calibration import rates_path; "
+        "import sys, dataclasses; from ooc_ntk.compute.rates import rates_path; "
         "rates_path('cpu').write_text(sys.stdin.read())"
     )
     text = UNCALIBRATED.to_json().replace('"measured": false', '"measured": true')

@@ -23,7 +23,7 @@ def environment(tmp_path_factory, request):
     """A cache with rates for one thread, so that the children do not calibrate."""
     import torch
 
-    from ooc_ntk.execution.calibration import rates_path
+    from ooc_ntk.compute.rates import rates_path
 
     folder, threads = tmp_path_factory.mktemp("rates"), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:

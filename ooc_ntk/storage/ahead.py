@@ -1,4 +1,4 @@
-"""Reading ahead: a thread loads the next panels while the present ones are multiplied."""
+"""Reading ahead: a thread loads the next pieces while the present ones are multiplied."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from .stores import Matrix
-
 Key = TypeVar("Key", bound=Hashable)
 Loaded = TypeVar("Loaded")
+Buffer = TypeVar("Buffer")
 
 
-class ReadAhead(Generic[Key, Loaded]):
+class ReadAhead(Generic[Key, Loaded, Buffer]):
     """Loads keys in order, as far ahead of their consumer as there are free buffers.
 
     A context manager: on leaving, the thread is ended and every buffer free again.
@@ -23,8 +22,8 @@ class ReadAhead(Generic[Key, Loaded]):
     def __init__(
         self,
         keys: Sequence[Key],
-        load: Callable[[Key, Matrix | None], Loaded],
-        buffers: Sequence[Matrix],
+        load: Callable[[Key, Buffer | None], Loaded],
+        buffers: Sequence[Buffer],
         stays: Callable[[Key], bool] = lambda key: False,  # noqa: ARG005
     ) -> None:
         """Start reading.
@@ -38,9 +37,9 @@ class ReadAhead(Generic[Key, Loaded]):
         self._keys, self._load, self._stays = list(keys), load, stays
         self._next = 0
         self._threaded = bool(buffers)
-        self._holding: dict[Key, Matrix] = {}
-        self._free: queue.Queue[Matrix | None] = queue.Queue()
-        self._ready: queue.Queue[tuple[Loaded, Matrix | None] | BaseException] = queue.Queue()
+        self._holding: dict[Key, Buffer] = {}
+        self._free: queue.Queue[Buffer | None] = queue.Queue()
+        self._ready: queue.Queue[tuple[Loaded, Buffer | None] | BaseException] = queue.Queue()
         for buffer in buffers:
             self._free.put(buffer)
         self._ended = threading.Event()
@@ -79,7 +78,7 @@ class ReadAhead(Generic[Key, Loaded]):
         if buffer is not None:
             self._free.put(buffer)
 
-    def __enter__(self) -> ReadAhead[Key, Loaded]:
+    def __enter__(self) -> ReadAhead[Key, Loaded, Buffer]:
         return self
 
     def __exit__(

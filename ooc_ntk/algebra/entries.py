@@ -1,0 +1,346 @@
+"""Where the entries of a kernel come from: tiles on disk, features, an array; and views of them without a copy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from ooc_ntk.storage.arrays import TileArray, TileRows
+from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.stripes import TileStripes
+
+from .features import Features
+
+#: Bytes of a block of entries that are not stored in tiles (a choice, of the size of a stripe).
+BLOCK_BYTES: Final = 2**23
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some entries.
+
+    Attributes:
+        rows: of the kernel.
+        columns: of the kernel.
+        values: (rows, columns), float32 or float64, valid until the next block is asked for.
+    """
+
+    rows: range
+    columns: range
+    values: NDArray[Any]
+
+    @property
+    def on_diagonal(self) -> bool:
+        """Whether rows and columns are the same samples; otherwise no entry of the block is on the diagonal."""
+        return self.rows == self.columns
+
+
+class Entries(ABC):
+    """Entries of a kernel, train rows first, handed out in blocks.
+
+    Attributes:
+        shape: (rows, columns); the first ``columns`` rows are the train square, which is symmetric.
+        dtype: float32 or float64.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Rows of the train square."""
+        return self.shape[1]
+
+    @property
+    @abstractmethod
+    def buffer_bytes(self) -> int:
+        """Memory that is held while blocks are handed out."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk so far, where that is known."""
+        return 0
+
+    @abstractmethod
+    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+        """Entries of some rows, each once.
+
+        Args:
+            rows: a range of rows.
+            lower: of the train square, only what is on or below the diagonal; blocks on it are square, so that they
+                hold what is above it as well.
+
+        Yields:
+            Blocks, those of the same rows one after another.
+
+        Raises:
+            DamagedFileError: if a tile is not what was committed. What was yielded must then be dropped.
+            TransientStorageError: if a tile was misread once; the same must then be dropped.
+        """
+
+    @abstractmethod
+    def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Whole rows by their numbers, (rows, columns) float64."""
+
+    @abstractmethod
+    def diagonal(self) -> NDArray[np.float64]:
+        """Diagonal of the train square, (columns,) float64."""
+
+
+class TileEntries(Entries):
+    """Entries in tiles on disk: read ahead by a thread, each tile checked the first time it is read."""
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        array: zarr.Array[Any],
+        records: Mapping[str, FileRecord] | None,
+        layer: tuple[int, ...] = (),
+    ) -> None:
+        """Open an array of tiles.
+
+        Args:
+            root: run directory.
+            name: name of the array in it.
+            array: the array as Zarr sees it.
+            records: committed files by path; None where no checksums are kept.
+            layer: coordinates of the tiles along axes before the last two.
+        """
+        self._tiles = TileArray(root, name, array.shape, array.chunks, np.dtype(array.dtype).str)
+        self._stripes = TileStripes(self._tiles, records, layer)
+        self._rows = TileRows(root, name, layer)
+        self.shape = (int(array.shape[-2]), int(array.shape[-1]))
+        self.dtype = np.dtype(array.dtype)
+        self._height, self._width = (int(edge) for edge in array.chunks[-2:])
+
+    @property
+    def buffer_bytes(self) -> int:
+        """See :class:`Entries`."""
+        return self._stripes.buffer_bytes
+
+    @property
+    def bytes_read(self) -> int:
+        """See :class:`Entries`."""
+        return self._stripes.bytes_read
+
+    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+        """See :meth:`Entries.blocks`."""
+        wanted = [
+            (i, j)
+            for i in range(rows.start // self._height, -(-rows.stop // self._height))
+            for j in range(-(-self.shape[1] // self._width))
+            if not lower or j * self._width < min(rows.stop, (i + 1) * self._height)
+        ]
+        for stripe, values in self._stripes.read(wanted):
+            top, left = stripe.tile[0] * self._height + stripe.start, stripe.tile[1] * self._width
+            first, last = max(rows.start, top), min(rows.stop, top + len(values))
+            if first >= last:
+                continue
+            yield from _split(range(first, last), left, values[first - top : last - top], lower=lower)
+
+    def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See :meth:`Entries.rows`."""
+        return self._rows[index].astype(np.float64)
+
+    def diagonal(self) -> NDArray[np.float64]:
+        """See :meth:`Entries.diagonal`."""
+        return self._rows.diagonal(self.size)
+
+
+class ArrayEntries(Entries):
+    """Entries of anything that is indexed like an array: features whose products are entries, an array in memory."""
+
+    def __init__(self, array: Any) -> None:
+        """Take an array of two axes with ``shape``, ``dtype`` and slices."""
+        self._array = array
+        self.shape = (int(array.shape[0]), int(array.shape[1]))
+        self.dtype = np.dtype(array.dtype)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """See :class:`Entries`."""
+        return 2 * BLOCK_BYTES
+
+    def _step(self) -> int:
+        chunks = getattr(self._array, "chunks", None)
+        rows = max(1, BLOCK_BYTES // max(1, 8 * self.shape[1]))
+        return max(rows, int(chunks[0])) if chunks else rows
+
+    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+        """See :meth:`Entries.blocks`."""
+        step = self._step()
+        for start in range(rows.start, rows.stop, step):
+            part = range(start, min(start + step, rows.stop))
+            stop = part.stop if lower else self.shape[1]
+            yield from _split(part, 0, np.asarray(self._array[part.start : part.stop, :stop]), lower=lower)
+
+    def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See :meth:`Entries.rows`."""
+        rows = self._array[index] if isinstance(self._array, np.ndarray) else self._array[index, :]
+        return np.asarray(rows, dtype=np.float64)
+
+    def diagonal(self) -> NDArray[np.float64]:
+        """See :meth:`Entries.diagonal`."""
+        if isinstance(self._array, np.ndarray):
+            return np.asarray(self._array.diagonal()[: self.size], dtype=np.float64)
+        parts = []
+        for start in range(0, self.size, 1024):
+            stop = min(start + 1024, self.size)
+            parts.append(np.asarray(self._array[start:stop, start:stop], dtype=np.float64).diagonal())
+        return np.concatenate(parts)
+
+
+class FeatureEntries(ArrayEntries):
+    """Entries as products of features; the kernel times vectors is ``Φ (Φᵀ X)``, and no entry is formed."""
+
+    def __init__(self, features: Features) -> None:
+        """Take the features of train and test samples."""
+        super().__init__(features.kernel())
+        self.features = features
+        self._scale: NDArray[np.float64] | None = None
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of features that are read for one product with the train square."""
+        features = self.features
+        itemsize = np.dtype(features.array.dtype).itemsize
+        return int(2 * features.train_samples * features.outputs * features.dim * itemsize)
+
+    def diagonal(self) -> NDArray[np.float64]:
+        """See :meth:`Entries.diagonal`."""
+        found = self.features.diagonal()[: self.size]
+        return np.where(found > 0, 1.0, 0.0) if self.features.cosine else found
+
+    def product(self, rows: range, vectors: NDArray[np.float64], device: str) -> NDArray[np.float64]:
+        """Some rows of the kernel times vectors, by two sweeps over the features."""
+        features = self.features
+        scale = self._row_scale()
+        given = torch.from_numpy(np.ascontiguousarray(vectors * scale[: self.size, None])).to(device)
+        width = features.dim if features.full else features.dim * features.outputs
+        inner = torch.zeros((width, given.shape[1]), dtype=torch.float64, device=device)
+        for panel in features.panels(features.train_samples):
+            left, part = self._matrix(panel, width, device)
+            inner.addmm_(part.T, given[left : left + len(part)])
+        found = np.empty((len(rows), given.shape[1]))
+        entries = features.entries
+        samples = range(rows.start // entries, -(-rows.stop // entries))
+        step = len(next(features.panels()))
+        for start in range(samples.start, samples.stop, step):
+            left, part = self._matrix(range(start, min(start + step, samples.stop)), width, device)
+            first, last = max(rows.start, left), min(rows.stop, left + len(part))
+            product = part[first - left : last - left] @ inner
+            found[first - rows.start : last - rows.start] = product.cpu().numpy()
+        found *= scale[rows.start : rows.stop, None]
+        return found
+
+    def _matrix(self, panel: range, width: int, device: str) -> tuple[int, torch.Tensor]:
+        """First kernel row of some samples, and their features in float64, (kernel rows, width)."""
+        values = self.features.read(panel).reshape(-1, width)
+        return panel.start * self.features.entries, torch.from_numpy(values).to(device).double()
+
+    def _row_scale(self) -> NDArray[np.float64]:
+        """What rows and columns of the kernel are multiplied with: the divisor, or the roots of the diagonal."""
+        if self._scale is None:
+            features = self.features
+            if features.cosine:
+                norms = features.diagonal() * features.divisor
+                self._scale = np.divide(1.0, np.sqrt(norms), out=np.zeros_like(norms), where=norms > 0)
+            else:
+                self._scale = np.full(self.shape[0], features.divisor**-0.5)
+        return self._scale
+
+
+class ViewEntries(Entries):
+    """A kernel seen centred, or divided by the roots of its diagonal; computed block by block, nothing is copied.
+
+    ``s_i K_ij s_j − m_i − c_j + g``: m the mean of a (scaled) row over the train columns, c
+    of a train column, g of all.
+    """
+
+    def __init__(self, base: Entries, scale: NDArray[np.float64] | None, means: NDArray[np.float64] | None) -> None:
+        """View entries.
+
+        Args:
+            base: the entries.
+            scale: (rows,) what rows, and columns likewise, are multiplied with; None for nothing.
+            means: (rows,) mean of every scaled row over the train columns; None leaves the kernel uncentred.
+        """
+        self.base, self.scale, self.means = base, scale, means
+        self.shape, self.dtype = base.shape, np.dtype(np.float64)
+        self._grand = 0.0 if means is None else float(means[: self.size].mean())
+
+    @property
+    def buffer_bytes(self) -> int:
+        """See :class:`Entries`."""
+        return 3 * self.base.buffer_bytes
+
+    @property
+    def bytes_read(self) -> int:
+        """See :class:`Entries`."""
+        return self.base.bytes_read
+
+    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+        """See :meth:`Entries.blocks`."""
+        for block in self.base.blocks(rows, lower=lower):
+            found = self._seen(block.values, _slice(block.rows), _slice(block.columns))
+            yield Block(block.rows, block.columns, found)
+
+    def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See :meth:`Entries.rows`."""
+        return self._seen(self.base.rows(index), index, slice(0, self.size))
+
+    def diagonal(self) -> NDArray[np.float64]:
+        """See :meth:`Entries.diagonal`."""
+        found = self.base.diagonal()
+        if self.scale is not None:
+            found = found * self.scale[: self.size] ** 2
+        return found if self.means is None else found - 2 * self.means[: self.size] + self._grand
+
+    def _seen(self, values: NDArray[Any], rows: Any, columns: slice) -> NDArray[np.float64]:
+        found = values.astype(np.float64)
+        if self.scale is not None:
+            found *= self.scale[rows, None]
+            found *= self.scale[columns]
+        if self.means is not None:
+            found -= self.means[rows, None]
+            found -= self.means[columns] - self._grand
+        return found
+
+
+def _split(rows: range, left: int, values: NDArray[Any], *, lower: bool) -> Iterator[Block]:
+    """Blocks of a stripe; of the lower triangle what is below the diagonal, and a square on it.
+
+    Args:
+        rows: of the stripe.
+        left: its first column.
+        values: (rows, columns) its entries.
+        lower: whether only the lower triangle is wanted.
+    """
+    right = left + values.shape[1]
+    if not lower:
+        yield Block(rows, range(left, right), values)
+        return
+    below = min(right, rows.start)
+    if below > left:
+        yield Block(rows, range(left, below), values[:, : below - left])
+    first, last = max(rows.start, left), min(rows.stop, right)
+    if first >= last:
+        return
+    # Rows of the stripe above the square that begins at its first column hold nothing of the lower triangle.
+    square = values[first - rows.start : last - rows.start, first - left : last - left]
+    yield Block(range(first, last), range(first, last), square)
+    if last < rows.stop:  # the tile ends left of the last rows
+        yield Block(range(last, rows.stop), range(first, last), values[last - rows.start :, first - left : last - left])
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)

@@ -1,0 +1,80 @@
+"""What every command shares: the application, errors turned into one line, and how something is shown."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from ooc_ntk.errors import OocNtkError, RunInterrupted, VerificationError
+from ooc_ntk.stopping import EXIT_TERMINATED, Terminated, deadline_after_sigterm
+
+#: Exit codes: a finding (a kernel that does not verify), a wrong input or full disk, a stop by Ctrl-C.
+#: (That of a stop by SIGTERM is EXIT_TERMINATED.)
+EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
+
+app = typer.Typer(
+    name="ooc-ntk",
+    help="Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turn errors raised on purpose, and files that cannot be used, into one line and an exit code.
+
+    Ctrl-C and SIGTERM are taken for the whole command.
+    """
+    try:
+        with deadline_after_sigterm():
+            yield
+    except RunInterrupted as stopped:
+        typer.secho(str(stopped), fg="yellow", err=True)
+        raise typer.Exit(EXIT_TERMINATED if stopped.signal == signal.SIGTERM else EXIT_STOPPED) from stopped
+    except BrokenPipeError:
+        raise
+    except VerificationError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(EXIT_FINDING) from error
+    except (OocNtkError, OSError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(EXIT_INPUT) from error
+    except Terminated as stopped:
+        typer.secho("stopped by SIGTERM; what is finished is kept", fg="yellow", err=True)
+        raise typer.Exit(EXIT_TERMINATED) from stopped
+    except KeyboardInterrupt as stopped:
+        typer.secho("stopped", fg="yellow", err=True)
+        raise typer.Exit(EXIT_STOPPED) from stopped
+
+
+def show(renderable: Any) -> None:
+    """Print a table or text."""
+    from rich.console import Console
+
+    # Without a terminal nothing is wrapped: a table in a log file keeps one line per row.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console.print(renderable)
+
+
+def heading(text: str) -> None:
+    """Print a line in bold."""
+    typer.secho(f"\n{text}", bold=True)
+
+
+@contextmanager
+def status(text: str, quiet: bool = False) -> Iterator[None]:
+    """Show that something short is going on, on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
