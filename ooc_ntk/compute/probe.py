@@ -294,7 +294,9 @@ def look_at(function: ModelFunction, batch: ModelBatch) -> Look:
         if storage.data_ptr() not in known:
             size = min(storage.nbytes(), value.numel() * value.element_size())
             saved[storage.data_ptr()] = max(size, saved.get(storage.data_ptr(), 0))
-        return value
+        # Detached: an operation that saves its own result (ReLU) would otherwise own itself, and its graph with every
+        # parameter would never be freed.
+        return value.detach()
 
     leaves = {name: function.parameters[name].detach().requires_grad_() for name in function.names}
     known.update(leaf.untyped_storage().data_ptr() for leaf in leaves.values())

@@ -132,7 +132,7 @@ class Reference:
         def noted(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
             sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes())
-            return value
+            return value.detach()  # what an operation saves of its own result must not own the graph
 
         with saved_tensors_hooks(noted, lambda value: value):
             self.values(batch)
