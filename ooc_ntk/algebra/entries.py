@@ -70,11 +70,12 @@ class Entries(ABC):
         return 0
 
     @abstractmethod
-    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+    def blocks(self, rows: range, *, lower: bool = False, columns: range | None = None) -> Iterator[Block]:
         """Entries of some rows, each once.
 
         Args:
             rows: a range of rows.
+            columns: a range of columns; None for all.
             lower: of the train square, only what is on or below the diagonal; blocks on it are square, so that they
                 hold what is above it as well.
 
@@ -132,12 +133,13 @@ class TileEntries(Entries):
         """See :class:`Entries`."""
         return self._stripes.bytes_read
 
-    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+    def blocks(self, rows: range, *, lower: bool = False, columns: range | None = None) -> Iterator[Block]:
         """See :meth:`Entries.blocks`."""
+        columns = range(self.shape[1]) if columns is None else columns
         wanted = [
             (i, j)
             for i in range(rows.start // self._height, -(-rows.stop // self._height))
-            for j in range(-(-self.shape[1] // self._width))
+            for j in range(columns.start // self._width, -(-columns.stop // self._width))
             if not lower or j * self._width < min(rows.stop, (i + 1) * self._height)
         ]
         for stripe, values in self._stripes.read(wanted):
@@ -145,7 +147,9 @@ class TileEntries(Entries):
             first, last = max(rows.start, top), min(rows.stop, top + len(values))
             if first >= last:
                 continue
-            yield from _split(range(first, last), left, values[first - top : last - top], lower=lower)
+            begin, end = max(columns.start, left), min(columns.stop, left + values.shape[1])
+            part = values[first - top : last - top, begin - left : end - left]
+            yield from _split(range(first, last), begin, part, lower=lower)
 
     def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
         """See :meth:`Entries.rows`."""
@@ -175,13 +179,16 @@ class ArrayEntries(Entries):
         rows = max(1, BLOCK_BYTES // max(1, 8 * self.shape[1]))
         return max(rows, int(chunks[0])) if chunks else rows
 
-    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+    def blocks(self, rows: range, *, lower: bool = False, columns: range | None = None) -> Iterator[Block]:
         """See :meth:`Entries.blocks`."""
-        step = self._step()
+        columns, step = range(self.shape[1]) if columns is None else columns, self._step()
         for start in range(rows.start, rows.stop, step):
             part = range(start, min(start + step, rows.stop))
-            stop = part.stop if lower else self.shape[1]
-            yield from _split(part, 0, np.asarray(self._array[part.start : part.stop, :stop]), lower=lower)
+            stop = min(part.stop, columns.stop) if lower else columns.stop
+            if stop <= columns.start:
+                continue
+            values = np.asarray(self._array[part.start : part.stop, columns.start : stop])
+            yield from _split(part, columns.start, values, lower=lower)
 
     def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
         """See :meth:`Entries.rows`."""
@@ -205,7 +212,7 @@ class FeatureEntries(ArrayEntries):
     def __init__(self, features: Features) -> None:
         """Take the features of train and test samples."""
         super().__init__(features.kernel())
-        self.features = features
+        self.features, self.dtype = features, np.dtype(np.float64)
         self._scale: NDArray[np.float64] | None = None
 
     @property
@@ -220,32 +227,61 @@ class FeatureEntries(ArrayEntries):
         found = self.features.diagonal()[: self.size]
         return np.where(found > 0, 1.0, 0.0) if self.features.cosine else found
 
-    def product(self, rows: range, vectors: NDArray[np.float64], device: str) -> NDArray[np.float64]:
-        """Some rows of the kernel times vectors, by two sweeps over the features."""
+    def blocks(self, rows: range, *, lower: bool = False, columns: range | None = None) -> Iterator[Block]:
+        """See :meth:`Entries.blocks`. Products of features are formed in float64, as :meth:`product` does."""
+        columns = range(self.shape[1]) if columns is None else columns
+        for left, values in self._panels(rows):
+            part = range(left, left + len(values))
+            stop = min(columns.stop, part.stop) if lower else columns.stop
+            for first, right in self._panels(range(columns.start, max(columns.start, stop))):
+                found = (values @ right.T).numpy()
+                found *= self._row_scale()[part.start : part.stop, None]
+                found *= self._row_scale()[first : first + len(right)]
+                yield from _split(part, first, found, lower=lower)
+
+    def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See :meth:`Entries.rows`."""
         features = self.features
-        scale = self._row_scale()
-        given = torch.from_numpy(np.ascontiguousarray(vectors * scale[: self.size, None])).to(device)
-        width = features.dim if features.full else features.dim * features.outputs
-        inner = torch.zeros((width, given.shape[1]), dtype=torch.float64, device=device)
-        for panel in features.panels(features.train_samples):
-            left, part = self._matrix(panel, width, device)
-            inner.addmm_(part.T, given[left : left + len(part)])
-        found = np.empty((len(rows), given.shape[1]))
-        entries = features.entries
-        samples = range(rows.start // entries, -(-rows.stop // entries))
-        step = len(next(features.panels()))
-        for start in range(samples.start, samples.stop, step):
-            left, part = self._matrix(range(start, min(start + step, samples.stop)), width, device)
-            first, last = max(rows.start, left), min(rows.stop, left + len(part))
-            product = part[first - left : last - left] @ inner
-            found[first - rows.start : last - rows.start] = product.cpu().numpy()
-        found *= scale[rows.start : rows.stop, None]
+        samples, place = np.unique(index // features.entries, return_inverse=True)
+        chosen = self._wide(features.read(samples)).view(len(samples), features.entries, -1)
+        left = chosen[torch.from_numpy(place), torch.from_numpy(index % features.entries)]
+        found = np.empty((len(index), self.size))
+        for first, right in self._panels(range(self.size)):
+            found[:, first : first + len(right)] = (left @ right.T).numpy()
+        found *= self._row_scale()[index, None]
+        found *= self._row_scale()[: self.size]
         return found
 
-    def _matrix(self, panel: range, width: int, device: str) -> tuple[int, torch.Tensor]:
-        """First kernel row of some samples, and their features in float64, (kernel rows, width)."""
-        values = self.features.read(panel).reshape(-1, width)
-        return panel.start * self.features.entries, torch.from_numpy(values).to(device).double()
+    def _wide(self, values: NDArray[Any]) -> torch.Tensor:
+        """Features of some samples in float64, (kernel rows, what is multiplied)."""
+        width = self.features.dim if self.features.full else self.features.dim * self.features.outputs
+        return torch.from_numpy(values.reshape(-1, width)).double()
+
+    def _panels(self, rows: range) -> Iterator[tuple[int, torch.Tensor]]:
+        """Features of a range of kernel rows, some at a time: the first row, and (rows, width) float64."""
+        entries, step = self.features.entries, len(next(self.features.panels()))
+        samples = range(rows.start // entries, -(-rows.stop // entries))
+        for start in range(samples.start, samples.stop, step):
+            part = range(start, min(start + step, samples.stop))
+            first, last = max(rows.start, part.start * entries), min(rows.stop, part.stop * entries)
+            values = self._wide(self.features.read(part))
+            yield first, values[first - part.start * entries : last - part.start * entries]
+
+    def product(self, rows: range, vectors: NDArray[np.float64], device: str) -> NDArray[np.float64]:
+        """Some rows of the kernel times vectors, by two sweeps over the features."""
+        scale = self._row_scale()
+        given = torch.from_numpy(np.ascontiguousarray(vectors * scale[: self.size, None])).to(device)
+        inner: torch.Tensor | None = None
+        for first, values in self._panels(range(self.size)):
+            part = values.to(device).T @ given[first : first + len(values)]
+            inner = part if inner is None else inner.add_(part)
+        assert inner is not None
+        found = np.empty((len(rows), given.shape[1]))
+        for first, values in self._panels(rows):
+            top = first - rows.start
+            found[top : top + len(values)] = (values.to(device) @ inner).cpu().numpy()
+        found *= scale[rows.start : rows.stop, None]
+        return found
 
     def _row_scale(self) -> NDArray[np.float64]:
         """What rows and columns of the kernel are multiplied with: the divisor, or the roots of the diagonal."""
@@ -288,9 +324,9 @@ class ViewEntries(Entries):
         """See :class:`Entries`."""
         return self.base.bytes_read
 
-    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+    def blocks(self, rows: range, *, lower: bool = False, columns: range | None = None) -> Iterator[Block]:
         """See :meth:`Entries.blocks`."""
-        for block in self.base.blocks(rows, lower=lower):
+        for block in self.base.blocks(rows, lower=lower, columns=columns):
             found = self._seen(block.values, _slice(block.rows), _slice(block.columns))
             yield Block(block.rows, block.columns, found)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ooc_ntk.errors import IncompleteRunError, InputError, StorageError
 from ooc_ntk.planning.plan import Plan
@@ -24,7 +24,6 @@ from .errors import sketch_shape
 from .features import FeatureProduct, Features, no_features
 from .layers import LayerKernel
 from .operator import KernelOperator
-from .ridge import Solution, solve_ridge
 
 if TYPE_CHECKING:
     import dask.array
@@ -319,38 +318,10 @@ class Kernel(KernelOperator):
         target = Path(out) if out is not None else self.path / "attribution.zarr"
         return attribution_scores(self.features, ridge, target.absolute().parent, target.name)
 
-    def solve(self, y: ArrayLike, ridge: float) -> Solution:
-        """Kernel ridge regression on the train square: coefficients of ``(K + ridge·I) a = y``.
-
-        Args:
-            y: targets of the train rows, (train · entries,) or (train · entries, targets).
-            ridge: absolute ridge, at least 0, added to the diagonal. No jitter is added silently.
-
-        Returns:
-            The coefficients, with the ridge's ratio to the mean diagonal and the residual.
-
-        Raises:
-            InputError: for targets of another length, a negative ridge, or a matrix that is not positive definite.
-            BudgetError: if the train square does not fit in free memory.
-        """
-        return solve_ridge(self._array, self.shape[1], y, ridge)
-
-    def predict(self, solution: Solution) -> NDArray[np.float64]:
-        """Predictions of a ridge solution for the test rows, read tile row by tile row.
-
-        Args:
-            solution: what :meth:`solve` returned.
-
-        Returns:
-            (test · entries,) or (test · entries, targets) float64.
-
-        Raises:
-            InputError: if the run has no test rows.
-        """
-        rows, columns = self.shape
-        if rows == columns:
-            raise InputError("the run has no test rows to predict; give test data to the job")
-        return self.matmat(solution.coefficients, rows="test")
+    @property
+    def workspace(self) -> Path | None:
+        """Folder for what is computed on disk and deleted after: the run directory."""
+        return self.path if self.path.is_dir() else None
 
 
 def no_run(path: Path) -> StorageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -10,9 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.planning.budget import Budget
+from ooc_ntk.planning.solving import SolvePlan
 
 from .entries import Entries, ViewEntries
+from .gcv import PROBES, GcvCurve, gcv_curve
+from .path import RidgePath, checked_ridges, solve_path
 from .products import rows_product, square_product
+from .ridge import ITERATIONS, Advance, Solution, SolveOptions, checked_ridge, checked_targets, solve_ridge
 
 #: Which rows a product is formed of.
 ROWS: Final = ("train", "test")
@@ -37,6 +43,11 @@ class KernelOperator(ABC):
     @abstractmethod
     def sample_diagonal(self) -> NDArray[np.float64]:
         """Entry of every row with itself, (rows,) float64, test rows included."""
+
+    @property
+    @abstractmethod
+    def workspace(self) -> Path | None:
+        """Folder for what is computed on disk and deleted after; None if there is none."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,6 +129,181 @@ class KernelOperator(ABC):
             )
         return LinearOperator(shape, matvec=column, matmat=product, dtype=np.float64)
 
+    def solve(
+        self,
+        y: ArrayLike,
+        ridge: float,
+        *,
+        method: str = "auto",
+        budget: Budget | None = None,
+        tolerance: float | None = None,
+        iterations: int = ITERATIONS,
+        rank: int | None = None,
+        seed: int = 0,
+        workspace: str | Path | None = None,
+        device: str = "cpu",
+        advance: Advance | None = None,
+    ) -> Solution:
+        """Kernel ridge regression on the train square: coefficients of ``(K + ridge·I) a = y``.
+
+        ``cholesky`` factorises in memory; ``cg`` solves for all targets at once by block conjugate gradients,
+        preconditioned by randomly pivoted Cholesky (Díaz et al. 2023, arXiv 2304.12465), in a few passes over the
+        tiles; ``tiles`` factorises on disk, for many targets. ``auto`` takes the fastest that fits;
+        :meth:`plan_solve` shows what each would take.
+
+        Args:
+            y: targets of the train rows, (train · entries,) or (train · entries, targets).
+            ridge: absolute ridge, at least 0, added to the diagonal. No jitter is added silently.
+            method: ``auto``, ``cholesky``, ``cg`` or ``tiles``.
+            budget: host memory of the whole process, and disk; a limit that is None takes 80% of what is free.
+            tolerance: relative residual that ``cg`` goes on to; None is 1e-8, and 1e-10 of a float64 kernel.
+            iterations: steps after which ``cg`` gives up.
+            rank: columns of its preconditioner; None for as many as pay, 0 for none.
+            seed: of the choice of these columns.
+            workspace: folder for a factor on disk, deleted after; None is the run directory.
+            device: torch device that multiplies in passes.
+            advance: told what is being done, how much of it is done, and of how much.
+
+        Returns:
+            The coefficients, with the ridge's ratio to the mean diagonal, the residual and the iterations.
+
+        Raises:
+            InputError: for targets of another length or that are not finite, a negative ridge, a matrix that is not
+                positive definite (says the smallest ridge that would do), or where ``cg`` does not converge.
+            BudgetError: if no method fits.
+            StorageError: if a tile cannot be read, or is not what was committed.
+        """
+        options = SolveOptions(
+            method=method,
+            tolerance=tolerance,
+            iterations=iterations,
+            rank=rank,
+            seed=seed,
+            budget=budget,
+            workspace=self.workspace if workspace is None else Path(workspace),
+            device=device,
+            advance=advance,
+        )
+        return solve_ridge(self.entries, self._targets(y), checked_ridge(ridge), options)
+
+    def ridge_path(
+        self,
+        y: ArrayLike,
+        ridges: ArrayLike,
+        *,
+        method: str = "auto",
+        budget: Budget | None = None,
+        tolerance: float | None = None,
+        iterations: int = ITERATIONS,
+        rank: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        advance: Advance | None = None,
+    ) -> RidgePath:
+        """Ridge regressions with several ridges, from one spectrum, or with one preconditioner and shared passes.
+
+        Args:
+            y: as for :meth:`solve`.
+            ridges: absolute ridges.
+            method: ``spectrum`` (all eigenpairs, in memory), ``cg``, or ``auto``: the spectrum where it fits and has at
+                most 11,000 rows.
+            budget: as for :meth:`solve`, like the others.
+            tolerance: relative residual.
+            iterations: steps after which ``cg`` gives up.
+            rank: columns of the preconditioner.
+            seed: of their choice.
+            device: torch device that multiplies in passes.
+            advance: told what is being done.
+
+        Returns:
+            The solutions, in the order of the ridges; index it for one.
+
+        Raises:
+            InputError: as :meth:`solve`.
+            BudgetError: if the spectrum is asked for and does not fit.
+        """
+        options = SolveOptions(method, tolerance, iterations, rank, seed, budget, None, device, advance)
+        return solve_path(self.entries, self._targets(y), checked_ridges(ridges), options)
+
+    def gcv(
+        self,
+        y: ArrayLike,
+        ridges: ArrayLike,
+        *,
+        method: str = "auto",
+        probes: int = PROBES,
+        budget: Budget | None = None,
+        tolerance: float | None = None,
+        iterations: int = ITERATIONS,
+        rank: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        advance: Advance | None = None,
+    ) -> GcvCurve:
+        """Generalised cross-validation and leave-one-out over a grid of ridges (Wei et al. 2022, arXiv 2203.06176).
+
+        Exact from the spectrum where it fits. Otherwise traces come from random probes, whose systems share the passes
+        of the targets, with 95% error bars.
+
+        Args:
+            y: as for :meth:`solve`.
+            ridges: absolute ridges.
+            method: as for :meth:`ridge_path`.
+            probes: random vectors of signs; three times as many samples are left out.
+            budget: as for :meth:`solve`, like the others.
+            tolerance: relative residual.
+            iterations: steps after which ``cg`` gives up.
+            rank: columns of the preconditioner.
+            seed: of probes and columns.
+            device: torch device that multiplies in passes.
+            advance: told what is being done.
+
+        Returns:
+            The curve: ``.gcv``, ``.loo``, ``.train``, ``.effective_dimension``, each with its error; ``.best_ridge``
+            and its ``.solution``.
+
+        Raises:
+            InputError: as :meth:`solve`.
+            BudgetError: if the spectrum is asked for and does not fit.
+        """
+        options = SolveOptions(method, tolerance, iterations, rank, seed, budget, None, device, advance)
+        return gcv_curve(self.entries, self._targets(y), checked_ridges(ridges), options, probes)
+
+    def _targets(self, y: ArrayLike) -> NDArray[np.float64]:
+        return checked_targets(y, self.shape[1], self.entries_per_sample)
+
+    def plan_solve(self, targets: int = 1, *, ridge: float = 1.0, budget: Budget | None = None) -> SolvePlan:
+        """What every way of solving would take in memory, disk and time, and which one ``solve`` would take.
+
+        Args:
+            targets: right-hand sides.
+            ridge: without one nothing preconditions conjugate gradients.
+            budget: as for :meth:`solve`.
+
+        Returns:
+            The prices; ``print`` shows them.
+
+        Raises:
+            BudgetError: if no method fits.
+        """
+        return SolveOptions(budget=budget, workspace=self.workspace).plan(self.entries, targets, ridge)
+
+    def predict(self, solution: Solution, *, rows: str = "test", device: str = "cpu") -> NDArray[np.float64]:
+        """Predictions of a ridge solution, read tile by tile.
+
+        Args:
+            solution: what :meth:`solve` returned.
+            rows: ``test``, or ``train`` for the fit.
+            device: torch device that multiplies.
+
+        Returns:
+            (rows,) or (rows, targets) float64.
+
+        Raises:
+            InputError: if the run has no test rows.
+        """
+        return self.matmat(solution.coefficients, rows=rows, device=device)
+
     def centered(self) -> KernelView:
         """The kernel centred in feature space, ``H K H`` with ``H = I − 1 1ᵀ/n`` over the train rows, without a copy.
 
@@ -165,6 +351,11 @@ class KernelView(KernelOperator):
     def samples(self) -> tuple[int, int]:
         """See :class:`KernelOperator`."""
         return self._kernel.samples
+
+    @property
+    def workspace(self) -> Path | None:
+        """See :class:`KernelOperator`."""
+        return self._kernel.workspace
 
     def sample_diagonal(self) -> NDArray[np.float64]:
         """See :class:`KernelOperator`."""

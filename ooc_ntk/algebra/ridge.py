@@ -1,21 +1,42 @@
-"""Kernel ridge regression in memory."""
+"""Kernel ridge regression: ``(K + λI) a = y`` by Cholesky in memory or on disk, or by conjugate gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 import scipy.linalg
-import zarr
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import lapack
 
-from ooc_ntk.compute.machine import free_host_bytes
-from ooc_ntk.errors import BudgetError, InputError
+from ooc_ntk.compute.machine import free_host_bytes, resident_bytes, return_free_memory
+from ooc_ntk.compute.rates import cached_rates
+from ooc_ntk.errors import InputError
+from ooc_ntk.planning.budget import Budget, Resources
+from ooc_ntk.planning.solving import SolvePlan, plan_solve
+from ooc_ntk.storage.directory import free_disk_bytes
 from ooc_ntk.units import format_bytes
 
-#: Share of the free memory that a factorisation may take.
-MEMORY_SHARE: Final = 0.8
+from .blockcg import BlockSystem, NotPositiveDefiniteError, solve_systems
+from .dense import dense_square
+from .entries import Entries, FeatureEntries, ViewEntries
+from .precondition import Preconditioner, pivoted_cholesky
+from .products import square_product
+from .tilecholesky import TileCholesky
+
+#: Relative residual that conjugate gradients go on to, by the precision of the entries. (A choice: below what float32
+#: entries are known to; of float64 ones, two digits above what the recurrence reaches.)
+TOLERANCE: Final = {"float32": 1e-8, "float64": 1e-10}
+
+#: Steps after which conjugate gradients give up (a choice: beyond, factorising is cheaper).
+ITERATIONS: Final = 1000
+
+#: Told what is being done, how much of it is done, and of how much.
+Advance = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -26,74 +47,363 @@ class Solution:
         coefficients: (train,) or (train, targets) float64.
         ridge: the absolute ridge.
         ridge_ratio: the ridge over the mean diagonal of the train square.
-        residual: relative residual ``‖(K + ridge·I) a − y‖ / ‖y‖``.
+        residual: relative residual ``‖(K + ridge·I) a − y‖ / ‖y‖``, the largest of all targets, computed from
+            the kernel.
+        method: ``cholesky``, ``cg``, ``tiles`` or ``spectrum``.
+        iterations: steps of conjugate gradients, 0 of a direct method.
+        passes: passes over the train square.
+        rank: columns of the preconditioner.
+        seconds: wall-clock.
+        bytes_read: bytes read from disk, where that is known.
+        bytes_written: bytes written to disk.
+        io_ratio: what a Cholesky factorisation on disk moved over the bound ``n³/(3√2·√S)`` for its memory S (Beaumont
+            et al. 2022); None of other methods.
     """
 
     coefficients: NDArray[np.float64]
     ridge: float
     ridge_ratio: float
     residual: float
+    method: str = "cholesky"
+    iterations: int = 0
+    passes: int = 0
+    rank: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    io_ratio: float | None = None
 
 
-def solve_ridge(kernel: zarr.Array[Any], train: int, y: ArrayLike, ridge: float) -> Solution:
-    """Solve ``(K + ridge·I) a = y`` by Cholesky in float64, in memory.
+@dataclass(frozen=True)
+class SolveOptions:
+    """How a ridge regression is solved.
+
+    Attributes:
+        method: ``auto`` for the fastest that fits, ``cholesky`` (in memory), ``cg`` (preconditioned block conjugate
+            gradients) or ``tiles`` (Cholesky on disk).
+        tolerance: relative residual that conjugate gradients go on to; None by the precision of the entries.
+        iterations: steps after which they give up.
+        rank: columns of their preconditioner; None for as many as pay, 0 for none.
+        seed: of everything random.
+        budget: host memory of the whole process, and disk; None, or a limit that is None, takes 80% of what is free.
+        workspace: folder for a factor on disk, deleted after; None is the run directory.
+        device: torch device that multiplies in passes.
+        advance: told what is being done, how much of it is done, and of how much.
+    """
+
+    method: str = "auto"
+    tolerance: float | None = None
+    iterations: int = ITERATIONS
+    rank: int | None = None
+    seed: int = 0
+    budget: Budget | None = None
+    workspace: Path | None = None
+    device: str = "cpu"
+    advance: Advance | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise InputError(f"tolerance is a relative residual between 0 and 1, got {self.tolerance}")
+        if self.iterations < 1:
+            raise InputError(f"iterations must be at least 1, got {self.iterations}")
+        if self.rank is not None and self.rank < 0:
+            raise InputError(f"rank is a number of columns, at least 0, got {self.rank}")
+
+    def tell(self, what: str, done: float, total: float) -> None:
+        """Tell how far something is."""
+        if self.advance is not None:
+            self.advance(what, done, total)
+
+    def with_method(self, method: str) -> SolveOptions:
+        """The same with another method."""
+        return replace(self, method=method)
+
+    def tolerance_for(self, entries: Entries) -> float:
+        """Relative residual wanted for some entries."""
+        if self.tolerance is not None:
+            return self.tolerance
+        base = entries.base if isinstance(entries, ViewEntries) else entries
+        return TOLERANCE["float32" if base.dtype == np.float32 else "float64"]
+
+    def plan(self, entries: Entries, targets: int, ridge: float) -> SolvePlan:
+        """Price every way for a kernel and take one."""
+        taken = resident_bytes()
+        disk = 0 if self.workspace is None else free_disk_bytes(self.workspace)
+        resources = Resources(free_host_bytes(), taken, 0, 0, disk)
+        limits = (self.budget or Budget()).limits(resources)
+        return plan_solve(
+            entries.size,
+            targets,
+            triangle_bytes(entries),
+            limits.host - taken,
+            limits.disk,
+            cached_rates(self.device),
+            self.method,
+            self.rank,
+            disk=self.workspace is not None,
+            ridge=ridge,
+        )
+
+
+def triangle_bytes(entries: Entries) -> int:
+    """Bytes that a pass over the train square reads."""
+    if isinstance(entries, ViewEntries):
+        return triangle_bytes(entries.base)
+    if isinstance(entries, FeatureEntries):
+        return entries.product_bytes
+    return entries.size * (entries.size + 1) // 2 * entries.dtype.itemsize
+
+
+def checked_targets(y: ArrayLike, size: int, entries_per_sample: int = 1) -> NDArray[np.float64]:
+    """Targets as float64.
+
+    Raises:
+        InputError: for another length, NaN or infinity, or what is no array of numbers.
+    """
+    try:
+        targets = np.asarray(y, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"y must be an array of numbers: {error}") from error
+    if targets.ndim not in (1, 2) or targets.shape[0] != size:
+        hint = ""
+        if entries_per_sample > 1:
+            hint = (
+                f"; a full kernel has {entries_per_sample} rows per sample (row i·C + c), so one-hot labels are given "
+                "as labels.reshape(-1)"
+            )
+        raise InputError(f"y must have {size} rows, one per train row of the kernel, got shape {targets.shape}{hint}")
+    if targets.ndim == 2 and not targets.shape[1]:
+        raise InputError("y holds no targets: it has no columns")
+    if not np.isfinite(targets).all():
+        wrong = int(np.flatnonzero(~np.isfinite(targets.reshape(size, -1)).all(1))[0])
+        raise InputError(f"y holds NaN or infinity, first in row {wrong}")
+    return targets
+
+
+def checked_ridge(ridge: float) -> float:
+    """A ridge.
+
+    Raises:
+        InputError: if it is negative or no finite number.
+    """
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float | np.number) or not np.isfinite(ridge) or ridge < 0:
+        raise InputError(f"ridge must be at least 0, a finite number added to the diagonal, got {ridge}")
+    return float(ridge)
+
+
+def solve_ridge(
+    entries: Entries, y: NDArray[np.float64], ridge: float, options: SolveOptions | None = None
+) -> Solution:
+    """Solve ``(K + ridge·I) a = y``.
 
     Args:
-        kernel: the kernel; its first ``train`` rows and all columns are the square.
-        train: rows of the square.
-        y: (train,) or (train, targets).
-        ridge: at least 0.
+        entries: of the kernel.
+        y: (train,) or (train, targets), checked.
+        ridge: at least 0, checked.
+        options: how.
 
     Returns:
         The solution.
 
     Raises:
-        InputError: for targets of another length, a negative ridge, or a matrix that is not positive definite.
-        BudgetError: if it does not fit in free memory.
+        InputError: for a matrix that is not positive definite, or where conjugate gradients do not converge; says the
+            smallest ridge that would do, or what else helps.
+        BudgetError: if no method fits.
+        StorageError: if a tile cannot be read, or is not what was committed.
     """
-    targets = np.asarray(y, dtype=np.float64)
-    if targets.ndim not in (1, 2) or targets.shape[0] != train:
-        raise InputError(f"y must have {train} rows, one per train row of the kernel, got shape {targets.shape}")
-    if not np.isfinite(targets).all():
-        raise InputError("y holds NaN or infinity")
-    if not ridge >= 0:
-        raise InputError(f"ridge must be at least 0, got {ridge}")
-    needed = 8 * train * train + 3 * targets.nbytes
-    free = int(MEMORY_SHARE * free_host_bytes())
-    if needed > free:
-        raise BudgetError(
-            f"solving {train} × {train} in memory needs {format_bytes(needed)}, {format_bytes(free)} are free to use; "
-            "use fewer train samples or a machine with more memory"
-        )
-    # The lower triangle alone: entries that are computed on demand need not be symmetric to the last bit.
-    matrix = np.zeros((train, train))
-    step = kernel.chunks[0]
-    for start in range(0, train, step):
-        stop = min(start + step, train)
-        matrix[start:stop, :stop] = kernel[start:stop, :stop]
-    mean = float(matrix.diagonal().mean())
-    matrix[np.diag_indices(train)] += ridge
-    try:
-        factor = scipy.linalg.cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
-    except np.linalg.LinAlgError as error:
-        raise InputError(
-            f"K + {ridge:g}·I is not positive definite ({error}); raise the ridge, for example to "
-            f"{1e-6 * (mean or 1.0):.3g}"
-            + (" (a millionth of the mean diagonal)" if mean else "; the diagonal is zero")
-        ) from error
-    solution = scipy.linalg.cho_solve((factor, True), targets, check_finite=False)
-    residual = targets - ridge * solution
-    for start in range(0, train, step):
-        stop = min(start + step, train)
-        entries = np.tril(np.asarray(kernel[start:stop, :stop], dtype=np.float64), start)
-        residual[start:stop] -= entries @ solution[:stop]
-        residual[:stop] -= np.tril(entries, start - 1).T @ solution[start:stop]
-    scale = float(np.linalg.norm(targets)) or 1.0
-    return Solution(solution, float(ridge), _ratio(ridge, mean), float(np.linalg.norm(residual)) / scale)
+    options = options or SolveOptions()
+    began, before = time.perf_counter(), entries.bytes_read
+    targets = y.reshape(len(y), -1)
+    plan = options.plan(entries, targets.shape[1], ridge)
+    if plan.chosen.method == "cholesky":
+        found = _by_cholesky(entries, targets, ridge, options)
+    elif plan.chosen.method == "cg":
+        found = _by_conjugate_gradients(entries, targets, ridge, options, plan)
+    else:
+        found = _by_tiles(entries, targets, ridge, options, plan)
+    return replace(
+        found,
+        coefficients=found.coefficients.reshape(y.shape),
+        seconds=time.perf_counter() - began,
+        bytes_read=found.bytes_read + entries.bytes_read - before,
+    )
 
 
-def _ratio(ridge: float, mean: float) -> float:
+def ratio_to_diagonal(ridge: float, entries: Entries) -> float:
     """The ridge over the mean diagonal, also of a kernel of zeros."""
+    mean = float(entries.diagonal().mean())
     if mean:
         return float(ridge / mean)
     return float("inf") if ridge else 0.0
+
+
+def relative_residual(
+    entries: Entries, targets: NDArray[np.float64], coefficients: NDArray[np.float64], ridge: float, device: str
+) -> float:
+    """``‖(K + ridge·I) a − y‖ / ‖y‖`` of the worst target, by one pass; of targets that are all zero ``‖…‖``."""
+    left = np.linalg.norm(targets - ridge * coefficients - square_product(entries, coefficients, device), axis=0)
+    norms = np.linalg.norm(targets, axis=0)
+    return float((left / np.where(norms > 0, norms, 1.0)).max(initial=0.0))
+
+
+def _by_cholesky(entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions) -> Solution:
+    options.tell("factorise", 0.0, 1.0)
+    matrix = dense_square(entries, memory=2**62)  # the plan has looked at the memory
+    mean = float(matrix.diagonal().mean())
+    matrix[np.diag_indices(len(matrix))] += ridge
+    norm = float(max(abs(matrix[start : start + 512]).sum(1).max() for start in range(0, len(matrix), 512)))
+    # The transpose is in Fortran order: LAPACK factorises it in place.
+    factor, failed = lapack.dpotrf(matrix.T, lower=0, clean=0, overwrite_a=1)
+    reciprocal = 0.0 if failed else lapack.dpocon(factor, norm, uplo="U")[0]
+    if failed or reciprocal < np.finfo(np.float64).eps:
+        del matrix, factor
+        raise singular(entries, ridge, "it is not positive definite" if failed else _condition(reciprocal))
+    options.tell("factorise", 1.0, 1.0)
+    coefficients = np.asarray(scipy.linalg.cho_solve((factor, False), targets, check_finite=False))
+    del matrix, factor
+    return_free_memory()
+    left = relative_residual(entries, targets, coefficients, ridge, options.device)
+    ratio = float(ridge / mean) if mean else (float("inf") if ridge else 0.0)
+    return Solution(coefficients, ridge, ratio, left, "cholesky", passes=2)
+
+
+def _condition(reciprocal: float) -> str:
+    size = f"{1 / reciprocal:.1e}" if reciprocal > 0 else "infinite"
+    return f"its condition number, {size}, is beyond float64"
+
+
+def singular(entries: Entries, ridge: float, why: str) -> InputError:
+    """The error of a matrix that cannot be solved with, naming the smallest ridge that would do."""
+    smallest, largest = _extremes(entries)
+    floor = len(entries.diagonal()) * float(np.finfo(np.float64).eps) * max(largest, 0.0)
+    enough = max(0.0, -smallest) * 1.01 + 10 * floor
+    if not largest > 0:
+        return InputError(f"K + {ridge:g}·I cannot be solved with: the kernel is zero; any ridge above 0 would do")
+    return InputError(
+        f"K + {ridge:g}·I cannot be solved with: {why}. The smallest eigenvalue of K is {smallest:.3g} and the largest "
+        f"{largest:.3g}, so that the smallest ridge that would do is {enough:.2g}; take that or more"
+    )
+
+
+def _extremes(entries: Entries) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of the train square: exact where it fits in memory, otherwise by Lanczos."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    size = entries.size
+    if (16 * size * size < 0.5 * free_host_bytes() and size <= 8192) or size < 3:
+        matrix = dense_square(entries, memory=2**62)
+        values = scipy.linalg.eigvalsh(matrix.T, overwrite_a=True, check_finite=False)
+        return float(values[0]), float(values[-1])
+    operator = LinearOperator(
+        (size, size), matvec=lambda x: square_product(entries, np.reshape(x, (size, 1)))[:, 0], dtype=np.float64
+    )
+    start = np.random.default_rng(0).standard_normal(size)
+    found = []
+    for which in ("SA", "LA"):
+        try:
+            values = eigsh(operator, k=1, which=which, v0=start, tol=1e-3, maxiter=30, return_eigenvectors=False)
+        except ArpackNoConvergence as error:
+            values = error.eigenvalues
+        found.append(float(values[0]) if len(values) else 0.0)
+    return found[0], found[1]
+
+
+def build_preconditioner(entries: Entries, rank: int, ridge: float, options: SolveOptions) -> Preconditioner | None:
+    """The preconditioner for one ridge or more, the smallest of which is given; None for no columns or no ridge."""
+    if not rank or not ridge:
+        return None
+    return pivoted_cholesky(
+        entries,
+        rank,
+        ridge=ridge,
+        seed=options.seed,
+        advance=lambda done, of: options.tell("precondition", done, of),
+    )
+
+
+def run_systems(
+    entries: Entries,
+    systems: Sequence[BlockSystem],
+    targets: NDArray[np.float64],
+    options: SolveOptions,
+) -> int:
+    """Solve systems that share their passes, and refuse what does not converge; returns the passes."""
+    tolerance = options.tolerance_for(entries)
+
+    def advance(residual: float) -> None:
+        # Residuals fall geometrically: progress is told on their logarithm.
+        options.tell("iterate", float(np.log(max(min(residual, 1.0), tolerance))), float(np.log(tolerance)))
+
+    try:
+        passes = solve_systems(
+            lambda x: square_product(entries, x, options.device),
+            systems,
+            targets,
+            iterations=options.iterations,
+            advance=advance,
+        )
+    except NotPositiveDefiniteError as error:
+        raise singular(entries, systems[0].ridge, "it is not positive definite") from error
+    for system in systems:
+        worst = float(system.residuals.max(initial=0.0))
+        # What the recurrence cannot reach in float64 is no failure of the caller's.
+        if worst > tolerance and not worst < np.sqrt(tolerance) * 1e-2:
+            raise InputError(
+                f"conjugate gradients reached a relative residual of {worst:.1e} after {system.iterations} steps, "
+                f"{tolerance:.1e} was wanted, with ridge {system.ridge:g}; raise the ridge, the rank of the "
+                f"preconditioner (rank=, {system.rank} now), the tolerance or the iterations, or use method='tiles'"
+            )
+    return passes
+
+
+def _by_conjugate_gradients(
+    entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions, plan: SolvePlan
+) -> Solution:
+    preconditioner = build_preconditioner(entries, plan.chosen.rank, ridge, options)
+    system = BlockSystem(targets, ridge, preconditioner, options.tolerance_for(entries))
+    passes = run_systems(entries, [system], targets, options)
+    return Solution(
+        system.solution,
+        ridge,
+        ratio_to_diagonal(ridge, entries),
+        float(system.residuals.max(initial=0.0)),
+        "cg",
+        iterations=system.iterations,
+        passes=passes,
+        rank=system.rank,
+    )
+
+
+def _by_tiles(
+    entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions, plan: SolvePlan
+) -> Solution:
+    assert options.workspace is not None  # the plan refuses it otherwise
+    with TileCholesky(options.workspace, entries, plan.chosen.edge) as factor:
+        try:
+            factor.factorise(ridge, lambda done, of: options.tell("factorise", done, of))
+        except NotPositiveDefiniteError as error:
+            raise singular(entries, ridge, str(error)) from error
+        coefficients = factor.solve(targets)
+        read, written, ratio = factor.bytes_read, factor.bytes_written, factor.io_ratio
+    left = relative_residual(entries, targets, coefficients, ridge, options.device)
+    return Solution(
+        coefficients,
+        ridge,
+        ratio_to_diagonal(ridge, entries),
+        left,
+        "tiles",
+        passes=2,
+        bytes_read=read,
+        bytes_written=written,
+        io_ratio=ratio,
+    )
+
+
+def describe(solution: Solution) -> str:
+    """One line about a solution."""
+    how = f"{solution.method}, {solution.iterations} steps, rank {solution.rank}" if solution.iterations else ""
+    return (
+        f"{how or solution.method}: residual {solution.residual:.1e}, {solution.passes} passes, "
+        f"{format_bytes(solution.bytes_read)} read, ridge {solution.ridge_ratio:.1e} of the mean diagonal"
+    )

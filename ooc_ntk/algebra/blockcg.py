@@ -1,0 +1,150 @@
+"""Block conjugate gradients for ``(K + λI) X = Y``: all targets share a Krylov space, many ridges share every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from ooc_ntk.errors import InputError
+
+from .precondition import Preconditioner
+
+#: How often a system is restarted with its true residual where rounding kept the recurrence's from being it.
+RESTARTS: Final = 3
+
+
+class NotPositiveDefiniteError(InputError):
+    """The matrix has a direction in which it is not positive."""
+
+
+class BlockSystem:
+    """One system ``(K + λI) X = Y`` on its way to a solution.
+
+    Dubrulle's block conjugate gradients with orthonormal residual blocks (2001, Electronic Transactions on Numerical
+    Analysis 12, algorithm BCGrQ), which survive targets that depend on each other; preconditioned from both sides by
+    ``(F Fᵀ + λI)^-½``.
+
+    Attributes:
+        solution: (n, targets) so far.
+        ridge: λ.
+        iterations: products with K so far.
+        residuals: (targets,) ``‖r‖ / ‖y‖`` by the recurrence.
+    """
+
+    def __init__(
+        self, targets: NDArray[np.float64], ridge: float, preconditioner: Preconditioner | None, tolerance: float
+    ) -> None:
+        """Begin at zero.
+
+        Args:
+            targets: (n, targets).
+            ridge: at least 0; above 0 with a preconditioner.
+            preconditioner: what approximates K; None for plain conjugate gradients.
+            tolerance: relative residual that is wanted of every target.
+        """
+        self.ridge, self.iterations, self._tolerance = ridge, 0, tolerance
+        self._preconditioner = preconditioner if preconditioner is not None and preconditioner.rank else None
+        self._norms = np.linalg.norm(targets, axis=0)
+        self.solution = np.zeros_like(targets)
+        self.residuals = np.where(self._norms > 0, 1.0, 0.0)
+        self._begin(targets)
+
+    def _begin(self, residual: NDArray[np.float64]) -> None:
+        self._rest, self._weights = np.linalg.qr(self._scaled(residual, -0.5))
+        self._directions = self._rest
+        self._given = self._scaled(self._directions, -0.5)
+
+    def _scaled(self, x: NDArray[np.float64], power: float) -> NDArray[np.float64]:
+        if self._preconditioner is None:
+            return x
+        return self._preconditioner.apply(x, self.ridge, power)
+
+    @property
+    def rank(self) -> int:
+        """Columns of the preconditioner."""
+        return 0 if self._preconditioner is None else self._preconditioner.rank
+
+    @property
+    def done(self) -> bool:
+        """Whether every target reached the tolerance."""
+        return bool((self.residuals <= self._tolerance).all())
+
+    @property
+    def directions(self) -> NDArray[np.float64]:
+        """(n, targets) what is to be multiplied by K next."""
+        return self._given
+
+    def advance(self, product: NDArray[np.float64]) -> None:
+        """One step, given K times the directions.
+
+        Raises:
+            NotPositiveDefiniteError: if the matrix is not positive in some direction.
+        """
+        self.iterations += 1
+        image = product + self.ridge * self._given
+        square = self._given.T @ image
+        try:
+            factor = scipy.linalg.cho_factor((square + square.T) / 2, check_finite=True)
+        except (np.linalg.LinAlgError, ValueError) as error:
+            raise NotPositiveDefiniteError(f"K + {self.ridge:g}·I is not positive definite") from error
+        self.solution += self._given @ scipy.linalg.cho_solve(factor, self._weights)
+        image = self._scaled(image, -0.5)
+        inverse = scipy.linalg.cho_solve(factor, np.eye(len(square)))
+        self._rest, change = np.linalg.qr(self._rest - image @ inverse)
+        self._directions = self._rest + self._directions @ change.T
+        self._weights = change @ self._weights
+        self._given = self._scaled(self._directions, -0.5)
+        left = np.linalg.norm(self._scaled(self._rest @ self._weights, 0.5), axis=0)
+        self.residuals = np.divide(left, self._norms, out=np.zeros_like(left), where=self._norms > 0)
+
+    def correct(self, residual: NDArray[np.float64]) -> None:
+        """Go on from the true residual of the solution, where rounding keeps the recurrence's from being it."""
+        left = np.linalg.norm(residual, axis=0)
+        self.residuals = np.divide(left, self._norms, out=np.zeros_like(left), where=self._norms > 0)
+        if not self.done:
+            self._begin(residual)
+
+
+def solve_systems(
+    product: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    systems: Sequence[BlockSystem],
+    targets: NDArray[np.float64],
+    *,
+    iterations: int,
+    advance: Callable[[float], None] = lambda residual: None,  # noqa: ARG005
+) -> int:
+    """Bring systems of one kernel and several ridges to their solutions, every pass over the kernel for all of them.
+
+    Args:
+        product: K times (n, vectors).
+        systems: each begun with the same targets.
+        targets: (n, targets).
+        iterations: most steps of a system.
+        advance: told the largest residual after every step.
+
+    Returns:
+        Passes over the kernel, those that compute the true residuals included.
+
+    Raises:
+        NotPositiveDefiniteError: if the matrix is not positive in some direction.
+    """
+    passes, width = 0, targets.shape[1]
+    for _ in range(RESTARTS):
+        while open_systems := [each for each in systems if not each.done and each.iterations < iterations]:
+            found = product(np.concatenate([each.directions for each in open_systems], axis=1))
+            passes += 1
+            for number, system in enumerate(open_systems):
+                system.advance(np.ascontiguousarray(found[:, number * width : (number + 1) * width]))
+            advance(max(float(each.residuals.max(initial=0.0)) for each in systems))
+        found = product(np.concatenate([each.solution for each in systems], axis=1))
+        passes += 1
+        for number, system in enumerate(systems):
+            image = found[:, number * width : (number + 1) * width] + system.ridge * system.solution
+            system.correct(targets - image)
+        if all(each.done or each.iterations >= iterations for each in systems):
+            break
+    return passes

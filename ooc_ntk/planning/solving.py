@@ -1,0 +1,278 @@
+"""How a ridge regression is solved: what each way takes in memory, disk and time, and which one is taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from ooc_ntk.errors import BudgetError, InputError, unknown_name
+from ooc_ntk.units import format_bytes, format_seconds
+
+from .rates import MachineRates
+
+#: Ways to solve ``(K + λI) a = y``, by the names that users give.
+METHODS: Final = ("cholesky", "cg", "tiles")
+
+#: Passes that preconditioned conjugate gradients are priced at (measured: 20 to 60 on trace kernels of real digits with
+#: ridges of 1e-6 to 1e-3 of the mean diagonal; the number depends on the spectrum and is not known before).
+EXPECTED_PASSES: Final = 40
+
+#: Columns of the preconditioner: this many times √n, at most MAX_RANK. (Díaz et al. 2023 take 1,000 for n = 1e5; more
+#: costs n·rank² operations and saves few passes.)
+RANK_ROOTS: Final = 10
+MAX_RANK: Final = 1200
+
+#: Columns that a round of the preconditioner proposes (a choice: enough for matrix products, few are rejected), and
+#: rows that it multiplies at once where a product must not take another array of all rows.
+ROUND_COLUMNS: Final = 64
+ROWS_AT_ONCE: Final = 4096
+
+#: (n, targets) arrays that conjugate gradients hold at once.
+CG_ARRAYS: Final = 11
+
+#: Memory of the stripes and scratch of a pass, in bytes.
+PASS_BYTES: Final = 48 * 2**20
+
+#: Strips of a block's height that the tile Cholesky holds beside the block, in tiles of the block's width.
+STRIPS: Final = 5
+
+#: Tiles along the edge of a block of the tile Cholesky: more make strips narrower and reads smaller (a choice).
+BLOCK_TILES: Final = 16
+
+
+@dataclass(frozen=True)
+class SolvePrice:
+    """What one way of solving takes.
+
+    Attributes:
+        method: its name.
+        host_bytes: memory beyond what the process holds.
+        disk_bytes: working space on disk.
+        read_bytes: bytes read from disk.
+        written_bytes: bytes written to disk.
+        seconds: estimated time.
+        edge: rows of a tile Cholesky's block.
+        rank: columns of the preconditioner.
+    """
+
+    method: str
+    host_bytes: int
+    disk_bytes: int
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+    edge: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class SolvePlan:
+    """All ways of solving with their prices, and the one that is taken.
+
+    Attributes:
+        size: rows of the train square.
+        targets: right-hand sides.
+        prices: of every method.
+        chosen: the one that is taken.
+        host_free: bytes that the solution may take beyond what the process holds.
+    """
+
+    size: int
+    targets: int
+    prices: tuple[SolvePrice, ...]
+    chosen: SolvePrice
+    host_free: int
+
+    def __str__(self) -> str:
+        """A line per method."""
+        lines = [f"solve {self.size:,} × {self.size:,} for {self.targets:,} targets in {format_bytes(self.host_free)}"]
+        for price in self.prices:
+            verdict = "chosen" if price is self.chosen else "slower"
+            if price.host_bytes > self.host_free:
+                verdict = "does not fit"
+            lines.append(
+                f"{price.method:9} {format_seconds(price.seconds):>12}  {format_bytes(price.host_bytes):>9} host  "
+                f"{format_bytes(price.disk_bytes):>9} disk  {format_bytes(price.read_bytes):>9} read  {verdict}"
+            )
+        return "\n".join(lines)
+
+
+def plan_solve(
+    size: int,
+    targets: int,
+    triangle_bytes: int,
+    host_free: int,
+    disk_free: int,
+    rates: MachineRates,
+    method: str = "auto",
+    rank: int | None = None,
+    disk: bool = True,
+    ridge: float = 1.0,
+) -> SolvePlan:
+    """Price every way of solving and take the fastest that fits.
+
+    Args:
+        size: rows of the train square (n).
+        targets: right-hand sides.
+        triangle_bytes: bytes that a pass over the lower triangle reads.
+        host_free: bytes that may be taken beyond what the process holds.
+        disk_free: bytes that may be taken on disk.
+        rates: of the machine.
+        method: ``auto``, or the one that is wanted.
+        rank: columns of the preconditioner; None for as many as pay.
+        disk: whether there is a folder for working space.
+        ridge: without one only what factorises the matrix is offered by itself, as nothing preconditions it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: for an unknown method, or one that has no working space.
+        BudgetError: if the method that is wanted, or every one, needs more than there is.
+
+    >>> from ooc_ntk.planning.rates import UNCALIBRATED
+    >>> plan_solve(4000, 10, 32 * 10**6, 2**31, 2**33, UNCALIBRATED).chosen.method
+    'cholesky'
+    >>> plan_solve(30_000, 10, 18 * 10**8, 2**30, 2**36, UNCALIBRATED).chosen.method
+    'cg'
+    >>> plan_solve(30_000, 20_000, 18 * 10**8, 2**34, 2**36, UNCALIBRATED).chosen.method
+    'cholesky'
+    """
+    if method not in (*METHODS, "auto"):
+        raise unknown_name("method", method, (*METHODS, "auto"))
+    prices = (
+        _cholesky(size, targets, triangle_bytes, rates),
+        _conjugate_gradients(size, targets, triangle_bytes, host_free, rates, rank),
+        _tiles(size, targets, triangle_bytes, host_free, rates),
+    )
+    by_name = {price.method: price for price in prices}
+    if method == "tiles" and not disk:
+        raise InputError("method 'tiles' factorises on disk, and this kernel has no folder; give one: workspace=...")
+    fitting = [price for price in prices if price.host_bytes <= host_free and price.disk_bytes <= disk_free]
+    wanted = [by_name[method]] if method != "auto" else [p for p in fitting if disk or p.method != "tiles"]
+    if method == "auto" and ridge == 0:
+        wanted = [price for price in wanted if price.method != "cg"] or wanted
+    fitting = [price for price in wanted if price in fitting]
+    if not fitting:
+        least = min(wanted or prices, key=lambda price: price.host_bytes)
+        if least.disk_bytes > disk_free:
+            raise BudgetError(
+                f"solving by {least.method} needs {format_bytes(least.disk_bytes)} of disk, "
+                f"{format_bytes(disk_free)} are free to use; make room, or give another folder: workspace=..."
+            )
+        raise BudgetError(
+            f"solving {size:,} × {size:,} for {targets:,} targets by {least.method} needs "
+            f"{format_bytes(least.host_bytes)} of memory, {format_bytes(max(0, host_free))} are free to use; raise the "
+            "host budget (budget=Budget(host=...), --host-memory), or take fewer targets at a time"
+        )
+    return SolvePlan(size, targets, prices, min(fitting, key=lambda price: price.seconds), host_free)
+
+
+def _cholesky(size: int, targets: int, triangle_bytes: int, rates: MachineRates) -> SolvePrice:
+    """In memory: the matrix in float64, factorised in place."""
+    host = 8 * size * size + 3 * 8 * size * targets + PASS_BYTES
+    flops = size**3 / 3 + 2 * size * size * targets
+    seconds = 2 * triangle_bytes / rates.disk_read + flops / _rate(rates, 1024)
+    return SolvePrice("cholesky", host, 0, 2 * triangle_bytes, 0, seconds)
+
+
+def _conjugate_gradients(
+    size: int, targets: int, triangle_bytes: int, host_free: int, rates: MachineRates, rank: int | None
+) -> SolvePrice:
+    """Preconditioned block conjugate gradients; the preconditioner takes the columns that fit."""
+    fixed = 8 * size * targets * CG_ARRAYS + PASS_BYTES
+    wanted = min(size, MAX_RANK, int(RANK_ROOTS * math.sqrt(size))) if rank is None else min(rank, size)
+    while rank is None and wanted > 64 and fixed + preconditioner_bytes(size, wanted) > host_free:
+        wanted -= max(1, wanted // 8)
+    host = fixed + (preconditioner_bytes(size, wanted) if wanted else 0)
+    passes = EXPECTED_PASSES
+    product = max(triangle_bytes / rates.disk_read, 4 * size * size / 2 * targets / _rate(rates, targets))
+    applied = 8 * size * wanted * targets / _rate(rates, 512)
+    building = 6 * size * wanted * wanted / _rate(rates, 512)
+    seconds = passes * (product + 2 * applied) + building
+    return SolvePrice("cg", host, 0, passes * triangle_bytes, 0, seconds, rank=wanted)
+
+
+def _tiles(size: int, targets: int, triangle_bytes: int, host_free: int, rates: MachineRates) -> SolvePrice:
+    """Left-looking Cholesky by blocks on disk."""
+    edge = tile_cholesky_edge(size, host_free - 2 * 8 * size * targets - PASS_BYTES)
+    host = tile_cholesky_bytes(edge) + 2 * 8 * size * targets + PASS_BYTES
+    read, written = tile_cholesky_traffic(size, edge)
+    read += triangle_bytes + 2 * 4 * size * size  # the kernel itself, and the factor forth and back
+    flops = size**3 / 3 + 2 * size * size * targets
+    seconds = max(read / rates.disk_read, flops / _rate(rates, 512)) + written / rates.disk_write
+    return SolvePrice("tiles", host, 4 * size * size + 8 * size * edge, read, written, seconds, edge=edge)
+
+
+def _rate(rates: MachineRates, edge: int) -> float:
+    """FLOP/s in float64 of products of some edge."""
+    table = rates.gemm.get("float64") or rates.gemm["float32"]
+    known = sorted(table)
+    return table[max((each for each in known if each <= edge), default=known[0])]
+
+
+def preconditioner_bytes(size: int, rank: int) -> int:
+    """Memory of a preconditioner while it is built, in bytes.
+
+    >>> preconditioner_bytes(30_000, 1000) < 500e6
+    True
+    """
+    return 8 * (size * rank + 6 * rank * rank + 4 * ROUND_COLUMNS * size + 2 * ROWS_AT_ONCE * rank)
+
+
+def tile_cholesky_edge(size: int, host_bytes: int) -> int:
+    """Rows of a block of the tile Cholesky: a multiple of BLOCK_TILES, as large as the memory allows.
+
+    >>> tile_cholesky_edge(30_000, 10**9)
+    9712
+    >>> tile_cholesky_edge(1000, 10**9)
+    1008
+    """
+    fitting = int(math.sqrt(max(0, host_bytes) / 8 / (1 + STRIPS / BLOCK_TILES)))
+    whole = -(-size // BLOCK_TILES) * BLOCK_TILES
+    return max(BLOCK_TILES, min(whole, fitting // BLOCK_TILES * BLOCK_TILES))
+
+
+def tile_cholesky_bytes(edge: int) -> int:
+    """Memory of the tile Cholesky: a block, and strips of it as wide as a tile.
+
+    >>> tile_cholesky_bytes(tile_cholesky_edge(30_000, 10**9)) <= 10**9
+    True
+    """
+    return 8 * edge * edge + STRIPS * 8 * edge * (edge // BLOCK_TILES)
+
+
+def tile_cholesky_traffic(size: int, edge: int) -> tuple[int, int]:
+    """Bytes of factor that the tile Cholesky reads and writes, without the kernel itself.
+
+    A block (I, J) reads the J blocks left of both its rows (of a block on the diagonal once), and to solve with the
+    diagonal block, that.
+
+    >>> tile_cholesky_traffic(1000, 1008)
+    (0, 8000000)
+    """
+    heights = [min(edge, size - start) for start in range(0, size, edge)]
+    read = written = 0
+    for column, width in enumerate(heights):
+        left = column * edge
+        for row in range(column, len(heights)):
+            height = heights[row]
+            read += left * (height if row == column else height + width)
+            read += 0 if row == column else width * width // 2
+            written += height * width
+    return 8 * read, 8 * written
+
+
+def cholesky_bound_bytes(size: int, memory_bytes: int) -> float:
+    """Least bytes that any Cholesky factorisation moves, ``n³/(3√2·√S)`` elements (Beaumont et al. 2022).
+
+    Args:
+        size: n.
+        memory_bytes: S elements of float64, in bytes; below, twice the triangle is moved at least (read and written).
+
+    >>> cholesky_bound_bytes(30_000, 8 * 10**8) > 8 * 30_000**2
+    False
+    """
+    elements = memory_bytes / 8
+    return 8 * max(size**3 / (3 * math.sqrt(2) * math.sqrt(elements)), size * size)
