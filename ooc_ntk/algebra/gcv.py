@@ -101,8 +101,8 @@ def gcv_curve(
 
     From all eigenpairs where they fit. Otherwise from stochastic probes, whose systems share the passes of the targets:
     ``tr (K + λI)⁻¹`` is the preconditioner's, which is known, and Hutchinson's estimate of the difference to it. Its
-    diagonal, for leave-one-out, is computed for three times as many random samples, and the mean over all is told from them
-    by what the preconditioner's diagonal gives for both (a ratio estimate).
+    diagonal, for leave-one-out, is computed for three times as many random samples, and the mean over all is told from
+    them by what the preconditioner's diagonal gives for both (a ratio estimate).
 
     Args:
         entries: of the kernel.
