@@ -12,6 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from ooc_ntk.errors import InputError, unknown_name
 
 from .entries import Entries, ViewEntries
+from .logistic import MAX_ITERATIONS, TOLERANCE, LogisticSolution, solve_logistic
 from .products import rows_product, square_product
 
 #: Which rows a product is formed of.
@@ -117,6 +118,48 @@ class KernelOperator(ABC):
                 shape, matvec=column, rmatvec=column, matmat=product, rmatmat=product, dtype=np.float64
             )
         return LinearOperator(shape, matvec=column, matmat=product, dtype=np.float64)
+
+    def logistic(
+        self,
+        targets: ArrayLike,
+        ridge: float,
+        *,
+        classes: int | None = None,
+        tolerance: float = TOLERANCE,
+        max_iterations: int = MAX_ITERATIONS,
+        device: str = "cpu",
+    ) -> LogisticSolution:
+        """Kernel logistic regression on the train square: class scores ``f = K W + 1 bᵀ``, out of core.
+
+        Minimises ``Σ_i CE(softmax f_i, target_i) + (ridge/2)·tr(Wᵀ K W)``, b unpenalised, by one pass over the tiles an
+        iteration; see :func:`~ooc_ntk.algebra.logistic.solve_logistic`. Scores of the test rows are
+        ``kernel.matmat(found.coefficients, rows="test") + found.bias``.
+
+        Args:
+            targets: class labels (train rows,), or probabilities (train rows, classes).
+            ridge: absolute, above 0.
+            classes: how many there are; None takes one more than the largest label.
+            tolerance: the loss may be above the least one by this share of it.
+            max_iterations: steps after which the solution is returned as it is.
+            device: torch device that multiplies.
+
+        Returns:
+            The solution, with a proven bound of what its loss is above the least one.
+
+        Raises:
+            InputError: for wrong targets, a ridge or a tolerance that is not above 0, or a class without targets.
+            BudgetError: if arrays of (train rows, classes) do not fit in free memory.
+            StorageError: if a tile cannot be read, or is not what was committed.
+        """
+        return solve_logistic(
+            self,
+            targets,
+            ridge,
+            classes=classes,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            device=device,
+        )
 
     def centered(self) -> KernelView:
         """The kernel centred in feature space, ``H K H`` with ``H = I − 1 1ᵀ/n`` over the train rows, without a copy.
