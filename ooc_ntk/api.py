@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from .algebra.checkpoints import Checkpoints, Drift, read_index
 from .algebra.external import external_features
@@ -13,19 +12,11 @@ from .algebra.features import Features
 from .algebra.fed import STATE, fed_features
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
-from .algebra.surrogate import (
-    KINDS,
-    RIDGE_RATIO,
-    Surrogate,
-    SurrogateReport,
-    check_kernel,
-    check_settings,
-    fit_surrogate,
-)
+from .algebra.surrogate import KINDS, RIDGE_RATIO, Surrogate, SurrogateReport
 from .compute.functions import ClipOutput
 from .compute.machine import peak_resident_bytes
 from .compute.rules.table import forget_layer_rule, layer_rule
-from .errors import BudgetError, InputError, OocNtkError, RunConflictError, VerificationError, unknown_name
+from .errors import BudgetError, InputError, OocNtkError, RunConflictError, VerificationError
 from .execution import calibration
 from .execution import checkpoints as execution_checkpoints
 from .execution.audit import AUDITED_SAMPLES, Audit, audit
@@ -34,10 +25,10 @@ from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
 from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
-from .execution.predictions import class_outputs
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
 from .execution.status import RunInfo, keep_audit, run_info
+from .execution.surrogates import check_surrogates, fit_surrogates
 from .inputs.callables import absolute_callable, is_callable_spec
 from .inputs.images.seeds import parse_seed_name
 from .inputs.job import LIVE, Job, checked_device
@@ -98,10 +89,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-#: Kernels of features that surrogates by a run's own kernel are set against, with the folder each is run in. The first
-#: two are Engel et al.'s; ``embedding`` is ``conjugate`` times the layer's width, which a relative ridge cancels.
-BASELINES: Final = {"embedding:*": "embedding-all", "conjugate": "conjugate", "embedding": "embedding"}
 
 
 def plan(
@@ -512,50 +499,12 @@ def surrogate(
         OocNtkError: as :func:`run`, of the baselines.
     """
     kernel = Kernel(path)
-    assert kernel.plan is not None  # it was opened from a run directory
-    check_settings(kinds, targets, ridge_ratio)
-    for name in baselines:
-        if name not in BASELINES:
-            raise unknown_name("baseline", name, BASELINES)
-    check_kernel(kernel)
+    check_surrogates(kernel, kinds, baselines, targets, ridge_ratio)
     prepared = prepare(job or describe_job(None, {}, run=path)[0])
-    try:
-        check_same_job(RunDirectory(path), prepared.digests)
-        advance("running the network on all samples")
-        network = class_outputs(prepared, kernel.plan.batch_size)
-    finally:
-        prepared.reader.close()
-    sketch = kernel.plan.projection
-    kernels = {kernel.plan.kernel if sketch is None else f"{kernel.plan.kernel} {sketch.kind}:{sketch.dim}": kernel}
-    for name in dict.fromkeys(baselines):
-        if name == kernel.plan.kernel:
-            continue
-        folder = kernel.path / "surrogate" / BASELINES[name]
-        _drop_outgrown(RunDirectory(folder), prepared.digests, advance)
-        advance(f"running the baseline {name}")
-        same = prepared.job.with_model(kernel=name, outputs="logits", parameters=None, projection=None, by=None)
-        kernels[name] = run(same, folder, budget=budget, progress=progress)
-    found = []
-    for name, each in kernels.items():
-        for kind in dict.fromkeys(kinds):
-            advance(f"fitting a {kind} surrogate by the kernel {name}")
-            found.append(
-                fit_surrogate(each, network, kind, name=name, targets=targets, ridge_ratio=ridge_ratio, seed=seed)
-            )
-    report = SurrogateReport(tuple(found), network)
+    asked = Asked(budget=budget)
+    report = fit_surrogates(kernel, prepared, kinds, baselines, targets, ridge_ratio, seed, asked, progress, advance)
     write_result(kernel.path, "surrogate", {**report.figures(), "seed": seed}, report.arrays())
     return report
-
-
-def _drop_outgrown(baseline: RunDirectory, digests: Mapping[str, str], advance: Callable[[str], None]) -> None:
-    """Delete the run of a baseline that was made before the run it belongs to grew, and say so."""
-    if not baseline.holds_run:
-        return
-    try:
-        check_same_job(baseline, {part: digests[part] for part in ("model", "data")})
-    except RunConflictError:
-        advance(f"deleting {baseline.root}, a baseline of the samples that the run had before")
-        baseline.delete_folder(".")
 
 
 def info_checkpoints(path: str | Path) -> list[RunInfo]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ooc_ntk.algebra.surrogate import ClassOutputs
+from ooc_ntk.algebra.faithfulness import ClassOutputs
 from ooc_ntk.compute.contract import tf32
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.outputs import OutputRows, logits_of

@@ -12,10 +12,12 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 import ooc_ntk
 from ooc_ntk.algebra import surrogate as surrogate_module
-from ooc_ntk.algebra.surrogate import ClassOutputs, fit_surrogate, log_odds
+from ooc_ntk.algebra.faithfulness import ClassOutputs, log_odds
+from ooc_ntk.algebra.surrogate import fit_surrogate
 from ooc_ntk.errors import InputError, RunConflictError, StorageError
 from ooc_ntk.execution.predictions import class_outputs
 from ooc_ntk.execution.prepare import prepare
+from ooc_ntk.inputs.text.network import TextNetwork
 from tests.cases import case, digits
 
 TRAIN, TEST = 120, 50
@@ -218,6 +220,17 @@ def test_a_network_of_one_output_tells_two_classes(memory_folder, rates):
     assert [each.accuracy.value for each in found.surrogates] == pytest.approx([1, 1], abs=0.1)
 
 
+class Encoder(TextNetwork):
+    """Stands for a transformer that was read as an encoder: its outputs are an embedding."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.task, self.layer = "encoder", nn.Linear(64, 12)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
 def images_of(start, stop, labels="class"):
     images, known = digits()
     part = images[start:stop]
@@ -237,6 +250,7 @@ def images_of(start, stop, labels="class"):
         ({"outputs": "loss"}, "outputs 'loss' may look at each sample's label.*'logits' or 'logprob'"),
         ({"outputs": "margin"}, "outputs 'margin' may look"),
         ({"outputs": lambda z, target: z}, "outputs of a function may look"),
+        ({"model": Encoder().eval()}, "read as task=encoder; surrogates need a classifier"),
         ({"model": nn.Sequential(nn.Unflatten(3, (2, 4)), nn.Linear(4, 3)).eval()}, r"returned \(32, 1, 8, 2, 3\)"),
     ],
 )
