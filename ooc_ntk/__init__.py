@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         plan,
         run,
         run_checkpoints,
+        surrogate,
         verify,
     )
 
@@ -67,6 +68,7 @@ __all__ = [
     "plan",
     "run",
     "run_checkpoints",
+    "surrogate",
     "verify",
 ]
 

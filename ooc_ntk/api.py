@@ -12,6 +12,7 @@ from .algebra.features import Features
 from .algebra.fed import STATE, fed_features
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
+from .algebra.surrogate import KINDS, RIDGE_RATIO, Surrogate, SurrogateReport
 from .compute.functions import ClipOutput
 from .compute.machine import peak_resident_bytes
 from .compute.rules.table import forget_layer_rule, layer_rule
@@ -27,6 +28,7 @@ from .execution.featurizer import Featurizer
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
 from .execution.status import RunInfo, keep_audit, run_info
+from .execution.surrogates import check_surrogates, fit_surrogates
 from .inputs.callables import absolute_callable, is_callable_spec
 from .inputs.images.seeds import parse_seed_name
 from .inputs.job import LIVE, Job, checked_device
@@ -41,6 +43,7 @@ from .planning.projection import Projection, parsed_fields
 from .planning.rates import MachineRates
 from .storage import again
 from .storage.directory import RunDirectory
+from .storage.results import write_result
 from .units import parse_bytes
 
 __all__ = [
@@ -64,6 +67,8 @@ __all__ = [
     "RunConflictError",
     "RunInfo",
     "Solution",
+    "Surrogate",
+    "SurrogateReport",
     "VerificationError",
     "calibrate",
     "describe_job",
@@ -79,6 +84,7 @@ __all__ = [
     "plan",
     "run",
     "run_checkpoints",
+    "surrogate",
     "verify",
 ]
 
@@ -447,6 +453,58 @@ def verify(
             prepared.reader.close()
     keep_audit(RunDirectory(path), kernel.plan, found)
     return found
+
+
+def surrogate(
+    path: str | Path,
+    job: Job | None = None,
+    *,
+    kinds: Sequence[str] = KINDS,
+    baselines: Sequence[str] = ("embedding:*", "conjugate"),
+    targets: str = "labels",
+    ridge_ratio: float = RIDGE_RATIO,
+    seed: int = 0,
+    budget: Budget | None = None,
+    progress: bool | Observer = True,
+    advance: Callable[[str], None] = lambda what: None,  # noqa: ARG005
+) -> SurrogateReport:
+    """Fit kernel surrogates of a run's network, and compare them with it on the test samples (Engel et al. 2023).
+
+    By the run's own kernel and by the baselines, which are runs of the same job, in folders of ``surrogate`` in the run
+    directory, that resume as any run does. Figures and arrays are written there as ``surrogate.json`` and ``.npz``.
+    Nothing larger than (samples, classes) is held of a logistic surrogate; a ridge one is :meth:`Kernel.solve`.
+
+    Args:
+        path: the run directory of a finished kernel with test samples.
+        job: the job; None makes it again from the stored job file.
+        kinds: ``ridge``, ``logistic``, or both.
+        baselines: any of ``embedding:*`` (features of all layers), ``conjugate`` (of the last one) and ``embedding``,
+            whose surrogates are those of ``conjugate``: the kernels differ by a factor.
+        targets: ``labels``, as in the paper, or ``outputs`` of the network for the train samples: its scores for a
+            ridge surrogate, its probabilities for a logistic one.
+        ridge_ratio: ridge over the mean diagonal of each kernel's train square.
+        seed: of the bootstrap for standard errors.
+        budget: limits for the baselines' runs.
+        progress: whether to show the progress of these runs on the terminal, or an observer.
+        advance: told what is being done.
+
+    Returns:
+        The surrogates.
+
+    Raises:
+        InputError: if there are no test samples or class labels, the kernel is a ``full`` one or of outputs that look
+            at the labels, a name or the ridge ratio is wrong, or the job was made from live objects and is not given.
+        RunConflictError: if it is another job.
+        StorageError: if there is no run, it is not finished, or files cannot be read or written.
+        OocNtkError: as :func:`run`, of the baselines.
+    """
+    kernel = Kernel(path)
+    check_surrogates(kernel, kinds, baselines, targets, ridge_ratio)
+    prepared = prepare(job or describe_job(None, {}, run=path)[0])
+    asked = Asked(budget=budget)
+    report = fit_surrogates(kernel, prepared, kinds, baselines, targets, ridge_ratio, seed, asked, progress, advance)
+    write_result(kernel.path, "surrogate", {**report.figures(), "seed": seed}, report.arrays())
+    return report
 
 
 def info_checkpoints(path: str | Path) -> list[RunInfo]:

@@ -177,7 +177,7 @@ def _by_spectrum(
     for ridge in ridges:
         shifted = spectrum.values + ridge
         if shifted.min() <= floor:
-            raise singular(entries, float(ridge), "it is not positive definite")
+            raise singular(entries, float(ridge))
         coefficients.append(spectrum.vectors @ (inner / shifted[:, None]))
     images = square_product(entries, np.concatenate(coefficients, axis=1), options.device)
     norms = np.linalg.norm(targets, axis=0)

@@ -187,8 +187,10 @@ def checked_ridge(ridge: float) -> float:
     Raises:
         InputError: if it is negative or no finite number.
     """
-    if isinstance(ridge, bool) or not isinstance(ridge, int | float | np.number) or not np.isfinite(ridge) or ridge < 0:
-        raise InputError(f"ridge must be at least 0, a finite number added to the diagonal, got {ridge}")
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float | np.number):
+        raise InputError(f"ridge must be a number, added to the diagonal, got {ridge!r}")
+    if not ridge >= 0 or not np.isfinite(ridge):
+        raise InputError(f"ridge must be at least 0, got {ridge}")
     return float(ridge)
 
 
@@ -258,7 +260,7 @@ def _by_cholesky(entries: Entries, targets: NDArray[np.float64], ridge: float, o
     reciprocal = 0.0 if failed else lapack.dpocon(factor, norm, uplo="U")[0]
     if failed or reciprocal < np.finfo(np.float64).eps:
         del matrix, factor
-        raise singular(entries, ridge, "it is not positive definite" if failed else _condition(reciprocal))
+        raise singular(entries, ridge, "" if failed else _condition(reciprocal))
     options.tell("factorise", 1.0, 1.0)
     coefficients = np.asarray(scipy.linalg.cho_solve((factor, False), targets, check_finite=False))
     del matrix, factor
@@ -270,19 +272,19 @@ def _by_cholesky(entries: Entries, targets: NDArray[np.float64], ridge: float, o
 
 def _condition(reciprocal: float) -> str:
     size = f"{1 / reciprocal:.1e}" if reciprocal > 0 else "infinite"
-    return f"its condition number, {size}, is beyond float64"
+    return f" to working precision (condition number {size})"
 
 
-def singular(entries: Entries, ridge: float, why: str) -> InputError:
+def singular(entries: Entries, ridge: float, why: str = "") -> InputError:
     """The error of a matrix that cannot be solved with, naming the smallest ridge that would do."""
     smallest, largest = _extremes(entries)
     floor = len(entries.diagonal()) * float(np.finfo(np.float64).eps) * max(largest, 0.0)
     enough = max(0.0, -smallest) * 1.01 + 10 * floor
     if not largest > 0:
-        return InputError(f"K + {ridge:g}·I cannot be solved with: the kernel is zero; any ridge above 0 would do")
+        return InputError(f"K + {ridge:g}·I is not positive definite: the kernel is zero; any ridge above 0 would do")
     return InputError(
-        f"K + {ridge:g}·I cannot be solved with: {why}. The smallest eigenvalue of K is {smallest:.3g} and the largest "
-        f"{largest:.3g}, so that the smallest ridge that would do is {enough:.2g}; take that or more"
+        f"K + {ridge:g}·I is not positive definite{why}: the smallest eigenvalue of K is {smallest:.3g}, the largest "
+        f"{largest:.3g}. The smallest ridge that would do is {enough:.2g}; take that or more"
     )
 
 
@@ -344,7 +346,7 @@ def run_systems(
             advance=advance,
         )
     except NotPositiveDefiniteError as error:
-        raise singular(entries, systems[0].ridge, "it is not positive definite") from error
+        raise singular(entries, systems[0].ridge) from error
     for system in systems:
         worst = float(system.residuals.max(initial=0.0))
         # What the recurrence cannot reach in float64 is no failure of the caller's.

@@ -152,9 +152,9 @@ class TileCholesky:
         # Of the transpose, in Fortran order, the upper triangle: the lower one of the block.
         _, failed = lapack.dpotrf(values.T, lower=0, clean=1, overwrite_a=1)
         if failed:
-            raise NotPositiveDefiniteError(f"it is not positive definite (row {rows.start + failed - 1:,})")
+            raise NotPositiveDefiniteError(f" (found in row {rows.start + failed - 1:,})")
         if float(values.diagonal().min()) ** 2 < np.finfo(np.float64).eps * largest:
-            raise NotPositiveDefiniteError("its condition number is beyond float64")
+            raise NotPositiveDefiniteError(" to working precision")
 
     def _solve_block(self, block: torch.Tensor, row: int, column: int) -> None:
         """``X L_JJᵀ = A`` in place, strip by strip of the diagonal block; each strip of X is written as it is done."""

@@ -1,5 +1,6 @@
 """The kernel as an object: indexing, ridge regression, prediction."""
 
+import re
 import shutil
 
 import numpy as np
@@ -147,9 +148,11 @@ def test_a_singular_kernel_without_ridge(folder, rates):
         ooc_ntk.Job(model=case("smooth-mlp").module, train=images, device="cpu"), folder / "singular", rates, 24
     )
     with pytest.raises(
-        InputError, match=r"K \+ 0·I is not positive definite.*raise the ridge, for example to ([0-9.e+-]+)"
-    ):
+        InputError, match=r"K \+ 0·I is not positive definite.*smallest ridge that would do is ([0-9.e+-]+);"
+    ) as refused:
         kernel.solve(np.ones(24), 0.0)
+    told = float(re.search(r"would do is ([0-9.e+-]+);", str(refused.value)).group(1))
+    assert kernel.solve(np.ones(24), told).residual < 1e-3, "what is told to do, does"
     mean = np.asarray(kernel).diagonal().mean()
     assert kernel.solve(np.ones(24), 1e-3 * mean).residual < 1e-8
 
@@ -165,13 +168,13 @@ def test_a_kernel_of_zeros_says_what_is_wrong(folder, rates):
 
 def test_too_large_for_memory_is_refused_before_any_work(kernel, monkeypatch):
     monkeypatch.setattr(ridge_module, "free_host_bytes", lambda: 1000)
-    with pytest.raises(BudgetError, match=r"26 × 26 in memory needs .* KiB, 800 B are free"):
+    with pytest.raises(BudgetError, match=r"26 × 26 for 1 targets by .* needs .* of memory, 800 B are free"):
         kernel.solve(np.ones(TRAIN), 1.0)
 
 
 def test_prediction_needs_test_rows(folder, rates):
     kernel = run(case("smooth-mlp").job(test=False), folder / "square", rates, 26)
-    with pytest.raises(InputError, match="no test rows to predict"):
+    with pytest.raises(InputError, match="no test rows; give test data"):
         kernel.predict(kernel.solve(np.ones(TRAIN), 1.0))
 
 
