@@ -91,9 +91,10 @@ class Recipe:
             kernel = api.run(job, place, budget=self._budget, preferences=self._preferences, progress=False)
             assert kernel.plan is not None
             if self.structured is not None and kernel.plan.structured != self.structured:
+                now, then = (", ".join(names) or "no weights" for names in (kernel.plan.structured, self.structured))
                 raise InputError(
-                    f"the projection sketches other weights from their factors for these samples "
-                    f"({kernel.plan.structured}) than for those of fit ({self.structured}); use projection='sjlt:...'"
+                    f"projection {self.projection!r} sketches {now} from their factors for these samples, and {then} "
+                    "for those of fit, so that their features do not belong together; use projection='sjlt:1024'"
                 )
             yield kernel
 

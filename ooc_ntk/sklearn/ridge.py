@@ -203,11 +203,9 @@ class NTKClassifier(ClassifierMixin, NTKRidge):  # type: ignore[misc]
         check_classification_targets(labels)
         self.classes_, index = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
-            raise InputError(f"y holds one class, {self.classes_[0]!r}; a classifier needs two at least")
-        if len(self.classes_) == 2:
-            targets = 2.0 * index - 1.0
-        else:
-            targets = index[:, None] == np.arange(len(self.classes_))
+            raise InputError(f"y holds one class, {self.classes_[0]}; a classifier needs two at least")
+        one_hot = index[:, None] == np.arange(len(self.classes_))
+        targets = 2 * index - 1 if len(self.classes_) == 2 else one_hot
         self._solve(given, np.asarray(targets, dtype=np.float64))
         return self
 
