@@ -76,7 +76,7 @@ class NTKEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no 
             precision=self.precision,
             device=self.device,
             host_memory=self.host_memory,
-            scratch=None if self.out is None else _made(Path(self.out).absolute().parent),
+            scratch=None if self.out is None else Path(self.out).absolute().parent,
         )
 
     def _seed(self) -> int:
@@ -157,8 +157,3 @@ def checked_ridge(ridge: object) -> float:
     if isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0 <= float(ridge) < math.inf:
         raise InputError(f"ridge must be a number from 0 on, over the mean diagonal of the kernel, got {ridge!r}")
     return float(ridge)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -44,7 +44,7 @@ class Recipe:
         precision: of the kernel.
         device: or None.
         host_memory: limit, or None for 80% of what is free.
-        scratch: folder in which temporary runs are made; None is that of ``tempfile``.
+        scratch: folder in which temporary runs are made, made if it is not there; None is that of ``tempfile``.
         structured: weights whose part of the projection is a tensor sketch; None before the first plan.
     """
 
@@ -86,6 +86,8 @@ class Recipe:
             OocNtkError: as :func:`ooc_ntk.run`.
         """
         job = self._job(train, test)
+        if self.scratch is not None:
+            self.scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="ooc-ntk-", dir=self.scratch) as folder:
             place = Path(folder, "run") if out is None else out
             kernel = api.run(job, place, budget=self._budget, preferences=self._preferences, progress=False)
