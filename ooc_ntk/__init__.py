@@ -76,6 +76,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name in __all__:
         return getattr(import_module(".api", __name__), name)
+    if name == "sklearn":  # needs scikit-learn, and is not among the names that `from ooc_ntk import *` brings
+        return import_module(".sklearn", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
