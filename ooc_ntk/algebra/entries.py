@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -207,6 +208,26 @@ class FeatureEntries(ArrayEntries):
         super().__init__(features.kernel())
         self.features = features
         self._scale: NDArray[np.float64] | None = None
+
+    @property
+    def buffer_bytes(self) -> int:
+        """See :class:`Entries`: a block, and the features of its rows and columns."""
+        features = self.features
+        return 3 * BLOCK_BYTES + 2 * 24 * self._step() // features.entries * features.outputs * features.dim
+
+    def _step(self) -> int:
+        """Rows, and columns, of a block: a square multiplies most for the features that are read."""
+        return max(1, min(math.isqrt(BLOCK_BYTES // 8), int(self._array.chunks[0])))
+
+    def blocks(self, rows: range, *, lower: bool = False) -> Iterator[Block]:
+        """See :meth:`Entries.blocks`: squares, so that few samples do not meet all others at once."""
+        step = self._step()
+        for start in range(rows.start, rows.stop, step):
+            part = range(start, min(start + step, rows.stop))
+            stop = part.stop if lower else self.shape[1]
+            for left in range(0, stop, step):
+                right = min(left + step, stop)
+                yield from _split(part, left, self._array[part.start : part.stop, left:right], lower=lower)
 
     @property
     def product_bytes(self) -> int:
