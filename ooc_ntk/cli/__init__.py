@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from ooc_ntk.stopping import EXIT_TERMINATED
 
-from . import commands, nearest
+from . import commands, nearest, report
 from .terminal import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app
 
-__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "EXIT_TERMINATED", "app", "commands", "main", "nearest"]
+__all__ = [
+    "EXIT_FINDING",
+    "EXIT_INPUT",
+    "EXIT_STOPPED",
+    "EXIT_TERMINATED",
+    "app",
+    "commands",
+    "main",
+    "nearest",
+    "report",
+]
 
 
 def main() -> None:

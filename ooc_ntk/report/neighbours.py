@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -55,14 +55,14 @@ def neighbours_table(found: NearestResult) -> RenderableType:
     return Group(*parts)
 
 
-def summary_lines(figures: dict[str, object]) -> list[str]:
+def summary_lines(figures: Mapping[str, Any]) -> list[str]:
     """What holds of all samples, in words.
 
     Args:
         figures: as ``nearest.json`` has them.
     """
     lines = []
-    same, hubs = figures["same_class"], figures["near_to_most"]
+    same, hubs = figures.get("same_class"), figures.get("near_to_most")
     if isinstance(same, dict):
         lines.append(
             f"of the same class: {same['nearest']:.1%} of the nearest, {same['all_k']:.1%} of all {figures['k']}, "
