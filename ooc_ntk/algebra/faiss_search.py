@@ -24,10 +24,12 @@ def search_features(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The k largest inner products of every sample's features with those of the train samples.
 
-    An ``IndexFlatIP`` over all outputs of a sample side by side: exact on the features, in float32. The train features
-    are held in memory, and read once; the pass over the entries instead reads them again for every thousand rows. It
-    pays where only features were kept, there are many more rows than that, and the train features fit in memory. A
-    kernel that is stored is read faster than it is searched.
+    An ``IndexFlatIP`` over all outputs of a sample side by side: exact on the features, in float32. The products are
+    the same ones that the pass over the entries computes; what differs is that the train features are held in memory
+    and read once, where the pass reads them again for every thousand rows. It pays where only features were kept, there
+    are many thousand rows, and the features are on a disk that is slow and larger than the page cache. Where they come
+    from the page cache it hardly does (20,000 train and 5,000 test samples, 1,024 columns, one thread: 3.3 s against
+    3.0 s by ``kernel``, 3.5 s against 5.2 s by ``cosine``), and a kernel that is stored is read faster than searched.
 
     FAISS and torch each bring an OpenMP of their own (on Linux both libgomp, under different names: they work side by
     side in either order of import, but each with all threads). FAISS is therefore held to torch's number of threads.

@@ -74,6 +74,7 @@ class Section:
         figures: main figures, label and value.
         examples: samples with their neighbours.
         examples_title: of their table.
+        with_texts: whether samples have texts.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Section:
     figures: tuple[tuple[str, str], ...] = ()
     examples: tuple[Example, ...] = ()
     examples_title: str = ""
+    with_texts: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ def _section(run: Path, name: str) -> Section:
         lines=(*summary_lines(found), *section.lines),
         examples=examples,
         examples_title=f"{sum(each.head for each in examples)} samples and their neighbours as a table",
+        with_texts=any(each.text for each in examples),
     )
 
 

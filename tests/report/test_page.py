@@ -238,7 +238,7 @@ def test_nearest_samples_of_a_real_run_are_on_its_page(finished, memory_path):
     for row in found.shown:
         for place, sample in enumerate(row.neighbours):
             mark = "✓" if row.same(place) else "✗"
-            cells = [f"train {sample.index}", f"{row.values[place]:.4g}", f"{sample.label} {mark}", ""]
+            cells = [f"train {sample.index}", f"{row.values[place]:.4g}", f"{sample.label} {mark}"]
             assert cells in page.rows
     assert json.loads((folder / "nearest" / "nearest.json").read_text())["same_class"] is not None
     assert "of the same class" in page.text
