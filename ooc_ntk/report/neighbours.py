@@ -217,7 +217,7 @@ def _legend(found: NearestResult) -> str:
     if any(row.same(place) is not None for row in rows for place in range(len(row.neighbours))):
         parts.append("in brackets the class: ✓ green as the sample's own, ✗ red another")
     if any(sample.stretched for row in rows for sample in (row.sample, *row.neighbours)):
-        parts.append("each image stretched to its own range of values")
+        parts.append("images of unknown scale are stretched, each to its own range of values")
     return "; ".join(parts)
 
 
