@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from .algebra.checkpoints import Checkpoints, Drift, read_index
 from .algebra.external import external_features
 from .algebra.features import Features
@@ -25,6 +27,7 @@ from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
 from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
+from .execution.nearest import NearestResult, NearestSettings, find_nearest
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
 from .execution.status import RunInfo, keep_audit, run_info
@@ -59,6 +62,7 @@ __all__ = [
     "Job",
     "Kernel",
     "MachineRates",
+    "NearestResult",
     "Observer",
     "OocNtkError",
     "Plan",
@@ -78,6 +82,7 @@ __all__ = [
     "info_checkpoints",
     "layer_rule",
     "missing_checkpoints",
+    "nearest",
     "open",
     "open_checkpoints",
     "open_features",
@@ -505,6 +510,58 @@ def surrogate(
     report = fit_surrogates(kernel, prepared, kinds, baselines, targets, ridge_ratio, seed, asked, progress, advance)
     write_result(kernel.path, "surrogate", {**report.figures(), "seed": seed}, report.arrays())
     return report
+
+
+def nearest(
+    path: str | Path,
+    k: int = 5,
+    *,
+    by: str = "kernel",
+    rows: str = "test",
+    backend: str = "exact",
+    show: int = 8,
+    seed: int = 0,
+    job: Job | None = None,
+    given: Mapping[str, object] | None = None,
+) -> NearestResult:
+    """Find the nearest train samples of a run, describe some by the run's data, and write all into its directory.
+
+    Args:
+        path: the run directory; ``nearest/nearest.json`` and ``nearest.npz`` are written there.
+        k: neighbours of each sample.
+        by: ``kernel`` or ``cosine``.
+        rows: whose neighbours: ``test`` or ``train``.
+        backend: ``exact`` or ``faiss``.
+        show: samples to be described.
+        seed: of their choice.
+        job: the job, for its data; None opens the data again that the stored job file names.
+        given: arguments of a job (train, test, data_dir) that override the stored ones.
+
+    Returns:
+        Neighbours of every sample, and those that are described.
+
+    Raises:
+        InputError: for settings that the kernel does not allow, or data that are given and cannot be used.
+        RunConflictError: if data are given that are not those of the run.
+        BudgetError: if something does not fit in memory.
+        StorageError: if there is no finished run, or the result cannot be written.
+    """
+    asked = NearestSettings(k=k, by=by, rows=rows, backend=backend, show=show, seed=seed)
+    kernel = Kernel(path)
+    return find_nearest(
+        kernel, asked, lambda: job or _job_of_data(path, given or {}), required=bool(job is not None or given)
+    )
+
+
+def _job_of_data(path: str | Path, given: Mapping[str, object]) -> Job:
+    """The job of a run as far as its data go: what else it was made of need not be there."""
+    stored = read_job_file(RunDirectory(path).job_path)
+    stand_ins: dict[str, object] = {"device": "cpu"}
+    if stored.model == LIVE:
+        stand_ins |= {"model": nn.Identity(), "weights": None}
+    if stored.outputs == LIVE:
+        stand_ins["outputs"] = "logits"
+    return describe_job(None, {**stand_ins, **given}, run=path)[0]
 
 
 def info_checkpoints(path: str | Path) -> list[RunInfo]:

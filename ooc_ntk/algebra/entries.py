@@ -22,6 +22,9 @@ from .features import Features
 #: Bytes of a block of entries that are not stored in tiles (a choice, of the size of a stripe).
 BLOCK_BYTES: Final = 2**23
 
+#: Rows of a block of entries that are products of features (a choice: features of the columns are read once for them).
+ROWS_AT_ONCE: Final = 4096
+
 
 @dataclass(frozen=True)
 class Block:
@@ -216,6 +219,18 @@ class FeatureEntries(ArrayEntries):
         self._scale: NDArray[np.float64] | None = None
 
     @property
+    def buffer_bytes(self) -> int:
+        """See :class:`Entries`: a block twice, and the features of its rows and columns, read and in float64."""
+        features, (rows, columns) = self.features, self._steps()
+        return 3 * BLOCK_BYTES + 5 * 8 * (rows + columns) * features.outputs * features.dim
+
+    def _steps(self) -> tuple[int, int]:
+        """Samples along both sides of a block: few columns of many rows, so that features are read rarely."""
+        entries, panel = self.features.entries, len(next(self.features.panels()))
+        rows = max(1, min(panel, ROWS_AT_ONCE // entries))
+        return rows, max(1, min(panel, BLOCK_BYTES // (8 * rows * entries) // entries))
+
+    @property
     def product_bytes(self) -> int:
         """Bytes of features that are read for one product with the train square."""
         features = self.features
@@ -230,10 +245,11 @@ class FeatureEntries(ArrayEntries):
     def blocks(self, rows: range, *, lower: bool = False, columns: range | None = None) -> Iterator[Block]:
         """See :meth:`Entries.blocks`. Products of features are formed in float64, as :meth:`product` does."""
         columns = range(self.shape[1]) if columns is None else columns
-        for left, values in self._panels(rows):
+        height, width = self._steps()
+        for left, values in self._panels(rows, height):
             part = range(left, left + len(values))
             stop = min(columns.stop, part.stop) if lower else columns.stop
-            for first, right in self._panels(range(columns.start, max(columns.start, stop))):
+            for first, right in self._panels(range(columns.start, max(columns.start, stop)), width):
                 found = (values @ right.T).numpy()
                 found *= self._row_scale()[part.start : part.stop, None]
                 found *= self._row_scale()[first : first + len(right)]
@@ -257,9 +273,9 @@ class FeatureEntries(ArrayEntries):
         width = self.features.dim if self.features.full else self.features.dim * self.features.outputs
         return torch.from_numpy(values.reshape(-1, width)).double()
 
-    def _panels(self, rows: range) -> Iterator[tuple[int, torch.Tensor]]:
+    def _panels(self, rows: range, samples_at_once: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Features of a range of kernel rows, some at a time: the first row, and (rows, width) float64."""
-        entries, step = self.features.entries, len(next(self.features.panels()))
+        entries, step = self.features.entries, samples_at_once or len(next(self.features.panels()))
         samples = range(rows.start // entries, -(-rows.stop // entries))
         for start in range(samples.start, samples.stop, step):
             part = range(start, min(start + step, samples.stop))

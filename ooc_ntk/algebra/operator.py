@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ooc_ntk.errors import InputError
 
 from .entries import Entries, ViewEntries
+from .neighbours import Neighbours, nearest
 from .products import rows_product, square_product
 from .regression import Regression
 
@@ -20,6 +21,30 @@ class KernelOperator(Regression):
 
     Rows are train then test samples (times their entries), columns train samples; the train square is symmetric.
     """
+
+    def nearest(self, k: int = 5, *, by: str = "kernel", rows: str = "test", backend: str = "exact") -> Neighbours:
+        """The most similar train samples of every test sample: exact, by one pass over the test rows.
+
+        Of equal entries the smaller number comes first, whatever the tiles are. By ``kernel``, samples with large
+        gradients are near to many; by ``cosine`` lengths do not count.
+
+        Args:
+            k: neighbours of each sample, at least 1.
+            by: ``kernel`` for the largest entries, ``cosine`` for the largest cosines ``K_ij / √(K_ii K_jj)``.
+            rows: ``test``, or ``train`` for the neighbours of the train samples, which are not their own.
+            backend: ``exact`` reads entries, of features computes them; ``faiss`` searches the projected features in
+                memory (extra ``faiss``; see :func:`~ooc_ntk.algebra.faiss_search.search_features` for when it pays).
+
+        Returns:
+            Their numbers and values, (rows, k), the nearest first.
+
+        Raises:
+            InputError: for a k out of range, an unknown word, a full kernel, a run without test rows; with ``faiss``
+                for an exact kernel, a view, or if FAISS is not installed.
+            BudgetError: if the neighbours, or the features that FAISS holds, do not fit in memory.
+            StorageError: if a tile cannot be read, or is not what was committed.
+        """
+        return nearest(self, k, by=by, rows=rows, backend=backend)
 
     def centered(self) -> KernelView:
         """The kernel centred in feature space, ``H K H`` with ``H = I − 1 1ᵀ/n`` over the train rows, without a copy.

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from ooc_ntk.stopping import EXIT_TERMINATED
 
-from . import commands, surrogate
+from . import commands, nearest, report, surrogate
 from .terminal import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app
 
-__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "EXIT_TERMINATED", "app", "commands", "main", "surrogate"]
+__all__ = [
+    "EXIT_FINDING",
+    "EXIT_INPUT",
+    "EXIT_STOPPED",
+    "EXIT_TERMINATED",
+    "app",
+    "commands",
+    "main",
+    "nearest",
+    "report",
+    "surrogate",
+]
 
 
 def main() -> None:

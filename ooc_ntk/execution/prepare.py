@@ -131,7 +131,6 @@ def prepare(job: Job) -> PreparedJob:
     if outputs == "clip":
         outputs = _against_bank(job, module, reader, device)
     function = ModelFunction(module, names, OutputRows.of(outputs, job.kernel), job.precision, device)
-    data = job.data_digests()
     settings = [
         job.kernel,
         job.scale,
@@ -151,10 +150,15 @@ def prepare(job: Job) -> PreparedJob:
         outputs=outputs,
         digests={
             "model": digest,
-            "data": _digest("/".join(data)),
+            "data": data_digest(job),
             "kernel": _digest("\n".join(settings)),
         },
     )
+
+
+def data_digest(job: Job) -> str:
+    """What identifies the data of a job; needs no model."""
+    return _digest("/".join(job.data_digests()))
 
 
 def _against_bank(job: Job, module: nn.Module, reader: SampleReader, device: str) -> ClipOutput:

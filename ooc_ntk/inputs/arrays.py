@@ -152,8 +152,12 @@ class ArraySource(SampleSource):
         return Samples(
             tuple(column.rows(start, stop) for column in self._args),
             {key: column.rows(start, stop) for key, column in self._kwargs.items()},
-            None if self._targets is None else self._targets.rows(start, stop),
+            self.targets(start, stop),
         )
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        return None if self._targets is None else self._targets.rows(start, stop)
 
 
 def as_column(value: object, where: str) -> Column:

@@ -74,6 +74,7 @@ def load_builtin(name: str) -> SampleSource:
     images, classes = _load(name)
     source = ArraySource((TensorColumn(images, f"{name} inputs"),), {}, TensorColumn(classes, f"{name} targets"), name)
     source.spec = name
+    source.normalisation = (BUILTIN[name].mean,), (BUILTIN[name].deviation,)
     return source
 
 

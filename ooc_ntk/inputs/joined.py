@@ -72,6 +72,8 @@ class JoinedSource(SampleSource):
         self.length = max(texts) if texts else None
         lengths = [part.lengths for part in flat if part.lengths is not None]
         self.lengths = torch.cat(lengths) if lengths else None
+        known = {part.normalisation for part in flat}
+        self.normalisation = known.pop() if len(known) == 1 else None
         self._what = what
 
     def __len__(self) -> int:
@@ -87,6 +89,23 @@ class JoinedSource(SampleSource):
 
     def _read(self, start: int, stop: int) -> Samples:
         return _whole([self.parts[number].fetch(first, last) for number, first, last in self._pieces(start, stop)])
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        found = [self.parts[number].targets(first, last) for number, first, last in self._pieces(start, stop)]
+        some = [targets for targets in found if targets is not None]
+        return torch.cat(some) if some else None
+
+    def texts(self, numbers: Sequence[int]) -> list[str] | None:
+        """See :meth:`SampleSource.texts`."""
+        found: dict[int, str] = {}
+        for part, (first, last) in zip(self.parts, itertools.pairwise(self._starts), strict=True):
+            mine = [number for number in numbers if first <= number < last]
+            texts = part.texts([number - first for number in mine]) if mine else []
+            if texts is None:
+                return None
+            found.update(zip(mine, texts, strict=True))
+        return [found[number] for number in numbers]
 
     def stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Samples]:
         """See :meth:`SampleSource.stream`; every part decodes ahead within its own ranges."""

@@ -143,6 +143,8 @@ class SampleSource(ABC):
     #: Of texts that are padded to one length: that length, and the real tokens of every sample, (samples,) int64.
     length: int | None = None
     lengths: torch.Tensor | None = None
+    #: Mean and deviation per channel that were taken off pixels in [0, 1], where that is known.
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -167,6 +169,14 @@ class SampleSource(ABC):
         if not 0 <= start < stop <= len(self):
             raise InputError(f"cannot fetch samples {start} to {stop} of data with {len(self)} samples")
         return self._read(start, stop)
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """Targets of a range alone, as :meth:`fetch` returns them; sources that can leave the inputs unread."""
+        return self.fetch(start, stop).targets
+
+    def texts(self, numbers: Sequence[int]) -> list[str] | None:  # noqa: ARG002 - for sources that have some
+        """Samples as they were written, before they became tokens; None where samples are no texts, or not known."""
+        return None
 
     def stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Samples]:
         """Read ranges one after another; sources that decode do so ahead of the consumer.
@@ -281,12 +291,21 @@ class SlicedSource(SampleSource):
         self.decoded_bytes = source.decoded_bytes
         self.length = source.length
         self.lengths = None if source.lengths is None else source.lengths[start:stop]
+        self.normalisation = source.normalisation
 
     def __len__(self) -> int:
         return self._stop - self._start
 
     def _read(self, start: int, stop: int) -> Samples:
         return self._source.fetch(self._start + start, self._start + stop)
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        return self._source.targets(self._start + start, self._start + stop)
+
+    def texts(self, numbers: Sequence[int]) -> list[str] | None:
+        """See :meth:`SampleSource.texts`."""
+        return self._source.texts([self._start + number for number in numbers])
 
     def stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Samples]:
         """See :meth:`SampleSource.stream`."""

@@ -164,34 +164,52 @@ def phases_table(info: RunInfo) -> RenderableType:
 
 def info_table(info: RunInfo) -> RenderableType:
     """A run: progress, promises beside measurements, provenance."""
-    plan, promised = info.plan, info.plan.promised
-    state = "complete" if info.finished else "not finished: run the same command again to go on"
-    tiles = "feature tiles" if plan.features_only else "kernel tiles"
-    head = _pairs(
-        [
-            ("run", str(info.path)),
-            ("state", f"{info.kernel_tiles_done:,} of {info.kernel_tiles:,} {tiles}, {state}"),
-            *plan.summary()[: 4 if plan.projection is None else 6],
-            *((name, digest) for name, digest in sorted(info.job_digests.items())),
-            ("plan", plan.digest),
-            *(("grown", line) for line in _grown(info)),
-            *_proof(info),
-            ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
-            *([("retries", f"{info.retries:,}, after errors of the file system that passed")] if info.retries else ()),
-            *_micro_batches(info),
-        ]
-    )
+    plan = info.plan
+    summary = plan.summary()[: 4 if plan.projection is None else 6]
+    head = _pairs([("run", str(info.path)), ("state", state(info)), *summary, *provenance(info)])
     table = Table(title="promised and measured", title_justify="left", box=None, pad_edge=False)
     table.add_column("quantity")
     for name in ("promised", "measured", "ratio"):
         table.add_column(name, justify="right")
+    for row in promised_and_measured(info):
+        table.add_row(*row)
+    parts: list[RenderableType] = [head, Text(), table]
+    if info.layer_traces:
+        parts += [Text(), _layers(info)]
+    return Group(*parts)
+
+
+def state(info: RunInfo) -> str:
+    """How far a run is."""
+    tiles = "feature tiles" if info.plan.features_only else "kernel tiles"
+    found = "complete" if info.finished else "not finished: run the same command again to go on"
+    return f"{info.kernel_tiles_done:,} of {info.kernel_tiles:,} {tiles}, {found}"
+
+
+def provenance(info: RunInfo) -> list[tuple[str, str]]:
+    """Where a run comes from and what happened to it, as label and value."""
+    return [
+        *((name, digest) for name, digest in sorted(info.job_digests.items())),
+        ("plan", info.plan.digest),
+        *(("grown", line) for line in _grown(info)),
+        *_proof(info),
+        ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
+        *([("retries", f"{info.retries:,}, after errors of the file system that passed")] if info.retries else ()),
+        *_micro_batches(info),
+    ]
+
+
+def promised_and_measured(info: RunInfo) -> list[tuple[str, str, str, str]]:
+    """Promises of the plan beside what was measured: quantity, promised, measured, ratio."""
+    plan, promised = info.plan, info.plan.promised
     seconds = [
         ("time", promised.seconds, info.seconds),
         ("  rows", promised.rows_seconds, info.rows_seconds),
         ("  kernel", promised.kernel_seconds, info.kernel_seconds),
     ]
-    for name, before, after in seconds:
-        table.add_row(name, format_seconds(before), format_seconds(after), _ratio(after, before))
+    rows = [
+        (name, format_seconds(before), format_seconds(after), _ratio(after, before)) for name, before, after in seconds
+    ]
     sizes = [
         ("peak host memory", promised.host_bytes, info.host_bytes),
         ("peak device memory", promised.device_bytes, info.device_bytes),
@@ -201,35 +219,21 @@ def info_table(info: RunInfo) -> RenderableType:
     ]
     for name, before, after in sizes:
         if before or after:
-            table.add_row(name, format_bytes(before), format_bytes(after), _ratio(after, before))
+            rows.append((name, format_bytes(before), format_bytes(after), _ratio(after, before)))
         if name == "peak host memory" and promised.pinned_bytes:
-            table.add_row("  pinned", format_bytes(promised.pinned_bytes), "-", "-")
+            rows.append(("  pinned", format_bytes(promised.pinned_bytes), "-", "-"))
     if info.io_ratio is not None and plan.io_ratio is not None:
-        table.add_row(
-            "moved while contracting (Q)",
-            format_bytes(plan.moved_bytes),
-            format_bytes(info.moved_bytes),
-            _ratio(info.moved_bytes, plan.moved_bytes),
-        )
-        table.add_row(
-            "  over the lower bound (Q/LB)",
-            f"{plan.io_ratio:.2f}",
-            f"{info.io_ratio:.2f}",
-            _ratio(info.io_ratio, plan.io_ratio),
-        )
+        moved = (format_bytes(plan.moved_bytes), format_bytes(info.moved_bytes))
+        rows.append(("moved while contracting (Q)", *moved, _ratio(info.moved_bytes, plan.moved_bytes)))
+        over = (f"{plan.io_ratio:.2f}", f"{info.io_ratio:.2f}")
+        rows.append(("  over the lower bound (Q/LB)", *over, _ratio(info.io_ratio, plan.io_ratio)))
     audited = info.audited or {}
     if info.expected_error is not None:
         seen = audited.get("relative_error")
-        table.add_row(
-            "error of the kernel (expected, last audit)",
-            f"{info.expected_error:.2%}",
-            "-" if seen is None else f"{seen:.2%}",
-            "-" if seen is None else _ratio(seen, audited.get("predicted_error") or info.expected_error),
-        )
-    parts: list[RenderableType] = [head, Text(), table]
-    if info.layer_traces:
-        parts += [Text(), _layers(info)]
-    return Group(*parts)
+        ratio = "-" if seen is None else _ratio(seen, audited.get("predicted_error") or info.expected_error)
+        errors = (f"{info.expected_error:.2%}", "-" if seen is None else f"{seen:.2%}")
+        rows.append(("error of the kernel (expected, last audit)", *errors, ratio))
+    return rows
 
 
 def _micro_batches(info: RunInfo) -> list[tuple[str, str]]:

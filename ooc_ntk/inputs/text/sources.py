@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +35,27 @@ _COLA_FOLDERS: Final = ("cola_public/raw", "cola/raw", "cola", "raw", ".")
 _SHOWN: Final = 60
 
 
+@dataclass(frozen=True)
+class TextFile:
+    """Where texts were read from; kept instead of the texts, which may be many times as large as the tokens.
+
+    Attributes:
+        path: the file.
+        columns: which of its columns hold what.
+    """
+
+    path: Path
+    columns: Columns
+
+    def read(self, what: str) -> TextRows:
+        """The texts.
+
+        Raises:
+            InputError: if the file, or a line of it, cannot be read.
+        """
+        return read_texts(self.path, self.columns, what)
+
+
 class TextSource(SampleSource):
     """Tokenised texts, all padded on the right to one length, so that no sample depends on the others in its batch.
 
@@ -48,6 +70,7 @@ class TextSource(SampleSource):
         next_tokens: whether the targets are the tokens that follow, (samples, length) int64, -100 where none does;
             then labels are not used.
         spec: text the source can be made from again.
+        file: where the texts stand, or None.
         what: name of the data set, for messages.
 
     Raises:
@@ -74,6 +97,7 @@ class TextSource(SampleSource):
         limit: int | None = None,
         next_tokens: bool = False,
         spec: str | None = None,
+        file: TextFile | None = None,
         what: str = "train",
     ) -> None:
         longest = int(tokens.lengths.max())
@@ -93,6 +117,7 @@ class TextSource(SampleSource):
         self._labels = None if next_tokens else labels
         self._limit = limit
         self._next = next_tokens
+        self._file = file
         self._what = what
         columns = 2 + (tokens.types is not None) + next_tokens
         label_bytes = 0 if self._labels is None else self._labels.element_size()
@@ -102,10 +127,37 @@ class TextSource(SampleSource):
         return len(self._tokens)
 
     def _read(self, start: int, stop: int) -> Samples:
-        targets = None if self._labels is None else self._labels[start:stop]
+        return Samples((), self._tokens.padded(start, stop, self.length), self.targets(start, stop))
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
         if self._next:
-            targets = self._tokens.following(start, stop, self.length)
-        return Samples((), self._tokens.padded(start, stop, self.length), targets)
+            return self._tokens.following(start, stop, self.length)
+        return None if self._labels is None else self._labels[start:stop]
+
+    def texts(self, numbers: Sequence[int]) -> list[str] | None:
+        """Texts as they stand in the file, read again; of two texts a sample, both with a bar between them.
+
+        Args:
+            numbers: of the samples.
+
+        Returns:
+            The texts, None where the tokens came without a file.
+
+        Raises:
+            InputError: if the file cannot be read, or holds another number of texts by now.
+        """
+        if self._file is None:
+            return None
+        rows = self._file.read(self._what)
+        if len(rows.texts) != len(self):
+            raise InputError(
+                f"{self._what} data {rows.path} holds {len(rows.texts):,} texts by now and held {len(self):,}; bring "
+                "the file back as it was"
+            )
+        if rows.pairs is None:
+            return [rows.texts[number] for number in numbers]
+        return [f"{rows.texts[number]} | {rows.pairs[number]}" for number in numbers]
 
     def padded(self, length: int) -> TextSource:
         """The same texts padded to another length; the tokens are shared.
@@ -127,6 +179,7 @@ class TextSource(SampleSource):
             limit=self._limit,
             next_tokens=self._next,
             spec=spec,
+            file=self._file,
             what=self._what,
         )
 
@@ -263,7 +316,8 @@ def open_text(
             "tokenizer=FOLDER"
         )
     place = absolute_place(place, base)
-    rows = read_texts(_file(spec, data_dir, what), _columns(spec), what)
+    file = TextFile(_file(spec, data_dir, what), _columns(spec))
+    rows = file.read(what)
     labels = None if following else label_tensor(rows, what)
     most = length if length is not None else limit
     tokens = tokenise(load_tokenizer(place), rows.texts, rows.pairs, most if truncate else None)
@@ -281,6 +335,7 @@ def open_text(
         limit=limit,
         next_tokens=following,
         spec=str(_with_option(spec, "tokenizer", place)),
+        file=file,
         what=what,
     )
 
