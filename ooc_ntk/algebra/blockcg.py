@@ -135,10 +135,13 @@ def solve_systems(
     passes, width = 0, targets.shape[1]
     for _ in range(RESTARTS):
         while open_systems := [each for each in systems if not each.done and each.iterations < iterations]:
-            found = product(np.concatenate([each.directions for each in open_systems], axis=1))
+            blocks = [each.directions for each in open_systems]
+            found = product(np.concatenate(blocks, axis=1))
             passes += 1
-            for number, system in enumerate(open_systems):
-                system.advance(np.ascontiguousarray(found[:, number * width : (number + 1) * width]))
+            # Of more targets than rows a block has as many columns as rows.
+            stops = np.cumsum([block.shape[1] for block in blocks])
+            for system, image in zip(open_systems, np.split(found, stops[:-1], axis=1), strict=True):
+                system.advance(np.ascontiguousarray(image))
             advance(max(float(each.residuals.max(initial=0.0)) for each in systems))
         found = product(np.concatenate([each.solution for each in systems], axis=1))
         passes += 1

@@ -136,7 +136,7 @@ def plan_solve(
     'cholesky'
     >>> plan_solve(30_000, 10, 18 * 10**8, 2**30, 2**36, UNCALIBRATED).chosen.method
     'cg'
-    >>> plan_solve(30_000, 20_000, 18 * 10**8, 2**34, 2**36, UNCALIBRATED).chosen.method
+    >>> plan_solve(30_000, 20_000, 18 * 10**8, 2**35, 2**36, UNCALIBRATED).chosen.method
     'cholesky'
     """
     if method not in (*METHODS, "auto"):
@@ -199,10 +199,12 @@ def _tiles(size: int, targets: int, triangle_bytes: int, host_free: int, rates: 
     edge = tile_cholesky_edge(size, host_free - 2 * 8 * size * targets - PASS_BYTES)
     host = tile_cholesky_bytes(edge) + 2 * 8 * size * targets + PASS_BYTES
     read, written = tile_cholesky_traffic(size, edge)
-    read += triangle_bytes + 2 * 4 * size * size  # the kernel itself, and the factor forth and back
+    read += 2 * 4 * size * size  # the factor forth and back
     flops = size**3 / 3 + 2 * size * size * targets
-    seconds = max(read / rates.disk_read, flops / _rate(rates, 512)) + written / rates.disk_write
-    return SolvePrice("tiles", host, 4 * size * size + 8 * size * edge, read, written, seconds, edge=edge)
+    seconds = max(read / rates.disk_read, flops / _rate(rates, 1024)) + written / rates.disk_write
+    seconds += 2 * triangle_bytes / rates.disk_read  # the kernel itself, and once more for the residual
+    disk = 4 * size * size + 8 * size * edge
+    return SolvePrice("tiles", host, disk, read + 2 * triangle_bytes, written, seconds, edge=edge)
 
 
 def _rate(rates: MachineRates, edge: int) -> float:
@@ -225,7 +227,7 @@ def tile_cholesky_edge(size: int, host_bytes: int) -> int:
     """Rows of a block of the tile Cholesky: a multiple of BLOCK_TILES, as large as the memory allows.
 
     >>> tile_cholesky_edge(30_000, 10**9)
-    9712
+    9744
     >>> tile_cholesky_edge(1000, 10**9)
     1008
     """
@@ -246,21 +248,18 @@ def tile_cholesky_bytes(edge: int) -> int:
 def tile_cholesky_traffic(size: int, edge: int) -> tuple[int, int]:
     """Bytes of factor that the tile Cholesky reads and writes, without the kernel itself.
 
-    A block (I, J) reads the J blocks left of both its rows (of a block on the diagonal once), and to solve with the
-    diagonal block, that.
+    A block (I, J) reads the J blocks left of both its rows (of a block on the diagonal once), and the block on the
+    diagonal to solve with it.
 
     >>> tile_cholesky_traffic(1000, 1008)
     (0, 8000000)
     """
-    heights = [min(edge, size - start) for start in range(0, size, edge)]
-    read = written = 0
-    for column, width in enumerate(heights):
+    count, read, written = -(-size // edge), 0, 0
+    for column in range(count):
         left = column * edge
-        for row in range(column, len(heights)):
-            height = heights[row]
-            read += left * (height if row == column else height + width)
-            read += 0 if row == column else width * width // 2
-            written += height * width
+        width, below, rows = min(edge, size - left), max(0, size - left - edge), count - column - 1
+        read += left * width + left * (below + rows * width) + rows * width * width
+        written += width * width + below * width
     return 8 * read, 8 * written
 
 

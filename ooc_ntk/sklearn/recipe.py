@@ -62,7 +62,7 @@ class Recipe:
     def plan(self, samples: NDArray[Any]) -> api.Plan:
         """Plan the kernel of some samples, which finds what is wrong with model, data or budget."""
         place = self.scratch or Path(tempfile.gettempdir())
-        return api.plan(self._job(samples, None), self._budget, preferences=self._preferences, out=place)
+        return api.plan(self._job(samples, None), self.budget, preferences=self._preferences, out=place)
 
     def planned(self, plan: api.Plan) -> Recipe:
         """The same with what a plan has decided of the projection, so that later runs make the same features."""
@@ -90,7 +90,7 @@ class Recipe:
             self.scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="ooc-ntk-", dir=self.scratch) as folder:
             place = Path(folder, "run") if out is None else out
-            kernel = api.run(job, place, budget=self._budget, preferences=self._preferences, progress=False)
+            kernel = api.run(job, place, budget=self.budget, preferences=self._preferences, progress=False)
             assert kernel.plan is not None
             if self.structured is not None and kernel.plan.structured != self.structured:
                 now, then = (", ".join(names) or "no weights" for names in (kernel.plan.structured, self.structured))
@@ -197,7 +197,8 @@ class Recipe:
         )
 
     @property
-    def _budget(self) -> api.Budget | None:
+    def budget(self) -> api.Budget | None:
+        """Limits for the run and for the solution."""
         return None if self.host_memory is None else api.Budget(host=self.host_memory)
 
     @property

@@ -59,7 +59,8 @@ class NTKRidge(NTKEstimator):
         with recipe.run(samples, out=self.out) as kernel:
             assert kernel.plan is not None
             recipe = recipe.planned(kernel.plan)
-            solution = kernel.solve(targets - mean, ridge * float(kernel.sample_diagonal().mean()))
+            absolute = ridge * float(kernel.sample_diagonal().mean())
+            solution = kernel.solve(targets - mean, absolute, budget=recipe.budget)
             weights = None if recipe.projection is None else _weights(kernel, solution.coefficients)
         self._keep(recipe, samples)
         self.intercept_, self.dual_coef_, self.ridge_ = mean, solution.coefficients, solution.ridge
