@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,3 +78,28 @@ def status(text: str, quiet: bool = False) -> Iterator[None]:
 
     with Console(stderr=True).status(text):
         yield
+
+
+@contextmanager
+def told(quiet: bool) -> Iterator[Callable[[str, float, float], None] | None]:
+    """Show how far something long is, on a terminal: what is being done, how much of it, and of how much.
+
+    Yields:
+        What is to be told; None where nobody looks.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def advance(what: str, done: float, total: float) -> None:
+            if bar.tasks[0].description != what:
+                bar.reset(task, description=what, total=1.0)
+            bar.update(task, completed=done / total if total else 1.0)
+
+        yield advance
