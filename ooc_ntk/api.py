@@ -6,12 +6,16 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from numpy.typing import ArrayLike
+
 from .algebra.checkpoints import Checkpoints, Drift, read_index
 from .algebra.external import external_features
 from .algebra.features import Features
 from .algebra.fed import STATE, fed_features
 from .algebra.kernel import Kernel
 from .algebra.ridge import Solution
+from .algebra.spectrum import Spectrum
+from .algebra.summary import SpectrumSummary
 from .compute.functions import ClipOutput
 from .compute.machine import peak_resident_bytes
 from .compute.rules.table import forget_layer_rule, layer_rule
@@ -24,8 +28,10 @@ from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
 from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
+from .execution.labels import Labels, run_labels
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
+from .execution.spectra import Look, spectrum_summary
 from .execution.status import RunInfo, keep_audit, run_info
 from .inputs.callables import absolute_callable, is_callable_spec
 from .inputs.images.seeds import parse_seed_name
@@ -55,6 +61,7 @@ __all__ = [
     "InputError",
     "Job",
     "Kernel",
+    "Labels",
     "MachineRates",
     "Observer",
     "OocNtkError",
@@ -64,6 +71,8 @@ __all__ = [
     "RunConflictError",
     "RunInfo",
     "Solution",
+    "Spectrum",
+    "SpectrumSummary",
     "VerificationError",
     "calibrate",
     "describe_job",
@@ -79,6 +88,8 @@ __all__ = [
     "plan",
     "run",
     "run_checkpoints",
+    "run_labels",
+    "spectrum",
     "verify",
 ]
 
@@ -447,6 +458,67 @@ def verify(
             prepared.reader.close()
     keep_audit(RunDirectory(path), kernel.plan, found)
     return found
+
+
+def spectrum(
+    path: str | Path,
+    k: int | None = None,
+    *,
+    every: bool = False,
+    targets: str | Path | ArrayLike | None = None,
+    job: Job | None = None,
+    centered: bool = False,
+    cosine: bool = False,
+    method: str = "auto",
+    layers: bool = False,
+    compare: Sequence[str | Path] = (),
+    check_data: bool = True,
+    memory: str | int | None = None,
+    seed: int = 0,
+) -> SpectrumSummary:
+    """The spectrum of a finished kernel and what follows from it, as ``ooc-ntk spectrum`` prints it.
+
+    Args:
+        path: the run directory.
+        k: leading eigenpairs; None for all of up to 4,000 rows, if they fit, and 50 of more.
+        every: whether the whole spectrum is wanted in memory, of whatever size.
+        targets: (train rows,) or (train rows, targets), or a NumPy file of them; None takes the labels of the run's
+            data, where it has any.
+        job: the run's job, for its labels; needed only where it was made from live objects.
+        centered: whether the kernel is centred first.
+        cosine: whether it is divided by the roots of its diagonal first.
+        method: as for :meth:`Kernel.eigh`.
+        layers: whether the layers are aligned, of a run made with ``by="layer"``.
+        compare: run directories of other kernels of the same samples, to be aligned with.
+        check_data: whether those of other data are refused.
+        memory: bytes that may be taken.
+        seed: of the random start.
+
+    Returns:
+        All figures.
+
+    Raises:
+        InputError: for a wrong k, method or targets, or kernels that cannot be aligned.
+        BudgetError: if it does not fit the memory.
+        RunConflictError: for a run of other data.
+        StorageError: if there is no run, or it is not finished.
+    """
+    if every and k is not None:
+        raise InputError(f"all eigenpairs were asked for and k={k} of them; leave one of both out")
+    return spectrum_summary(
+        Kernel(path),
+        Look(centered=centered, cosine=cosine),
+        k=k,
+        every=every,
+        targets=targets,
+        job=job,
+        method=method,
+        layers=layers,
+        compare=[Kernel(each) for each in compare],
+        check_data=check_data,
+        memory=memory,
+        seed=seed,
+    )
 
 
 def info_checkpoints(path: str | Path) -> list[RunInfo]:

@@ -178,6 +178,12 @@ def _copies(size: int, wanted: int, allowed: int, entries: Entries) -> float:
     return ALL_COPIES if everything else some
 
 
+def fits_whole(entries: Entries, memory: int | None = None) -> bool:
+    """Whether all eigenpairs fit the memory."""
+    allowed = usable_bytes(memory)
+    return square_bytes(entries, _copies(entries.size, entries.size, allowed, entries)) <= allowed
+
+
 def _full(entries: Entries, wanted: int, memory: int | None, count: _Counted) -> RitzPairs:
     """Decompose the dense square, and measure the residuals by passes over the kernel."""
     size = entries.size

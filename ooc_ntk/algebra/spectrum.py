@@ -14,8 +14,9 @@ from ooc_ntk.errors import InputError
 from .krylov import rounding_floor
 from .powerlaw import Exponent, fit_power_law
 
-#: Share of a complete spectrum whose last ranks a fit leaves out: those are bent down as the samples end. (Guessed.)
-FITTED_SHARE: Final = 0.5
+#: Leading share of a complete spectrum that is fitted: what follows is bent down, as the samples end. (Seen on networks
+#: over digits, where the bend begins at about 0.3.)
+FITTED_SHARE: Final = 0.25
 
 #: Share of a target's energy below which its tail is rounding of the sums it is left over from. (Guessed.)
 TAIL_ROUNDING: Final = 1e-12
@@ -128,7 +129,7 @@ class Spectrum:
 
         Args:
             window: first and last rank, counted from 1, both taken; None leaves out the first tenth or ten ranks,
-                eigenvalues that are rounding of the entries, and of a complete spectrum the last half.
+                eigenvalues that are rounding of the entries, and of a complete spectrum the last three quarters.
 
         Raises:
             InputError: if fewer than three ranks are left, or the window is outside the spectrum.

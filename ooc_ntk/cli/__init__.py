@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ooc_ntk.stopping import EXIT_TERMINATED
 
-from . import commands
+from . import commands, spectrum
 from .terminal import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app
 
-__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "EXIT_TERMINATED", "app", "commands", "main"]
+__all__ = ["EXIT_FINDING", "EXIT_INPUT", "EXIT_STOPPED", "EXIT_TERMINATED", "app", "commands", "main", "spectrum"]
 
 
 def main() -> None:

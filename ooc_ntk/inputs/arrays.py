@@ -155,6 +155,10 @@ class ArraySource(SampleSource):
             None if self._targets is None else self._targets.rows(start, stop),
         )
 
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        return None if self._targets is None else self._targets.rows(start, stop)
+
 
 def as_column(value: object, where: str) -> Column:
     """Wrap one array of a data set.

@@ -108,6 +108,12 @@ class JoinedSource(SampleSource):
         for number, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
             yield from self.parts[number].stream([(first, last) for _, first, last in run])
 
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        found = [self.parts[number].targets(first, last) for number, first, last in self._pieces(start, stop)]
+        there = [each for each in found if each is not None]
+        return torch.cat(there) if len(there) == len(found) else None
+
     def padded(self, length: int) -> SampleSource:
         """See :meth:`SampleSource.padded`."""
         return JoinedSource([part.padded(length) for part in self.parts], self._what)

@@ -183,6 +183,21 @@ class SampleSource(ABC):
         for start, stop in ranges:
             yield self.fetch(start, stop)
 
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """Targets of a range alone; sources that decode inputs, or keep targets apart, read no inputs for them.
+
+        Args:
+            start: first sample.
+            stop: one past the last sample.
+
+        Returns:
+            (stop - start, ...) on the CPU, or None where the data has none.
+
+        Raises:
+            InputError: as :meth:`fetch`.
+        """
+        return self.fetch(start, stop).targets
+
     def padded(self, length: int) -> SampleSource:
         """The same samples padded to another length, where they are texts.
 
@@ -294,6 +309,10 @@ class SlicedSource(SampleSource):
             if not 0 <= start < stop <= len(self):
                 raise InputError(f"cannot fetch samples {start} to {stop} of data with {len(self)} samples")
         return self._source.stream([(self._start + start, self._start + stop) for start, stop in ranges])
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        return self._source.targets(self._start + start, self._start + stop)
 
     def padded(self, length: int) -> SampleSource:
         """See :meth:`SampleSource.padded`."""

@@ -83,6 +83,10 @@ class ImageSource(SampleSource):
     def _read(self, start: int, stop: int) -> Samples:
         return self._samples(start, read_pixels(self._images, self._cache, start, stop))
 
+    def targets(self, start: int, stop: int) -> torch.Tensor:
+        """See :meth:`SampleSource.targets`; no image is decoded."""
+        return torch.from_numpy(self._images.labels(start, stop))
+
     def _samples(self, start: int, found: Decoded) -> Samples:
         """Samples of pixels."""
         pixels, decoded = found
