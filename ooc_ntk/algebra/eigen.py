@@ -24,6 +24,7 @@ from .krylov import (
     basis_bytes,
     basis_columns,
     block_krylov,
+    column_norms,
     rounding_floor,
     smallest_basis,
 )
@@ -215,7 +216,7 @@ def _measured(
     parts = []
     for start in range(0, len(values), step):
         part = np.ascontiguousarray(vectors[:, start : start + step])
-        parts.append(np.linalg.norm(product(part) - part * values[start : start + step], axis=0))
+        parts.append(column_norms(product(part) - part * values[start : start + step]))
     return np.concatenate(parts)
 
 
@@ -263,10 +264,15 @@ def _lobpcg(
             f"LOBPCG of {wanted:,} eigenpairs of {size:,} rows needs {format_bytes(8 * size * width * LOBPCG_BLOCKS)}; "
             f"{format_bytes(allowed_bytes)} may be taken: ask for fewer eigenpairs or allow more memory"
         )
-    operator = LinearOperator((size, size), matvec=count, matmat=count, dtype=np.float64)
     vectors = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, width)))[0]
     vectors = np.linalg.qr(count(vectors))[0]
     values, vectors, residuals = _rayleigh_ritz(count, vectors)
+    scale = float(np.abs(values).max(initial=0.0)) or 1.0  # SciPy's inner products of a tiny kernel would underflow
+
+    def product(given: NDArray[np.float64]) -> NDArray[np.float64]:
+        return count(given) / scale
+
+    operator = LinearOperator((size, size), matvec=product, matmat=product, dtype=np.float64)
     while True:
         floor = max(rounding_floor(size, float(np.abs(values).max(initial=0.0))), np.finfo(float).tiny)
         allowed = np.maximum(tolerance * np.abs(values[:wanted]), floor)
@@ -278,7 +284,8 @@ def _lobpcg(
             warnings.simplefilter(
                 "ignore", UserWarning
             )  # it ends a round short of its tolerance; ours is looked at here
-            _, vectors = lobpcg(operator, vectors, tol=float(allowed.min()), maxiter=LOBPCG_ROUND, largest=True)
+            rounds = min(LOBPCG_ROUND, MAX_PASSES - count.passes)
+            _, vectors = lobpcg(operator, vectors, tol=float(allowed.min()) / scale, maxiter=rounds, largest=True)
         values, vectors, residuals = _rayleigh_ritz(count, np.linalg.qr(vectors)[0])
     return RitzPairs(values[:wanted], vectors[:, :wanted], residuals[:wanted], count.passes)
 
@@ -292,7 +299,7 @@ def _rayleigh_ritz(
     values, coordinates = scipy.linalg.eigh((inner + inner.T) / 2, check_finite=False)
     values, coordinates = values[::-1], coordinates[:, ::-1]
     vectors, found = vectors @ coordinates, found @ coordinates
-    return values, vectors, np.linalg.norm(found - vectors * values, axis=0)
+    return values, vectors, column_norms(found - vectors * values)
 
 
 def _resolution(entries: Entries) -> float:

@@ -236,14 +236,14 @@ class FeatureEntries(ArrayEntries):
 
     def __init__(self, features: Features) -> None:
         """Take the features of train and test samples."""
-        super().__init__(features.kernel())
+        super().__init__(features.kernel(precise=True))
         self.features = features
         self._scale: NDArray[np.float64] | None = None
 
     @property
     def buffer_bytes(self) -> int:
         """See :class:`Entries`."""
-        return super().buffer_bytes + 3 * PANEL_BYTES
+        return super().buffer_bytes + 4 * PANEL_BYTES
 
     def _steps(self) -> tuple[int, int]:
         """See :class:`ArrayEntries`; a panel of features of few columns has so many rows that a block is cut."""

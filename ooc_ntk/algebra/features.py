@@ -137,9 +137,13 @@ class Features:
             parts.append(norms.reshape(-1) if self.full else norms.sum(1))
         return np.concatenate(parts) / self.divisor
 
-    def kernel(self) -> FeatureProduct:
-        """The kernel, its entries computed when they are asked for."""
-        return FeatureProduct(self, self, self.train_samples)
+    def kernel(self, *, precise: bool = False) -> FeatureProduct:
+        """The kernel, its entries computed when they are asked for.
+
+        Args:
+            precise: whether entries are formed and kept in float64, as products with vectors are.
+        """
+        return FeatureProduct(self, self, self.train_samples, precise=precise)
 
     def cross(self, other: Features) -> FeatureProduct:
         """The kernel between these samples (rows) and the train samples of other features (columns).
@@ -216,11 +220,11 @@ class FeatureProduct:
         chunks: pieces that are best computed at once.
     """
 
-    def __init__(self, left: Features, right: Features, columns: int) -> None:
-        """All samples of ``left`` against the first ``columns`` of ``right``."""
+    def __init__(self, left: Features, right: Features, columns: int, *, precise: bool = False) -> None:
+        """All samples of ``left`` against the first ``columns`` of ``right``; ``precise``: all in float64."""
         self._left, self._right, self._entries = left, right, left.entries
         self.shape = (left.samples * left.entries, columns * right.entries)
-        self.dtype = np.dtype(np.float64 if np.dtype(left.array.dtype) == np.float64 else np.float32)
+        self.dtype = np.dtype(np.float64 if precise or np.dtype(left.array.dtype) == np.float64 else np.float32)
         self._norms: dict[int, NDArray[np.float64]] = {}
         step = len(next(left.panels())) * left.entries
         self.chunks = (min(step, self.shape[0]), min(step, max(1, self.shape[1])))
@@ -259,11 +263,12 @@ class FeatureProduct:
         steps = [len(next(each.panels())) * each.entries for each in (self._left, self._right)]
         for top in range(0, len(rows), steps[0]):
             some = rows[top : top + steps[0]]
-            left = _matrix(self._left, some)
+            left = _matrix(self._left, some).astype(self.dtype, copy=False)
             for start in range(0, len(columns), steps[1]):
                 part = columns[start : start + steps[1]]
+                right = _matrix(self._right, part).astype(self.dtype, copy=False)
                 found[top : top + len(some), start : start + len(part)] = self._scaled(
-                    _product(left, _matrix(self._right, part)), some, part
+                    _product(left, right), some, part
                 )
         return found
 

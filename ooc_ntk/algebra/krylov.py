@@ -130,6 +130,18 @@ def rounding_floor(size: int, largest: float) -> float:
     return ROUNDING * largest * float(np.sqrt(size))
 
 
+def column_norms(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Euclidean norms of columns, also of such whose squares underflow.
+
+    >>> column_norms(np.array([[3e-200], [4e-200]])).tolist()
+    [5e-200]
+    """
+    largest = float(np.abs(columns).max(initial=0.0))
+    if largest == 0:
+        return np.zeros(columns.shape[1])
+    return np.asarray(np.linalg.norm(columns / largest, axis=0) * largest)
+
+
 def block_krylov(
     product: Product,
     size: int,
@@ -235,7 +247,7 @@ class _Basis:
         values, inner = scipy.linalg.eigh(self._projection[: self.filled, : self.filled], check_finite=False)
         values, inner = values[::-1][:wanted], inner[:, ::-1][:, :wanted]
         leads_out = self._coupling @ inner[self._newest.start : self._newest.stop]
-        return values, inner, np.linalg.norm(leads_out, axis=0)
+        return values, inner, column_norms(leads_out)
 
     def rotated(self, inner: NDArray[np.float64]) -> NDArray[np.float64]:
         """Vectors of some coordinates in the basis, (n, vectors)."""

@@ -81,8 +81,9 @@ def fit_power_law(quantity: NDArray[np.float64], what: str, window: tuple[int, i
     ranks = np.arange(first, last + 1)
     chosen = quantity[first - 1 : last]
     if not (chosen > 0).all():
+        rank = first + int(np.argmax(chosen <= 0))
         raise InputError(
-            f"{what} at rank {first + int(np.argmax(chosen <= 0))} is not positive; take a window before it"
+            f"a power law of {what} ends before rank {rank}, where it is not positive; take a window before"
         )
     x, y = np.log(ranks), np.log(chosen)
     centred = x - x.mean()

@@ -139,7 +139,7 @@ class Spectrum:
     def _usable(self) -> int:
         """Leading ranks whose eigenvalues are above rounding, and not at the end of the samples."""
         largest = float(self.values.max(initial=0.0))
-        below = self.values <= self.resolution * largest
+        below = self.values <= max(self.resolution * largest, rounding_floor(self.size, largest))
         count = int(np.argmax(below)) if below.any() else len(self.values)
         return min(count, max(1, int(FITTED_SHARE * self.size))) if self.complete else count
 
