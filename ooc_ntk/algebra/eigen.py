@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, lobpcg
 
 from ooc_ntk.errors import BudgetError, InputError, unknown_name
 from ooc_ntk.units import format_bytes, parse_bytes
@@ -17,26 +16,25 @@ from ooc_ntk.units import format_bytes, parse_bytes
 from .dense import dense_square, square_bytes, usable_bytes
 from .entries import Entries, ViewEntries
 from .krylov import (
-    OVERSAMPLING,
+    MAX_PASSES,
+    Counted,
     Product,
     Progress,
     RitzPairs,
+    Search,
     basis_bytes,
     basis_columns,
     block_krylov,
     column_norms,
-    rounding_floor,
     smallest_basis,
 )
+from .lobpcg import lobpcg_pairs
 from .spectrum import Spectrum
 
 if TYPE_CHECKING:
     from .operator import KernelOperator
 
 METHODS: Final = ("auto", "full", "krylov", "lobpcg")
-
-#: Passes after which a computation ends as it is. (A choice: kernels took 4 to 25.)
-MAX_PASSES: Final = 200
 
 #: Up to this many rows the dense square is decomposed. (Measured: 50 pairs of 3,000 rows take 0.8 s either way, of
 #: 1,500 rows 0.2 s and by block Krylov 0.6 s.)
@@ -54,15 +52,6 @@ SOME_COPIES: Final = 1.2
 #: Share of the pairs from which divide and conquer of all is faster than MRRR of some. (Measured: 1,000 of 3,000 rows
 #: take 1.7 s by MRRR, all take 1.9 s by divide and conquer.)
 EVERY_SHARE: Final = 0.4
-
-#: Iterations of LOBPCG between looks at how far it came.
-LOBPCG_ROUND: Final = 20
-
-#: Blocks that LOBPCG holds: vectors, residuals, directions, their products, and copies. (Guessed from its source.)
-LOBPCG_BLOCKS: Final = 14
-
-#: Rows per column below which SciPy's LOBPCG would form the dense matrix.
-LOBPCG_ROWS: Final = 5
 
 
 def eigh(
@@ -82,26 +71,17 @@ def eigh(
     _check(k, size, method, tolerance)
     wanted = size if k is None else int(k)
     chosen = _method(entries, k, method, usable_bytes(allowed))
-    tell = advance or _silent
-    count = _Counted(lambda vectors: kernel.matmat(vectors, device=device))
+    search = Search(wanted, tolerance, MAX_PASSES, seed, advance or _silent)
+    count = Counted(lambda vectors: kernel.matmat(vectors, device=device))
     if chosen == "full":
         found = _full(entries, wanted, allowed, count)
-        tell(Progress(count.passes, wanted, wanted, 0.0))
+        search.advance(Progress(found.passes, wanted, wanted, 0.0))
     elif chosen == "krylov":
         columns = basis_columns(size, wanted, usable_bytes(allowed) - entries.buffer_bytes)
         _check_basis(entries, wanted, columns, usable_bytes(allowed))
-        found = block_krylov(
-            count,
-            size,
-            wanted,
-            columns=columns,
-            tolerance=tolerance,
-            max_passes=MAX_PASSES,
-            seed=seed,
-            advance=tell,
-        )
+        found = block_krylov(count, size, search, columns)
     else:
-        found = _lobpcg(count, size, wanted, tolerance, seed, tell, usable_bytes(allowed) - entries.buffer_bytes)
+        found = lobpcg_pairs(count, size, search, usable_bytes(allowed) - entries.buffer_bytes)
     largest = float(np.abs(found.values).max(initial=0.0))
     spectrum = Spectrum(
         values=found.values,
@@ -128,18 +108,6 @@ def eigh(
 
 def _silent(progress: Progress) -> None:
     """Tell nobody."""
-
-
-class _Counted:
-    """Products with the kernel, each a pass over it."""
-
-    def __init__(self, product: Product) -> None:
-        self._product = product
-        self.passes = 0
-
-    def __call__(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-        self.passes += 1
-        return self._product(vectors)
 
 
 def _check(k: int | None, size: int, method: str, tolerance: float) -> None:
@@ -185,7 +153,7 @@ def fits_whole(entries: Entries, memory: int | None = None) -> bool:
     return square_bytes(entries, _copies(entries.size, entries.size, allowed, entries)) <= allowed
 
 
-def _full(entries: Entries, wanted: int, memory: int | None, count: _Counted) -> RitzPairs:
+def _full(entries: Entries, wanted: int, memory: int | None, count: Counted) -> RitzPairs:
     """Decompose the dense square, and measure the residuals by passes over the kernel."""
     size = entries.size
     copies = _copies(size, wanted, usable_bytes(memory), entries)
@@ -234,72 +202,6 @@ def _check_basis(entries: Entries, wanted: int, columns: int, allowed: int) -> N
             f"{format_bytes(needed)}; {format_bytes(allowed)} may be taken: ask for fewer eigenpairs or allow more "
             "memory"
         )
-
-
-def _lobpcg(
-    count: _Counted,
-    size: int,
-    wanted: int,
-    tolerance: float,
-    seed: int,
-    tell: Callable[[Progress], None],
-    allowed_bytes: int,
-) -> RitzPairs:
-    """Leading pairs by SciPy's LOBPCG, in rounds, the tolerance of each from the eigenvalues of the last.
-
-    Its own tolerance is one norm for all residuals; ours is a share of each eigenvalue.
-
-    Raises:
-        InputError: for a kernel so small that SciPy would form it.
-        BudgetError: if its blocks do not fit the memory.
-    """
-    if LOBPCG_ROWS * wanted > size:
-        raise InputError(
-            f"LOBPCG finds at most one in {LOBPCG_ROWS} of the eigenpairs, {size // LOBPCG_ROWS:,} of {size:,}, "
-            f"got k={wanted}; use method='full' or 'krylov'"
-        )
-    width = min(wanted + OVERSAMPLING, size // LOBPCG_ROWS)
-    if 8 * size * width * LOBPCG_BLOCKS > allowed_bytes:
-        raise BudgetError(
-            f"LOBPCG of {wanted:,} eigenpairs of {size:,} rows needs {format_bytes(8 * size * width * LOBPCG_BLOCKS)}; "
-            f"{format_bytes(allowed_bytes)} may be taken: ask for fewer eigenpairs or allow more memory"
-        )
-    vectors = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, width)))[0]
-    vectors = np.linalg.qr(count(vectors))[0]
-    values, vectors, residuals = _rayleigh_ritz(count, vectors)
-    scale = float(np.abs(values).max(initial=0.0)) or 1.0  # SciPy's inner products of a tiny kernel would underflow
-
-    def product(given: NDArray[np.float64]) -> NDArray[np.float64]:
-        return count(given) / scale
-
-    operator = LinearOperator((size, size), matvec=product, matmat=product, dtype=np.float64)
-    while True:
-        floor = max(rounding_floor(size, float(np.abs(values).max(initial=0.0))), np.finfo(float).tiny)
-        allowed = np.maximum(tolerance * np.abs(values[:wanted]), floor)
-        done, worst = int((residuals[:wanted] <= allowed).sum()), float((residuals[:wanted] / allowed).max())
-        tell(Progress(count.passes, done, wanted, worst))
-        if done == wanted or count.passes >= MAX_PASSES:
-            break
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # it ends a round short of its tolerance; ours is looked at here
-            rounds = min(LOBPCG_ROUND, MAX_PASSES - count.passes)
-            _, vectors = lobpcg(operator, vectors, tol=float(allowed.min()) / scale, maxiter=rounds, largest=True)
-        values, vectors, residuals = _rayleigh_ritz(count, np.linalg.qr(vectors)[0])
-    return RitzPairs(values[:wanted], vectors[:, :wanted], residuals[:wanted], count.passes)
-
-
-def _rayleigh_ritz(
-    product: Product, vectors: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Ritz values (descending), Ritz vectors and residual norms of a subspace, by one product."""
-    found = product(vectors)
-    inner = vectors.T @ found
-    values, coordinates = scipy.linalg.eigh((inner + inner.T) / 2, check_finite=False)
-    values, coordinates = values[::-1], coordinates[:, ::-1]
-    vectors, found = vectors @ coordinates, found @ coordinates
-    return values, vectors, column_norms(found - vectors * values)
 
 
 def _resolution(entries: Entries) -> float:

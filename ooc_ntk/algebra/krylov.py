@@ -20,6 +20,9 @@ Product = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 #: (A choice: eigenvalues are then off by about its square; 1e-6 saves one pass of nine.)
 TOLERANCE: Final = 1e-8
 
+#: Passes after which a computation ends as it is. (A choice: kernels took 4 to 25.)
+MAX_PASSES: Final = 200
+
 #: Columns of the block beyond the wanted eigenpairs. (Measured for 50 of 1,000 whose values fall as i^-1 and i^-0.5:
 #: ten save one pass of twelve against none, twenty at most another one.)
 OVERSAMPLING: Final = 10
@@ -48,6 +51,19 @@ ROUNDING: Final = 4 * float(np.finfo(np.float64).eps)
 ROTATED_ROWS: Final = 4096
 
 
+class Counted:
+    """Products with the kernel, each a pass over it."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+        self.passes = 0
+
+    def __call__(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The kernel times some vectors."""
+        self.passes += 1
+        return self._product(vectors)
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a computation of eigenpairs is.
@@ -64,6 +80,25 @@ class Progress:
     converged: int
     wanted: int
     residual: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for, and for how long.
+
+    Attributes:
+        wanted: eigenpairs, at most as many as rows.
+        tolerance: a pair is done when its residual is at most this share of its own eigenvalue, or rounding.
+        max_passes: products at most.
+        seed: of the random start.
+        advance: told after each look at the residuals.
+    """
+
+    wanted: int
+    tolerance: float
+    max_passes: int
+    seed: int
+    advance: Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -142,44 +177,33 @@ def column_norms(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.norm(columns / largest, axis=0) * largest)
 
 
-def block_krylov(
-    product: Product,
-    size: int,
-    wanted: int,
-    *,
-    columns: int,
-    tolerance: float,
-    max_passes: int,
-    seed: int,
-    advance: Callable[[Progress], None],
-) -> RitzPairs:
+def block_krylov(product: Product, size: int, search: Search, columns: int) -> RitzPairs:
     """Leading eigenpairs of a symmetric positive semi-definite operator (also of one that is nearly so).
 
     Args:
         product: the operator times (n, block) vectors.
         size: n.
-        wanted: eigenpairs, at most n.
+        search: what is looked for.
         columns: of the basis, at least :func:`smallest_basis`; more are never held.
-        tolerance: a pair is done when its residual is at most this share of its own eigenvalue, or rounding.
-        max_passes: products at most.
-        seed: of the random start.
-        advance: told after each product.
 
     Returns:
         The pairs; residuals say how far they got where the passes were not enough.
     """
-    basis = _Basis(size, columns, seed)
+    wanted = search.wanted
+    basis = _Basis(size, columns, search.seed)
     block = block_width(size, wanted)
     basis.append(basis.random(block))
-    for passes in range(1, max_passes + 1):
+    for passes in range(1, search.max_passes + 1):
         basis.expand(product)
         values, inner, residuals = basis.ritz(wanted)
         largest = float(np.abs(values).max(initial=0.0))
-        allowed = np.maximum(tolerance * np.abs(values), max(rounding_floor(size, largest), np.finfo(float).tiny))
+        allowed = np.maximum(
+            search.tolerance * np.abs(values), max(rounding_floor(size, largest), np.finfo(float).tiny)
+        )
         done = int((residuals <= allowed).sum()) if len(values) == wanted else 0
         worst = float((residuals / allowed).max()) if len(values) == wanted else float("inf")
-        advance(Progress(passes, done, wanted, worst))
-        if done == wanted or passes == max_passes:
+        search.advance(Progress(passes, done, wanted, worst))
+        if done == wanted or passes == search.max_passes:
             break
         if basis.filled + basis.next_width > columns:
             basis.restart(wanted + KEPT_BLOCKS * block)

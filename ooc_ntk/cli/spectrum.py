@@ -79,7 +79,7 @@ def spectrum(
             warnings.filterwarnings("ignore", message=".*eigenpairs are not within the tolerance")  # the table says it
             found = api.spectrum(
                 run,
-                None if every else k,
+                k,
                 every=every,
                 targets=targets,
                 centered=centered,

@@ -45,7 +45,7 @@ def run(folder, name, rates, samples=SAMPLES, tile=70, **options):
 def kernels(folder, rates, frozen):
     torch.manual_seed(3)
     return {
-        "exact": run(folder, "exact", rates, tile=80),
+        "exact": run(folder, "exact", rates, tile=80, by="layer"),
         "projected": run(folder, "projected", rates, projection="sjlt:1024"),
         "features": run(folder, "features", rates, projection="sjlt:512"),
         "full": run(folder, "full", rates, samples=32, tile=7, kernel="full"),
@@ -114,8 +114,8 @@ def test_views(name, view, method, kernels):
     check(seen.eigh(30, method=method), matrix)
 
 
-def test_a_layer_answers_as_a_kernel_does(folder, rates):
-    kernel = run(folder, "layers", rates, by="layer")
+def test_a_layer_answers_as_a_kernel_does(kernels):
+    kernel = kernels["exact"]
     layer = kernel.layer(kernel.layers[0])
     matrix = square(layer)
     check(layer.eigh(20, method="krylov"), matrix)
