@@ -197,9 +197,8 @@ def block_krylov(product: Product, size: int, search: Search, columns: int) -> R
         basis.expand(product)
         values, inner, residuals = basis.ritz(wanted)
         largest = float(np.abs(values).max(initial=0.0))
-        allowed = np.maximum(
-            search.tolerance * np.abs(values), max(rounding_floor(size, largest), np.finfo(float).tiny)
-        )
+        floor = max(rounding_floor(size, largest), float(np.finfo(np.float64).tiny))
+        allowed = np.maximum(search.tolerance * np.abs(values), floor)
         done = int((residuals <= allowed).sum()) if len(values) == wanted else 0
         worst = float((residuals / allowed).max()) if len(values) == wanted else float("inf")
         search.advance(Progress(passes, done, wanted, worst))

@@ -16,8 +16,14 @@ from tests.cases import case, digits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def refuse(*_):
-    raise AssertionError("inputs were read for the sake of labels")
+READ = {kind: kind._read for kind in (ArraySource, ImageSource)}
+
+
+def refuse(source, start, stop):
+    """The first sample says how parts that are joined are laid out; no other is read."""
+    if stop - start > 1:
+        raise AssertionError("inputs were read for the sake of labels")
+    return READ[type(source)](source, start, stop)
 
 
 def test_of_data_by_name(compute, monkeypatch):
