@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from ooc_ntk.errors import InputError, RunConflictError, TransientStorageError
 
 from .entries import Entries
+from .operator import KernelOperator
 from .products import PASSES
-
-if TYPE_CHECKING:
-    from .operator import KernelOperator
 
 #: Entries of each kernel that are multiplied at once, in float64: of a few kernels they stay in the cache. (A choice.)
 PIECE: Final = 2**16
@@ -50,9 +48,8 @@ class LayerAlignment:
 
 def cka(first: KernelOperator, second: KernelOperator, *, centered: bool, check_data: bool) -> float:
     """Alignment of two kernels; see :meth:`~ooc_ntk.algebra.operator.KernelOperator.cka`."""
-    for kernel in (first, second):
-        if not hasattr(kernel, "entries"):
-            raise InputError(f"cka compares two kernels, got {type(kernel).__name__}")
+    if not isinstance(second, KernelOperator):
+        raise InputError(f"cka compares two kernels, got {type(second).__name__}")
     sizes = first.shape[1], second.shape[1]
     if sizes[0] != sizes[1] or first.samples[0] != second.samples[0]:
         raise InputError(

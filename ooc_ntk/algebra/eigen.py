@@ -162,7 +162,8 @@ def _full(entries: Entries, wanted: int, memory: int | None, count: Counted) -> 
     # The transpose is the same matrix in Fortran order, which LAPACK overwrites.
     if copies == ALL_COPIES:
         values, vectors = scipy.linalg.eigh(matrix.T, overwrite_a=True, check_finite=False, driver="evd")
-        values, vectors = values[size - wanted :], vectors[:, size - wanted :]
+        if wanted < size:  # a copy, so that the others need not stay
+            values, vectors = values[size - wanted :], vectors[:, size - wanted :].copy(order="F")
     else:
         values, vectors = scipy.linalg.eigh(
             matrix.T,
@@ -172,7 +173,10 @@ def _full(entries: Entries, wanted: int, memory: int | None, count: Counted) -> 
             subset_by_index=None if wanted == size else [size - wanted, size - 1],
         )
     del matrix
-    values, vectors = values[::-1].copy(), vectors[:, ::-1]
+    values = values[::-1].copy()
+    for left in range(wanted // 2):  # in place: the vectors of all are as large as the square
+        right = wanted - 1 - left
+        vectors[:, [left, right]] = vectors[:, [right, left]]
     return RitzPairs(values, vectors, _measured(values, vectors, size, count), 1 + count.passes)
 
 
