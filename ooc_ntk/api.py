@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from numpy.typing import ArrayLike
 from torch import nn
 
 from .algebra.checkpoints import Checkpoints, Drift, read_index
@@ -13,7 +14,9 @@ from .algebra.external import external_features
 from .algebra.features import Features
 from .algebra.fed import STATE, fed_features
 from .algebra.kernel import Kernel
-from .algebra.ridge import Solution
+from .algebra.ridge import Advance, Solution
+from .algebra.spectrum import Spectrum
+from .algebra.summary import SpectrumSummary
 from .algebra.surrogate import KINDS, RIDGE_RATIO, Surrogate, SurrogateReport
 from .compute.functions import ClipOutput
 from .compute.machine import peak_resident_bytes
@@ -27,9 +30,12 @@ from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_named
 from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
+from .execution.fitting import Fit, FitSettings, fit_run
+from .execution.labels import Labels, run_labels
 from .execution.nearest import NearestResult, NearestSettings, find_nearest
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
+from .execution.spectra import Look, spectrum_summary
 from .execution.status import RunInfo, keep_audit, run_info
 from .execution.surrogates import check_surrogates, fit_surrogates
 from .inputs.callables import absolute_callable, is_callable_spec
@@ -58,9 +64,11 @@ __all__ = [
     "Drift",
     "Features",
     "Featurizer",
+    "Fit",
     "InputError",
     "Job",
     "Kernel",
+    "Labels",
     "MachineRates",
     "NearestResult",
     "Observer",
@@ -71,12 +79,15 @@ __all__ = [
     "RunConflictError",
     "RunInfo",
     "Solution",
+    "Spectrum",
+    "SpectrumSummary",
     "Surrogate",
     "SurrogateReport",
     "VerificationError",
     "calibrate",
     "describe_job",
     "extend",
+    "fit",
     "forget_layer_rule",
     "info",
     "info_checkpoints",
@@ -89,6 +100,8 @@ __all__ = [
     "plan",
     "run",
     "run_checkpoints",
+    "run_labels",
+    "spectrum",
     "surrogate",
     "verify",
 ]
@@ -512,6 +525,54 @@ def surrogate(
     return report
 
 
+def fit(
+    path: str | Path,
+    targets: str | Path | ArrayLike | None = None,
+    *,
+    ridge: float | None = None,
+    ridge_ratio: float | None = None,
+    ridges: ArrayLike | None = None,
+    centered: bool = False,
+    cosine: bool = False,
+    method: str = "auto",
+    probes: int = 16,
+    job: Job | None = None,
+    budget: Budget | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    advance: Advance | None = None,
+) -> Fit:
+    """Kernel ridge regression of a finished run, as ``ooc-ntk fit`` prints it: the ridge by GCV, errors, accuracies.
+
+    Args:
+        path: the run directory.
+        targets: (train rows,) or (train rows, targets), or of all rows, or a NumPy file of them; None takes the class
+            labels of the run's data, one target per class, less 1/classes.
+        ridge: one absolute ridge; with none of the three GCV chooses, from 1e-6 to 10 of the mean diagonal.
+        ridge_ratio: one ridge over the mean diagonal.
+        ridges: absolute ridges that GCV chooses from.
+        centered: whether kernel and targets are centred, which fits an intercept.
+        cosine: whether the kernel is divided by the roots of its diagonal first.
+        method: as for :meth:`Kernel.solve`, with a grid as for :meth:`Kernel.gcv`.
+        probes: as for :meth:`Kernel.gcv`.
+        job: the run's job, for its labels; needed only where it was made from live objects.
+        budget: as for :meth:`Kernel.solve`.
+        device: torch device that multiplies.
+        seed: of everything random.
+        advance: told what is being done.
+
+    Returns:
+        Coefficients, the curve over the ridges, predictions and errors.
+
+    Raises:
+        InputError: for wrong targets or ridges, data without labels, or a matrix that is not positive definite.
+        BudgetError: if no method fits.
+        StorageError: if there is no run, it is not finished, or files cannot be read.
+    """
+    asked = FitSettings(targets, ridge, ridge_ratio, ridges, centered, cosine, method, probes, budget, seed, device)
+    return fit_run(Kernel(path), asked, lambda: job, advance)
+
+
 def nearest(
     path: str | Path,
     k: int = 5,
@@ -562,6 +623,67 @@ def _job_of_data(path: str | Path, given: Mapping[str, object]) -> Job:
     if stored.outputs == LIVE:
         stand_ins["outputs"] = "logits"
     return describe_job(None, {**stand_ins, **given}, run=path)[0]
+
+
+def spectrum(
+    path: str | Path,
+    k: int | None = None,
+    *,
+    every: bool = False,
+    targets: str | Path | ArrayLike | None = None,
+    job: Job | None = None,
+    centered: bool = False,
+    cosine: bool = False,
+    method: str = "auto",
+    layers: bool = False,
+    compare: Sequence[str | Path] = (),
+    check_data: bool = True,
+    memory: str | int | None = None,
+    seed: int = 0,
+) -> SpectrumSummary:
+    """The spectrum of a finished kernel and what follows from it, as ``ooc-ntk spectrum`` prints it.
+
+    Args:
+        path: the run directory.
+        k: leading eigenpairs; None for all of up to 4,000 rows, if they fit, and 50 of more.
+        every: whether the whole spectrum is wanted in memory, of whatever size.
+        targets: (train rows,) or (train rows, targets), or a NumPy file of them; None takes the labels of the run's
+            data, where it has any.
+        job: the run's job, for its labels; needed only where it was made from live objects.
+        centered: whether the kernel is centred first.
+        cosine: whether it is divided by the roots of its diagonal first.
+        method: as for :meth:`Kernel.eigh`.
+        layers: whether the layers are aligned, of a run made with ``by="layer"``.
+        compare: run directories of other kernels of the same samples, to be aligned with.
+        check_data: whether those of other data are refused.
+        memory: bytes that may be taken.
+        seed: of the random start.
+
+    Returns:
+        All figures.
+
+    Raises:
+        InputError: for a wrong k, method or targets, or kernels that cannot be aligned.
+        BudgetError: if it does not fit the memory.
+        RunConflictError: for a run of other data.
+        StorageError: if there is no run, or it is not finished.
+    """
+    if every and k is not None:
+        raise InputError(f"all eigenpairs were asked for and k={k} of them; leave one of both out")
+    return spectrum_summary(
+        Kernel(path),
+        Look(centered=centered, cosine=cosine),
+        k=k,
+        every=every,
+        targets=targets,
+        job=job,
+        method=method,
+        layers=layers,
+        compare=[Kernel(each) for each in compare],
+        check_data=check_data,
+        memory=memory,
+        seed=seed,
+    )
 
 
 def info_checkpoints(path: str | Path) -> list[RunInfo]:

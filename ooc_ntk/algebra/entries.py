@@ -94,6 +94,15 @@ class Entries(ABC):
     def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
         """Whole rows by their numbers, (rows, columns) float64."""
 
+    def region(self, rows: range, columns: range) -> NDArray[Any]:
+        """Some rows and columns, float32 or float64; of tiles on disk without a look at their checksums."""
+        return self.rows(np.arange(rows.start, rows.stop))[:, columns.start : columns.stop]
+
+    @property
+    def tiling(self) -> tuple[object, ...] | None:
+        """What kernels share whose blocks have the same rows and columns; None where entries are in no tiles."""
+        return None
+
     @abstractmethod
     def diagonal(self) -> NDArray[np.float64]:
         """Diagonal of the train square, (columns,) float64."""
@@ -158,6 +167,15 @@ class TileEntries(Entries):
         """See :meth:`Entries.rows`."""
         return self._rows[index].astype(np.float64)
 
+    def region(self, rows: range, columns: range) -> NDArray[Any]:
+        """See :meth:`Entries.region`."""
+        return self._rows.region(rows, columns)
+
+    @property
+    def tiling(self) -> tuple[object, ...]:
+        """See :attr:`Entries.tiling`."""
+        return (*self.shape, self._height, self._width, self.dtype.itemsize)
+
     def diagonal(self) -> NDArray[np.float64]:
         """See :meth:`Entries.diagonal`."""
         return self._rows.diagonal(self.size)
@@ -175,28 +193,34 @@ class ArrayEntries(Entries):
     @property
     def buffer_bytes(self) -> int:
         """See :class:`Entries`."""
-        return 2 * BLOCK_BYTES
+        rows, columns = self._steps()
+        return 2 * 8 * rows * columns
 
-    def _step(self) -> int:
+    def _steps(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
         chunks = getattr(self._array, "chunks", None)
-        rows = max(1, BLOCK_BYTES // max(1, 8 * self.shape[1]))
-        return max(rows, int(chunks[0])) if chunks else rows
+        if chunks:
+            return int(chunks[0]), int(chunks[1])
+        return max(1, BLOCK_BYTES // max(1, 8 * self.shape[1])), self.shape[1]
 
     def blocks(self, rows: range, *, lower: bool = False, columns: range | None = None) -> Iterator[Block]:
         """See :meth:`Entries.blocks`."""
-        columns, step = range(self.shape[1]) if columns is None else columns, self._step()
+        columns, (step, width) = range(self.shape[1]) if columns is None else columns, self._steps()
         for start in range(rows.start, rows.stop, step):
             part = range(start, min(start + step, rows.stop))
-            stop = min(part.stop, columns.stop) if lower else columns.stop
-            if stop <= columns.start:
-                continue
-            values = np.asarray(self._array[part.start : part.stop, columns.start : stop])
-            yield from _split(part, columns.start, values, lower=lower)
+            last = min(part.stop, columns.stop) if lower else columns.stop
+            for left in range(columns.start, last, width):
+                found = self._array[part.start : part.stop, left : min(left + width, last)]
+                yield from _split(part, left, np.asarray(found), lower=lower)
 
     def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
         """See :meth:`Entries.rows`."""
         rows = self._array[index] if isinstance(self._array, np.ndarray) else self._array[index, :]
         return np.asarray(rows, dtype=np.float64)
+
+    def region(self, rows: range, columns: range) -> NDArray[Any]:
+        """See :meth:`Entries.region`."""
+        return np.asarray(self._array[_slice(rows), _slice(columns)])
 
     def diagonal(self) -> NDArray[np.float64]:
         """See :meth:`Entries.diagonal`."""
@@ -349,6 +373,15 @@ class ViewEntries(Entries):
     def rows(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
         """See :meth:`Entries.rows`."""
         return self._seen(self.base.rows(index), index, slice(0, self.size))
+
+    def region(self, rows: range, columns: range) -> NDArray[np.float64]:
+        """See :meth:`Entries.region`."""
+        return self._seen(self.base.region(rows, columns), _slice(rows), _slice(columns))
+
+    @property
+    def tiling(self) -> tuple[object, ...] | None:
+        """See :attr:`Entries.tiling`."""
+        return self.base.tiling
 
     def diagonal(self) -> NDArray[np.float64]:
         """See :meth:`Entries.diagonal`."""

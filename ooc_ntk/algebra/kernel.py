@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import cut_off
 
+from .alignment import LayerAlignment, layer_alignment
 from .attribution import attribution_scores
 from .entries import ArrayEntries, Entries, FeatureEntries, TileEntries
 from .errors import sketch_shape
@@ -61,6 +63,7 @@ class Kernel(KernelOperator):
         try:
             finished = manifest.keys()
             self._records: Mapping[str, FileRecord] | None = manifest.files()
+            self._data_digest = str(json.loads(manifest.meta("job") or "{}").get("data", ""))
         finally:
             manifest.close()
         wanted = (
@@ -98,7 +101,7 @@ class Kernel(KernelOperator):
         """
         kernel = cls.__new__(cls)
         kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, features, None
-        kernel._records, kernel._entries = None, None
+        kernel._records, kernel._entries, kernel._data_digest = None, None, ""
         kernel._shape, kernel._train, kernel._test = (
             features.kernel_shape,
             features.train_samples,
@@ -120,7 +123,7 @@ class Kernel(KernelOperator):
         """
         kernel = cls.__new__(cls)
         kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, None, diagonal
-        kernel._records, kernel._entries = None, None
+        kernel._records, kernel._entries, kernel._data_digest = None, None, ""
         kernel._shape, kernel._train, kernel._test = (int(array.shape[0]), int(array.shape[1])), train, test
         kernel._array = array
         return kernel
@@ -145,6 +148,11 @@ class Kernel(KernelOperator):
     def samples(self) -> tuple[int, int]:
         """Train and test samples."""
         return self._train, self._test
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the train and test samples; empty for features of another program, or a mean of kernels."""
+        return self._data_digest
 
     def sample_diagonal(self) -> NDArray[np.float64]:
         """Entry of every row with itself as it is in the kernel, (rows,) float64."""
@@ -187,16 +195,40 @@ class Kernel(KernelOperator):
             name: the layer's name, one of :attr:`layers`.
 
         Returns:
-            Its summand, which reads like an array.
+            Its summand, which reads like an array, and multiplies and decomposes as the kernel does.
 
         Raises:
             InputError: if there is no such layer, or no summands were kept.
+        """
+        self._check_layers()
+        return LayerKernel(self.path, name, self.samples, self._records, self._data_digest)
+
+    def layer_cka(self, *, centered: bool = True) -> LayerAlignment:
+        """Alignments (CKA) of the layers' summands of the kernel, each with each, by one pass over all of them.
+
+        Args:
+            centered: whether the summands are centred first, as :meth:`cka` does.
+
+        Returns:
+            Names of the layers, and (layers, layers) alignments; NaN for a layer that adds nothing.
+
+        Raises:
+            InputError: if no summands were kept.
+            StorageError: if a tile cannot be read, or is not what was committed.
+        """
+        self._check_layers()
+        return layer_alignment([self.layer(name) for name in self.layers], self.layers, centered=centered)
+
+    def _check_layers(self) -> None:
+        """Refuse a run without layer-wise kernels.
+
+        Raises:
+            InputError: if it keeps none.
         """
         if not self.layers:
             raise InputError(
                 f"the run in {self.path} keeps no kernels of single layers; run the job with by='layer', --by layer"
             )
-        return LayerKernel(self.path, name)
 
     @property
     def features(self) -> Features:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ooc_ntk.errors import unknown_name
-from ooc_ntk.storage.arrays import TileRows, open_tile_array
+from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.storage.arrays import open_tile_array
+from ooc_ntk.storage.atomic import FileRecord
+
+from .entries import TileEntries
+from .operator import KernelOperator
 
 if TYPE_CHECKING:
     import dask.array
@@ -18,20 +23,29 @@ if TYPE_CHECKING:
 LAYERS: Final = "layers.zarr"
 
 
-class LayerKernel:
-    """One layer's summand of a kernel: reads like an array, shaped and scaled as the kernel is.
+class LayerKernel(KernelOperator):
+    """One layer's summand of a kernel, shaped and scaled as the kernel is; it reads and answers like one.
 
     Attributes:
         name: the layer's name.
-        shape: rows and columns, those of the kernel.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        samples: tuple[int, int],
+        records: Mapping[str, FileRecord] | None = None,
+        data_digest: str = "",
+    ) -> None:
         """Open the summand of a layer.
 
         Args:
             root: the run directory.
             name: the layer's name.
+            samples: train and test samples.
+            records: committed files by path; None where no checksums are kept.
+            data_digest: of the samples.
 
         Raises:
             InputError: if there is no such layer.
@@ -42,7 +56,41 @@ class LayerKernel:
         if name not in names:
             raise unknown_name("layer", name, names)
         self._root, self.name, self._index = root, name, names.index(name)
-        self.shape: tuple[int, int] = (self._array.shape[1], self._array.shape[2])
+        self._samples, self._data_digest = samples, data_digest
+        self._entries = TileEntries(root, LAYERS, self._array, records, layer=(self._index,))
+
+    @property
+    def entries(self) -> TileEntries:
+        """See :class:`KernelOperator`."""
+        return self._entries
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """See :class:`KernelOperator`."""
+        return self._samples
+
+    @property
+    def workspace(self) -> Path | None:
+        """See :class:`KernelOperator`: the run directory."""
+        return self._root
+
+    @property
+    def data_digest(self) -> str:
+        """See :class:`KernelOperator`."""
+        return self._data_digest
+
+    def sample_diagonal(self) -> NDArray[np.float64]:
+        """See :class:`KernelOperator`.
+
+        Raises:
+            InputError: if there are test rows, whose entries with themselves are kept of the whole kernel alone.
+        """
+        if self.shape[0] > self.shape[1]:
+            raise InputError(
+                f"what layer {self.name!r} adds to the diagonal of test samples is not kept: no cosines of a layer of "
+                "a run with test rows; make a run without them"
+            )
+        return self._entries.diagonal()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -75,4 +123,4 @@ class LayerKernel:
 
     def trace(self) -> float:
         """Sum of its diagonal over the train samples: what the layer adds to the trace of the train square."""
-        return float(TileRows(self._root, LAYERS, (self._index,)).diagonal(self.shape[1]).sum())
+        return float(self._entries.diagonal().sum())

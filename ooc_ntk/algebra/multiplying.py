@@ -45,6 +45,11 @@ class MultipliedKernel(ABC):
         """Folder for what is computed on disk and deleted after; None if there is none."""
 
     @property
+    def data_digest(self) -> str:
+        """Digest of the train and test samples that the kernel is of; empty where it is not known."""
+        return ""
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows (train then test samples, times entries) and columns (train samples, times entries)."""
         return self.entries.shape

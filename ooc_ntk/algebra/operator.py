@@ -14,9 +14,10 @@ from .entries import Entries, ViewEntries
 from .neighbours import Neighbours, nearest
 from .products import rows_product, square_product
 from .regression import Regression
+from .spectral import Spectral
 
 
-class KernelOperator(Regression):
+class KernelOperator(Regression, Spectral):
     """What can be asked of a kernel on disk and of its views: nothing here holds the kernel in memory.
 
     Rows are train then test samples (times their entries), columns train samples; the train square is symmetric.
@@ -98,6 +99,11 @@ class KernelView(KernelOperator):
     def workspace(self) -> Path | None:
         """See :class:`~ooc_ntk.algebra.multiplying.MultipliedKernel`."""
         return self._kernel.workspace
+
+    @property
+    def data_digest(self) -> str:
+        """See :class:`~ooc_ntk.algebra.multiplying.MultipliedKernel`."""
+        return self._kernel.data_digest
 
     def sample_diagonal(self) -> NDArray[np.float64]:
         """See :class:`~ooc_ntk.algebra.multiplying.MultipliedKernel`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ooc_ntk.stopping import EXIT_TERMINATED
 
-from . import commands, nearest, report, surrogate
+from . import commands, fit, nearest, report, spectrum, surrogate
 from .terminal import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, app
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "EXIT_TERMINATED",
     "app",
     "commands",
+    "fit",
     "main",
     "nearest",
     "report",
+    "spectrum",
     "surrogate",
 ]
 

@@ -150,7 +150,7 @@ class FitSettings:
             raise InputError(f"{' and '.join(given)} all say what the ridge is; give one of them")
 
 
-def fit_run(kernel: Kernel, settings: FitSettings, job: Callable[[], Job | None], advance: Advance) -> Fit:
+def fit_run(kernel: Kernel, settings: FitSettings, job: Callable[[], Job | None], advance: Advance | None) -> Fit:
     """Fit a run's kernel.
 
     Args:
@@ -213,7 +213,9 @@ def _targets(kernel: Kernel, given: str | Path | ArrayLike | None, job: Callable
         return _given_targets(kernel, given)
     labels = run_labels(kernel.path, job())
     if labels is None:
-        raise InputError(f"the data of the run in {kernel.path} have no class labels; give targets (--targets FILE.npy)")
+        raise InputError(
+            f"the data of the run in {kernel.path} have no class labels; give targets (--targets FILE.npy)"
+        )
     rows = kernel.entries_per_sample
     if rows > 1 and rows != labels.classes:
         raise InputError(

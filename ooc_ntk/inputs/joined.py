@@ -90,12 +90,6 @@ class JoinedSource(SampleSource):
     def _read(self, start: int, stop: int) -> Samples:
         return _whole([self.parts[number].fetch(first, last) for number, first, last in self._pieces(start, stop)])
 
-    def targets(self, start: int, stop: int) -> torch.Tensor | None:
-        """See :meth:`SampleSource.targets`."""
-        found = [self.parts[number].targets(first, last) for number, first, last in self._pieces(start, stop)]
-        some = [targets for targets in found if targets is not None]
-        return torch.cat(some) if some else None
-
     def texts(self, numbers: Sequence[int]) -> list[str] | None:
         """See :meth:`SampleSource.texts`."""
         found: dict[int, str] = {}
@@ -126,6 +120,12 @@ class JoinedSource(SampleSource):
         """Pieces one after another, each run of pieces of one part as one stream of it."""
         for number, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
             yield from self.parts[number].stream([(first, last) for _, first, last in run])
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        found = [self.parts[number].targets(first, last) for number, first, last in self._pieces(start, stop)]
+        there = [each for each in found if each is not None]
+        return torch.cat(there) if len(there) == len(found) else None
 
     def padded(self, length: int) -> SampleSource:
         """See :meth:`SampleSource.padded`."""

@@ -170,10 +170,6 @@ class SampleSource(ABC):
             raise InputError(f"cannot fetch samples {start} to {stop} of data with {len(self)} samples")
         return self._read(start, stop)
 
-    def targets(self, start: int, stop: int) -> torch.Tensor | None:
-        """Targets of a range alone, as :meth:`fetch` returns them; sources that can leave the inputs unread."""
-        return self.fetch(start, stop).targets
-
     def texts(self, numbers: Sequence[int]) -> list[str] | None:  # noqa: ARG002 - for sources that have some
         """Samples as they were written, before they became tokens; None where samples are no texts, or not known."""
         return None
@@ -192,6 +188,21 @@ class SampleSource(ABC):
         """
         for start, stop in ranges:
             yield self.fetch(start, stop)
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """Targets of a range alone; sources that decode inputs, or keep targets apart, read no inputs for them.
+
+        Args:
+            start: first sample.
+            stop: one past the last sample.
+
+        Returns:
+            (stop - start, ...) on the CPU, or None where the data has none.
+
+        Raises:
+            InputError: as :meth:`fetch`.
+        """
+        return self.fetch(start, stop).targets
 
     def padded(self, length: int) -> SampleSource:
         """The same samples padded to another length, where they are texts.
@@ -299,10 +310,6 @@ class SlicedSource(SampleSource):
     def _read(self, start: int, stop: int) -> Samples:
         return self._source.fetch(self._start + start, self._start + stop)
 
-    def targets(self, start: int, stop: int) -> torch.Tensor | None:
-        """See :meth:`SampleSource.targets`."""
-        return self._source.targets(self._start + start, self._start + stop)
-
     def texts(self, numbers: Sequence[int]) -> list[str] | None:
         """See :meth:`SampleSource.texts`."""
         return self._source.texts([self._start + number for number in numbers])
@@ -313,6 +320,10 @@ class SlicedSource(SampleSource):
             if not 0 <= start < stop <= len(self):
                 raise InputError(f"cannot fetch samples {start} to {stop} of data with {len(self)} samples")
         return self._source.stream([(self._start + start, self._start + stop) for start, stop in ranges])
+
+    def targets(self, start: int, stop: int) -> torch.Tensor | None:
+        """See :meth:`SampleSource.targets`."""
+        return self._source.targets(self._start + start, self._start + stop)
 
     def padded(self, length: int) -> SampleSource:
         """See :meth:`SampleSource.padded`."""

@@ -268,6 +268,25 @@ class TileRows:
                 found[here, columns] = chunk[numbers[here] - tile * height, : columns.stop - columns.start]
         return found if isinstance(index, slice) or np.ndim(index) else found[0]
 
+    def region(self, rows: range, columns: range) -> NDArray[Any]:
+        """Some rows and columns, (rows, columns).
+
+        Raises:
+            StorageError: if a tile is missing or cannot be read.
+        """
+        found = np.empty((len(rows), len(columns)), dtype=self.dtype)
+        height, width = self._tiles.chunks[-2:]
+        for row in range(rows.start // height, -(-rows.stop // height)):
+            top, bottom = max(rows.start, row * height), min(rows.stop, (row + 1) * height)
+            for column in range(columns.start // width, -(-columns.stop // width)):
+                left, right = max(columns.start, column * width), min(columns.stop, (column + 1) * width)
+                found[top - rows.start : bottom - rows.start, left - columns.start : right - columns.start] = (
+                    self._mapped(row, column)[
+                        top - row * height : bottom - row * height, left - column * width : right - column * width
+                    ]
+                )
+        return found
+
     def diagonal(self, count: int) -> NDArray[np.float64]:
         """The first entries of the diagonal, (count,) float64; of tiles as high as wide.
 
