@@ -292,6 +292,14 @@ class FeatureEntries(ArrayEntries):
         found *= self._row_scale()[: self.size]
         return found
 
+    def region(self, rows: range, columns: range) -> NDArray[np.float64]:
+        """See :meth:`Entries.region`."""
+        found = np.empty((len(rows), len(columns)))
+        for block in self.blocks(rows, columns=columns):
+            top, left = block.rows.start - rows.start, block.columns.start - columns.start
+            found[top : top + len(block.rows), left : left + len(block.columns)] = block.values
+        return found
+
     def _wide(self, values: NDArray[Any]) -> torch.Tensor:
         """Features of some samples in float64, (kernel rows, what is multiplied)."""
         width = self.features.dim if self.features.full else self.features.dim * self.features.outputs

@@ -61,7 +61,7 @@ class NTKTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, NTKEstim
         projection: api.Projection | str | None = None,
         normalize: str | None = None,
         parameters: str | Sequence[str] | None = None,
-        precision: str = "float32",
+        precision: str = "float64",
         device: str | None = None,
         host_memory: str | int | None = None,
         out: str | Path | None = None,

@@ -440,26 +440,6 @@ def test_a_ridge_must_be_positive(ridge):
         exact_law(1.0).eigh(5).effective_dimension(ridge)
 
 
-def test_blocks_of_computed_entries_are_bounded(kernels, monkeypatch):
-    """Few columns make panels of many rows, whose products would be as large as the square."""
-    from ooc_ntk.algebra import entries as entries_module
-
-    monkeypatch.setattr(entries_module, "COMPUTED", 50)
-    kernel = kernels["features"]
-    found, size = np.zeros((SAMPLES, SAMPLES)), 0
-    for block in kernel.entries.blocks(range(SAMPLES), lower=True):
-        assert max(block.values.shape) <= 50
-        assert block.values.dtype == np.float64
-        found[np.ix_(block.rows, block.columns)] = block.values
-        size += block.values.size
-    matrix = square(kernel)
-    np.testing.assert_allclose(np.tril(found), np.tril(matrix), rtol=1e-12, atol=1e-9)
-    assert size == sum(
-        rows * (rows + before)
-        for before, rows in ((0, 50), (50, 50), (100, 50), (150, 50), (200, 50), (250, 50), (300, 20))
-    )
-
-
 def test_nothing_warns_without_reason(kernels):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
