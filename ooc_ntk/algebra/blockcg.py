@@ -21,6 +21,10 @@ class NotPositiveDefiniteError(InputError):
     """The matrix has a direction in which it is not positive."""
 
 
+class TooSlowError(InputError):
+    """The steps that are left are more than it pays to make."""
+
+
 class BlockSystem:
     """One system ``(K + λI) X = Y`` on its way to a solution.
 

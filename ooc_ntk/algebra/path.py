@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from ooc_ntk.compute.machine import free_host_bytes, resident_bytes
 from ooc_ntk.errors import InputError, unknown_name
 from ooc_ntk.planning.budget import Budget, Resources
+from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.solving import CG_ARRAYS, PASS_BYTES, preconditioner_bytes
 
 from .blockcg import BlockSystem
@@ -159,7 +160,7 @@ def _free_bytes(options: SolveOptions) -> int:
     """Host memory that may be taken beyond what the process holds."""
     taken = resident_bytes()
     resources = Resources(free_host_bytes(), taken, 0, 0, 0)
-    return (options.budget or Budget()).limits(resources).host - taken
+    return (options.budget or Budget()).limits(resources).host - taken - LIBRARY_GROWTH_BYTES
 
 
 def _by_spectrum(

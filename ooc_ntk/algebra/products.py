@@ -12,8 +12,9 @@ from ooc_ntk.errors import TransientStorageError
 
 from .entries import Block, Entries, FeatureEntries, ViewEntries
 
-#: Bytes of the float64 copy of entries that are multiplied at once: they stay in the cache between copy and products.
-SCRATCH_BYTES: Final = 2**20
+#: Bytes of the float64 copy of entries that are multiplied at once: a stripe of float32. (Measured: from 2 to 8 MiB the
+#: same, with 1 MiB a tenth slower.)
+SCRATCH_BYTES: Final = 2**23
 
 #: How often a pass is made when a tile was misread and is whole when it is read again.
 PASSES: Final = 3
@@ -100,8 +101,9 @@ def _passes(
 def _pass(
     entries: Entries, rows: range, vectors: NDArray[np.float64], device: str, *, lower: bool
 ) -> NDArray[np.float64]:
-    given = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float64)).to(device)
-    found = torch.zeros((len(rows), given.shape[1]), dtype=torch.float64, device=device)
+    # Vectors are rows here: with few of them BLAS multiplies so twice as fast (measured with 10, float64, two cores).
+    given = torch.from_numpy(np.ascontiguousarray(vectors.T, dtype=np.float64)).to(device)
+    found = torch.zeros((given.shape[0], len(rows)), dtype=torch.float64, device=device)
     scratch = torch.empty(SCRATCH_BYTES // 8, dtype=torch.float64, device=device)
     for block in entries.blocks(rows, lower=lower):
         for part in _parts(block, scratch.numel()):
@@ -114,10 +116,10 @@ def _pass(
                     scratch = torch.empty(height * width, dtype=torch.float64, device=device)
                 values = scratch[: height * width].view(height, width)
                 values.copy_(torch.from_numpy(part.values))
-            found[top : top + height].addmm_(values, given[left : left + width])
+            found[:, top : top + height].addmm_(given[:, left : left + width], values.T)
             if lower and not block.on_diagonal:
-                found[left : left + width].addmm_(values.T, given[top : top + height])
-    return np.asarray(found.cpu().numpy())
+                found[:, left : left + width].addmm_(given[:, top : top + height], values)
+    return np.ascontiguousarray(found.cpu().numpy().T)
 
 
 def _parts(block: Block, elements: int) -> list[Block]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +18,19 @@ from ooc_ntk.compute.machine import free_host_bytes, resident_bytes, return_free
 from ooc_ntk.compute.rates import cached_rates
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.budget import Budget, Resources
+from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.solving import SolvePlan, plan_solve
 from ooc_ntk.storage.directory import free_disk_bytes
-from ooc_ntk.units import format_bytes
+from ooc_ntk.units import format_bytes, format_seconds
 
-from .blockcg import BlockSystem, NotPositiveDefiniteError, solve_systems
+from .blockcg import BlockSystem, NotPositiveDefiniteError, TooSlowError, solve_systems
 from .dense import dense_square
 from .entries import Entries, FeatureEntries, ViewEntries
 from .precondition import Preconditioner, pivoted_cholesky
 from .products import square_product
 from .tilecholesky import TileCholesky
+
+logger = logging.getLogger(__name__)
 
 #: Relative residual that conjugate gradients go on to, by the precision of the entries. (A choice: below what float32
 #: entries are known to; of float64 ones, two digits above what the recurrence reaches.)
@@ -34,6 +38,9 @@ TOLERANCE: Final = {"float32": 1e-8, "float64": 1e-10}
 
 #: Steps after which conjugate gradients give up (a choice: beyond, factorising is cheaper).
 ITERATIONS: Final = 1000
+
+#: Steps after which it is judged how many are left. (A choice: early residuals fall unevenly.)
+FIRST_STEPS: Final = 12
 
 #: Told what is being done, how much of it is done, and of how much.
 Advance = Callable[[str, float, float], None]
@@ -119,6 +126,11 @@ class SolveOptions:
         """The same with another method."""
         return replace(self, method=method)
 
+    def without_steps(self, plan: SolvePlan) -> SolvePlan:
+        """The plan of what factorises, after conjugate gradients turned out to be slower."""
+        direct = [price for price in plan.fitting if price.method != "cg"]
+        return replace(plan, chosen=min(direct, key=lambda price: price.seconds))
+
     def tolerance_for(self, entries: Entries) -> float:
         """Relative residual wanted for some entries."""
         if self.tolerance is not None:
@@ -136,7 +148,7 @@ class SolveOptions:
             entries.size,
             targets,
             triangle_bytes(entries),
-            limits.host - taken,
+            limits.host - taken - LIBRARY_GROWTH_BYTES,
             limits.disk,
             cached_rates(self.device),
             self.method,
@@ -218,11 +230,15 @@ def solve_ridge(
     began, before = time.perf_counter(), entries.bytes_read
     targets = y.reshape(len(y), -1)
     plan = options.plan(entries, targets.shape[1], ridge)
+    if plan.chosen.method == "cg":
+        try:
+            found = _by_conjugate_gradients(entries, targets, ridge, options, plan)
+        except TooSlowError as slow:
+            logger.info("%s", slow)
+            plan = options.without_steps(plan)
     if plan.chosen.method == "cholesky":
         found = _by_cholesky(entries, targets, ridge, options)
-    elif plan.chosen.method == "cg":
-        found = _by_conjugate_gradients(entries, targets, ridge, options, plan)
-    else:
+    elif plan.chosen.method == "tiles":
         found = _by_tiles(entries, targets, ridge, options, plan)
     return replace(
         found,
@@ -329,13 +345,28 @@ def run_systems(
     systems: Sequence[BlockSystem],
     targets: NDArray[np.float64],
     options: SolveOptions,
+    patience: float = np.inf,
 ) -> int:
-    """Solve systems that share their passes, and refuse what does not converge; returns the passes."""
-    tolerance = options.tolerance_for(entries)
+    """Solve systems that share their passes, and refuse what does not converge; returns the passes.
+
+    Args:
+        entries: of the kernel.
+        systems: that are begun.
+        targets: (n, targets).
+        options: how.
+        patience: seconds that may be left, judging by the steps so far.
+
+    Raises:
+        TooSlowError: if more are left.
+        InputError: if the matrix is not positive definite, or the steps do not suffice.
+    """
+    tolerance, watch = options.tolerance_for(entries), _Watch(patience)
 
     def advance(residual: float) -> None:
         # Residuals fall geometrically: progress is told on their logarithm.
-        options.tell("iterate", float(np.log(max(min(residual, 1.0), tolerance))), float(np.log(tolerance)))
+        done = float(np.log(max(min(residual, 1.0), tolerance)) / np.log(tolerance))
+        options.tell("iterate", done, 1.0)
+        watch.step(done)
 
     try:
         passes = solve_systems(
@@ -359,12 +390,46 @@ def run_systems(
     return passes
 
 
+class _Watch:
+    """Gives up on steps that would take longer than what is waited for."""
+
+    def __init__(self, patience: float) -> None:
+        """Wait for so many seconds."""
+        self._patience, self._began, self._steps = patience, time.perf_counter(), 0
+        self._first: tuple[float, float] | None = None
+
+    def step(self, done: float) -> None:
+        """One step more.
+
+        Args:
+            done: share of the way, on the logarithm of the residual.
+
+        Raises:
+            TooSlowError: if the rest would take longer.
+        """
+        self._steps += 1
+        now = time.perf_counter() - self._began
+        if self._first is None:  # the first pass checks every tile, and is no measure
+            self._first = (now, max(done, 0.0))
+            return
+        if self._steps < FIRST_STEPS:
+            return
+        began, start = self._first
+        left = (1 - done) * (now - began) / max(done - start, 1e-9)
+        if left > self._patience:
+            raise TooSlowError(
+                f"conjugate gradients would take {format_seconds(left)} more after {self._steps} steps, factorising "
+                f"{format_seconds(self._patience)}"
+            )
+
+
 def _by_conjugate_gradients(
     entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions, plan: SolvePlan
 ) -> Solution:
     preconditioner = build_preconditioner(entries, plan.chosen.rank, ridge, options)
     system = BlockSystem(targets, ridge, preconditioner, options.tolerance_for(entries))
-    passes = run_systems(entries, [system], targets, options)
+    patience = plan.direct_seconds if options.method == "auto" else np.inf
+    passes = run_systems(entries, [system], targets, options, patience)
     return Solution(
         system.solution,
         ridge,
