@@ -1,4 +1,4 @@
-"""``ooc-ntk fit``: kernel regression from the command line, its ridge by GCV, against scikit-learn's on the same kernel."""
+"""``ooc-ntk fit``: kernel regression from the command line, its ridge by GCV, beside scikit-learn's."""
 
 import json
 
@@ -32,7 +32,8 @@ def labels():
 
 def read(run):
     folder = run / "fit"
-    return json.loads((folder / "fit.json").read_text()), np.load(folder / "fit.npz")
+    with np.load(folder / "fit.npz") as arrays:
+        return json.loads((folder / "fit.json").read_text()), dict(arrays)
 
 
 def test_labels_are_fitted_with_the_ridge_that_gcv_chooses(run, labels):
@@ -167,18 +168,8 @@ def test_bad_targets(run, tmp_path):
 def test_no_run_and_no_labels(tmp_path, memory_path):
     assert "holds no run" in refused("fit", tmp_path)
     np.save(memory_path / "x.npy", np.random.default_rng(0).standard_normal((9, 5)).astype("f4"))
-    done(
-        "run",
-        "--model",
-        "tests.test_cli_fit:small",
-        "--train",
-        memory_path / "x.npy",
-        "--out",
-        memory_path / "r",
-        "-q",
-        "--device",
-        "cpu",
-    )
+    job = ("--model", "tests.test_cli_fit:small", "--train", memory_path / "x.npy", "--device", "cpu")
+    done("run", *job, "--out", memory_path / "r", "-q")
     assert "have no class labels; give targets" in refused("fit", memory_path / "r")
 
 
