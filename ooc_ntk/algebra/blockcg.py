@@ -16,6 +16,10 @@ from .precondition import Preconditioner
 #: How often a system is restarted with its true residual where rounding kept the recurrence's from being it.
 RESTARTS: Final = 3
 
+#: Share of the mean eigenvalue outside the preconditioner's basis that it adds to the ridge (measured on digits: 0.3
+#: saves 7% of the steps at a ridge of 1e-3 of the mean diagonal, and 29% at 1e-6; 1 saves 3 and 25%).
+OUTSIDE: Final = 0.3
+
 
 class NotPositiveDefiniteError(InputError):
     """The matrix has a direction in which it is not positive."""
@@ -30,7 +34,7 @@ class BlockSystem:
 
     Dubrulle's block conjugate gradients with orthonormal residual blocks (2001, Electronic Transactions on Numerical
     Analysis 12, algorithm BCGrQ), which survive targets that depend on each other; preconditioned from both sides by
-    ``(F Fᵀ + λI)^-½``.
+    ``(F Fᵀ + (λ + σ)I)^-½``, σ a share of the mean eigenvalue that F leaves.
 
     Attributes:
         solution: (n, targets) so far.
@@ -65,7 +69,7 @@ class BlockSystem:
     def _scaled(self, x: NDArray[np.float64], power: float) -> NDArray[np.float64]:
         if self._preconditioner is None:
             return x
-        return self._preconditioner.apply(x, self.ridge, power)
+        return self._preconditioner.apply(x, self.ridge + OUTSIDE * self._preconditioner.outside, power)
 
     @property
     def rank(self) -> int:

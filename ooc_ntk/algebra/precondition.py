@@ -50,6 +50,11 @@ class Preconditioner:
         """Columns of the basis."""
         return len(self.values)
 
+    @property
+    def outside(self) -> float:
+        """Mean eigenvalue of the kernel outside the basis."""
+        return self.left / max(1, len(self.basis) - self.rank)
+
     def apply(self, x: NDArray[np.float64], ridge: float, power: float) -> NDArray[np.float64]:
         """``(U diag(values) Uᵀ + ridge·I)^power x``.
 
