@@ -108,8 +108,10 @@ def mlp_problem(folder: Path, samples: int) -> Problem:
 
 
 def cnn_problem(folder: Path, train: int, test: int, epochs: int = 4) -> Problem:
-    """The trace kernel of the demonstration's CNN, trained on 4,000 digits, in float64, so that no rounding of entries
-    bounds its smallest eigenvalues from below."""
+    """The trace kernel of the demonstration's CNN, trained on 4,000 digits.
+
+    In float64, so that no rounding of entries moves its smallest eigenvalues.
+    """
     weights = folder / f"cnn-{epochs}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
@@ -129,7 +131,6 @@ def cnn_problem(folder: Path, train: int, test: int, epochs: int = 4) -> Problem
         kernel = ooc_ntk.run(job, path, budget=ooc_ntk.Budget(host=HOST), progress=False)
     images, labels = demo.digits(first, first + test)
     with torch.no_grad():
-        # The job's model is in float64 once it ran; images follow it.
         model = ooc_ntk.Job(place, "mnist5k[0:1]", weights=weights).module()
         accuracy = float((model(images).argmax(1) == labels).float().mean())
     known = torch.cat([demo.digits(0, train)[1], labels]).numpy()
