@@ -158,8 +158,8 @@ def iterations(folder: Path, smoke: bool) -> list[str]:
         rows.append((f"{ratio:.0e}", condition, f"{ours.rank}", *block, *alone))
     before = float(values[-1] / values[0]) if values[0] > 0 else float("inf")
     return [
-        f"  {size:,} digits, CNN after {ITERATIONS_EPOCHS} epoch; eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, "
-        f"mean diagonal {problem.mean_diagonal:.3g}; steps to a relative residual of {TOLERANCE:g}",
+        f"  {size:,} digits, CNN after {ITERATIONS_EPOCHS} epoch, steps to a relative residual of {TOLERANCE:g}; "
+        f"eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, mean diagonal {problem.mean_diagonal:.3g}",
         *aligned(rows),
         checked("condition number before the ridge", before, CONDITION_BAR, smoke, at_least=True),
         checked(
