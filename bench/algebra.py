@@ -162,9 +162,7 @@ def iterations(folder: Path, smoke: bool) -> list[str]:
         f"eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, mean diagonal {problem.mean_diagonal:.3g}",
         *aligned(rows),
         checked("condition number before the ridge", before, CONDITION_BAR, smoke, at_least=True),
-        checked(
-            "steps / plain steps of the same solver, 10 targets, largest", max(beside_plain), ITERATIONS_BAR, smoke
-        ),
+        checked("steps / our plain steps, 10 targets, largest", max(beside_plain), ITERATIONS_BAR, smoke),
         checked("steps / SciPy's plain steps, 1 target, largest", max(beside_scipy), ITERATIONS_BAR, smoke),
     ]
 
