@@ -35,6 +35,9 @@ MIB: Final = 2**20
 #: Ridge of every system, over the mean diagonal (that of the demonstration).
 RATIO: Final = 1e-3
 
+#: Rows of Dask's chunks at most: 8 MB in float64 (a choice, of the size of its tutorials' and above that of our tiles).
+DASK_CHUNK: Final = 1_000
+
 #: What a process may grow by between the reckoning of its budget and the solver's (guessed).
 GROWTH_BYTES: Final = MIB
 
@@ -148,7 +151,9 @@ def dask_here(path: str, targets: str, out: str, limit_bytes: int | None) -> dic
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out all the same, this process goes
     kernel, y, workers = ooc_ntk.open(path), np.load(targets), torch.get_num_threads()
-    size, edge = len(y), min(kernel.chunk_rows, len(y))
+    size = len(y)
+    # Chunks must be squares of one size: the largest that divides the kernel, and is no larger than asked for.
+    edge = next(edge for edge in range(min(size, DASK_CHUNK), 0, -1) if not size % edge)
     mean = float(kernel.diagonal()[:size].mean())
     stored = kernel.dask()[:size].rechunk((edge, edge)).astype(np.float64)
     matrix = stored + RATIO * mean * da.eye(size, chunks=edge)
