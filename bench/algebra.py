@@ -80,7 +80,7 @@ def equal(folder: Path, smoke: bool) -> list[str]:
         wanted, gcv, loo = _by_scipy(matrix, targets, ridge)
         errors = []
         for method in METHODS:
-            budget = tiles_budget(size, targets.shape[1], blocks=3) if method == "tiles" else None
+            budget = tiles_budget(kernel, targets.shape[1], blocks=3) if method == "tiles" else None
             found = kernel.solve(targets, ridge, method=method, budget=budget).coefficients
             errors.append(float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))
         curve = kernel.gcv(targets, [ridge])

@@ -23,7 +23,7 @@ import torch
 
 import ooc_ntk
 from ooc_ntk.algebra import precondition, ridge
-from ooc_ntk.compute.machine import limited_threads, resident_bytes
+from ooc_ntk.compute.machine import limited_threads
 from ooc_ntk.planning.solving import PASS_BYTES, tile_cholesky_bytes
 from ooc_ntk.storage.reading import forget_pages
 
@@ -42,12 +42,14 @@ DASK_CHUNK: Final = 1_000
 GROWTH_BYTES: Final = MIB
 
 
-def tiles_budget(size: int, targets: int, blocks: int) -> ooc_ntk.Budget:
+def tiles_budget(kernel: ooc_ntk.Kernel, targets: int, blocks: int) -> ooc_ntk.Budget:
     """A host budget that lets Cholesky on disk have so many blocks along an edge, for this process as it is."""
+    size, ample = kernel.shape[1], 2**40
     edge = -(-size // blocks // 16) * 16
-    return ooc_ntk.Budget(
-        host=resident_bytes() + tile_cholesky_bytes(edge) + 2 * 8 * size * targets + PASS_BYTES + GROWTH_BYTES
-    )
+    # What a plan takes off a budget: what the process holds, and what libraries may take.
+    taken = ample - kernel.plan_solve(targets, budget=ooc_ntk.Budget(host=ample)).host_free
+    needed = tile_cholesky_bytes(edge) + 2 * 8 * size * targets + PASS_BYTES
+    return ooc_ntk.Budget(host=taken + needed + GROWTH_BYTES)
 
 
 def solve_here(
@@ -75,7 +77,7 @@ def solve_here(
     """
     kernel, y = ooc_ntk.open(path), np.load(targets)
     mean = float(kernel.diagonal()[: kernel.train_samples].mean())
-    budget = tiles_budget(len(y), y.shape[1], blocks) if blocks else ooc_ntk.Budget(host=host)
+    budget = tiles_budget(kernel, y.shape[1], blocks) if blocks else ooc_ntk.Budget(host=host)
     plan = kernel.plan_solve(y.shape[1], budget=budget)
     edge = next(price.edge for price in plan.prices if price.method == "tiles")
     files = triangle_files(kernel)
