@@ -41,6 +41,9 @@ from .table import aligned
 #: and the test error at GCV's ridge over the least one.
 COEFFICIENTS_BAR, GCV_BAR, ITERATIONS_BAR, ACCURACY_BAR, GCV_CHOICE_BAR = 1e-8, 1e-6, 1 / 5, 0.01, 1.10
 
+#: Largest eigenvalues that are compared, in full and in smoke size, and their bar.
+EIGENVALUES, SMOKE_EIGENVALUES, EIGENVALUES_BAR = 50, 10, 1e-6
+
 #: Share of stochastic estimates inside their 95% bars that passes: of 20 seeds, 17 (fewer happen by chance in one of 60
 #: cases).
 COVERAGE_BAR: Final = 0.85
@@ -92,6 +95,7 @@ def equal(folder: Path, smoke: bool) -> list[str]:
         *aligned(rows),
         checked("largest error of coefficients", worst, COEFFICIENTS_BAR, smoke),
         checked("largest error of GCV and leave-one-out", estimates, GCV_BAR, smoke),
+        *_eigenvalues(kernel, matrix, smoke),
         *_covered(folder, smoke),
     ]
 
@@ -105,6 +109,20 @@ def _by_scipy(
     diagonal = scipy.linalg.cho_solve(factor, np.eye(len(matrix))).diagonal()
     gcv = ((ridge * coefficients) ** 2).mean() / (ridge * diagonal.mean()) ** 2
     return coefficients, float(gcv), float(((coefficients / diagonal[:, None]) ** 2).mean())
+
+
+def _eigenvalues(kernel: ooc_ntk.Kernel, matrix: NDArray[np.float64], smoke: bool) -> list[str]:
+    """The largest eigenvalues by every method of ``kernel.eigh``, beside LAPACK's."""
+    count = SMOKE_EIGENVALUES if smoke else EIGENVALUES
+    wanted = scipy.linalg.eigvalsh(matrix)[::-1][:count]
+    errors = {}
+    for method in ("full", "krylov", "lobpcg"):
+        errors[method] = float(np.abs(kernel.eigh(count, method=method).values / wanted - 1).max())
+    by_method = ", ".join(f"{method} {error:.1e}" for method, error in errors.items())
+    return [
+        f"  top {count} eigenvalues, largest relative errors: {by_method}",
+        checked(f"largest error of the top {count} eigenvalues", max(errors.values()), EIGENVALUES_BAR, smoke),
+    ]
 
 
 def _covered(folder: Path, smoke: bool) -> list[str]:

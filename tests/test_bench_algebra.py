@@ -39,6 +39,7 @@ def test_solutions_are_those_of_scipy(capsys: pytest.CaptureFixture[str], folder
     text = run(capsys, folder, "equal,iterations")
     assert figure(text, "largest error of coefficients") < algebra.COEFFICIENTS_BAR
     assert figure(text, "largest error of GCV and leave-one-out") < algebra.GCV_BAR
+    assert figure(text, "largest error of the top 10 eigenvalues") < algebra.EIGENVALUES_BAR
     assert text.count("share inside its 95% bars, 2 seeds × 4 ridges") == 3
     assert 0 < figure(text, "steps / our plain steps, 10 targets, largest") < 1
     assert 0 < figure(text, "steps / SciPy's plain steps, 1 target, largest") < 1
