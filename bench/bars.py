@@ -108,3 +108,20 @@ def judge(
             met = value >= bar.limit if bar.at_least else value <= bar.limit
             checks.append(Check(figure, value, with_plan, bar.limit, bar.at_least, None if smoke else met))
     return tuple(checks)
+
+
+def checked(figure: str, value: float, limit: float, smoke: bool, *, at_least: bool = False) -> str:
+    """A figure beside a bar of its own, in one line.
+
+    Args:
+        figure: its name.
+        value: what was measured.
+        limit: the bar.
+        smoke: smoke size: nothing is judged.
+        at_least: whether the bar is the least that will do.
+
+    >>> checked("seconds / floor", 2.5, 2.0, smoke=False)
+    'seconds / floor = 2.5; bar at most 2: MISSED'
+    """
+    met = value >= limit if at_least else value <= limit
+    return str(Check(figure, value, None, limit, at_least, None if smoke else met))
