@@ -65,7 +65,10 @@ def best_rate(flops: float, multiply: Callable[[], object]) -> float:
 
 
 def pass_rate(width: int, targets: int) -> float:
-    """FLOP/s of a pass: pieces of tiles as wide as these, in float64, times the vectors, from both sides."""
+    """FLOP/s of a pass: pieces of tiles as wide as these, in float64, times the vectors, from both sides.
+
+    With vectors as columns and as rows; the fastest counts.
+    """
     height = max(1, SCRATCH_BYTES // 8 // width)
     block = torch.ones(height, width, dtype=torch.float64)
     right, left = torch.ones(width, targets, dtype=torch.float64), torch.ones(height, targets, dtype=torch.float64)
@@ -75,7 +78,15 @@ def pass_rate(width: int, targets: int) -> float:
         down.addmm_(block, right)
         across.addmm_(block.T, left)
 
-    return best_rate(4 * height * width * targets, multiply)
+    rows, columns = right.T.contiguous(), left.T.contiguous()
+    flat_down, flat_across = torch.zeros_like(columns), torch.zeros_like(rows)
+
+    def multiply_rows() -> None:
+        flat_down.addmm_(rows, block.T)
+        flat_across.addmm_(columns, block)
+
+    flops = 4 * height * width * targets
+    return max(best_rate(flops, multiply), best_rate(flops, multiply_rows))
 
 
 def apply_rate(size: int, rank: int, targets: int) -> float:

@@ -30,7 +30,7 @@ HOST_BYTES: Final = 1536 * MIB
 BLOCKS: Final = 4
 
 #: Seconds after which Dask is stopped, and its share of the memory that is free.
-DASK_SECONDS, DASK_SHARE = 900.0, 0.8
+DASK_SECONDS, DASK_SHARE = 300.0, 0.8
 
 
 def large(folder: Path, smoke: bool) -> list[str]:
