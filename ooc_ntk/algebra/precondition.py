@@ -175,17 +175,15 @@ def _orthonormal(factor: NDArray[np.float64], left: float, columns: int) -> Prec
     if not factor.shape[1]:
         empty = np.empty((len(factor), 0))
         return Preconditioner(empty, np.empty((0, 0)), np.empty(0), left, columns)
-    values, vectors = scipy.linalg.eigh(factor.T @ factor, overwrite_a=True, check_finite=False)
+    values, vectors = scipy.linalg.eigh(factor.T @ factor, overwrite_a=True, check_finite=False, driver="evd")
     large = values > NEGLIGIBLE * values[-1]
-    roots = np.sqrt(values[large])
     # First step: directions that are rounding go, the others become nearly orthonormal.
-    basis = _times(factor, vectors[:, large] / roots)
-    # Second step: orthonormal to rounding (Yamamoto et al. 2015, CholeskyQR2), folded into the rotation.
-    triangle = scipy.linalg.cholesky(basis.T @ basis, lower=False, check_finite=False)
-    middle = (triangle * roots**2) @ triangle.T
-    found, vectors = scipy.linalg.eigh(middle, overwrite_a=True, check_finite=False)
-    rotation = scipy.linalg.solve_triangular(triangle, vectors, check_finite=False)
-    return Preconditioner(basis, rotation, np.maximum(found, 0.0), left, columns)
+    basis = _times(factor, vectors[:, large] / np.sqrt(values[large]))
+    # Second step: orthonormal to rounding (Yamamoto et al. 2015, CholeskyQR2), folded into a small matrix. At the edge
+    # of rounding it turns directions a little against their eigenvalues, which a preconditioner may do.
+    triangle = scipy.linalg.cholesky(basis.T @ basis, lower=False, overwrite_a=True, check_finite=False)
+    rotation = scipy.linalg.solve_triangular(triangle, np.eye(len(triangle)), check_finite=False)
+    return Preconditioner(basis, rotation, values[large], left, columns)
 
 
 def _times(tall: NDArray[np.float64], small: NDArray[np.float64]) -> NDArray[np.float64]:

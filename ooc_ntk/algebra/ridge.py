@@ -236,6 +236,7 @@ def solve_ridge(
         except TooSlowError as slow:
             logger.info("%s", slow)
             plan = options.without_steps(plan)
+        return_free_memory()
     if plan.chosen.method == "cholesky":
         found = _by_cholesky(entries, targets, ridge, options)
     elif plan.chosen.method == "tiles":

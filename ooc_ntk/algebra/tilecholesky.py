@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from ooc_ntk.errors import TransientStorageError
-from ooc_ntk.planning.solving import BLOCK_TILES, STRIPS, cholesky_bound_bytes, tile_cholesky_bytes
+from ooc_ntk.planning.solving import BLOCK_TILES, cholesky_bound_bytes, tile_cholesky_bytes
 from ooc_ntk.storage.ahead import ReadAhead
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, raw_bytes
@@ -35,6 +35,9 @@ from .products import PASSES
 
 #: Beginning of the name of the folder that holds a factor; it is deleted with the factor.
 PREFIX: Final = "cholesky-"
+
+#: Strips that are held while they are read: two in use, two ahead.
+STRIPS_READ: Final = 4
 
 #: Name of the Zarr array in it.
 FACTOR: Final = "factor.zarr"
@@ -200,7 +203,7 @@ class TileCholesky:
     def _read(self, keys: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Strips in order, read ahead; valid until the next but one is asked for."""
         size = self._edge * self._width * 8
-        buffers = [aligned_buffer(size) for _ in range(min(STRIPS - 1, len(keys)))]
+        buffers = [aligned_buffer(size) for _ in range(min(STRIPS_READ, len(keys)))]
 
         def load(key: tuple[int, int], buffer: NDArray[np.uint8] | None) -> torch.Tensor:
             assert buffer is not None

@@ -33,11 +33,12 @@ CG_ARRAYS: Final = 11
 #: Memory of the stripes and scratch of a pass, in bytes.
 PASS_BYTES: Final = 48 * 2**20
 
-#: Strips of a block's height that the tile Cholesky holds beside the block, in tiles of the block's width.
-STRIPS: Final = 5
+#: Strips of a block's height that the tile Cholesky holds beside the block: four that are read, one that is written,
+#: and three copies that solving with a triangle takes (measured).
+STRIPS: Final = 8
 
 #: Tiles along the edge of a block of the tile Cholesky: more make strips narrower and reads smaller (a choice).
-BLOCK_TILES: Final = 16
+BLOCK_TILES: Final = 32
 
 
 @dataclass(frozen=True)
@@ -236,9 +237,9 @@ def tile_cholesky_edge(size: int, host_bytes: int) -> int:
     """Rows of a block of the tile Cholesky: a multiple of BLOCK_TILES, as large as the memory allows.
 
     >>> tile_cholesky_edge(30_000, 10**9)
-    9744
+    9984
     >>> tile_cholesky_edge(1000, 10**9)
-    1008
+    1024
     """
     fitting = int(math.sqrt(max(0, host_bytes) / 8 / (1 + STRIPS / BLOCK_TILES)))
     whole = -(-size // BLOCK_TILES) * BLOCK_TILES
@@ -260,7 +261,7 @@ def tile_cholesky_traffic(size: int, edge: int) -> tuple[int, int]:
     A block (I, J) reads the J blocks left of both its rows (of a block on the diagonal once), and the block on the
     diagonal to solve with it.
 
-    >>> tile_cholesky_traffic(1000, 1008)
+    >>> tile_cholesky_traffic(1000, 1024)
     (0, 8000000)
     """
     count, read, written = -(-size // edge), 0, 0

@@ -226,7 +226,7 @@ def test_columns_come_near_the_best_ones():
 
 def test_it_stops_where_more_pays_nothing(kernel):
     found = pivoted_cholesky(kernel.entries, SIZE, ridge=0.05)
-    assert found.left <= 0.05
+    assert 0.5 * 0.01 * 0.05 * SIZE < found.left <= 0.01 * 0.05 * SIZE
     assert found.rank < SIZE
     factor = np.random.default_rng(0).standard_normal((SIZE, 5))
     assert pivoted_cholesky(in_memory(factor @ factor.T, SIZE).entries, SIZE).rank == 5
@@ -241,7 +241,7 @@ def test_no_gram_matrix_has_no_such_diagonal():
 # --- the factor on disk -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edge", [16, 48, 64, 160, 1600])
+@pytest.mark.parametrize("edge", [32, 64, 96, 160, 1600])
 def test_blocks_of_any_size(edge, kernel, tmp_path):
     y, told = targets(), []
     with TileCholesky(tmp_path, kernel.entries, edge) as factor:
