@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import ooc_ntk
-from ooc_ntk.algebra import precondition, ridge
+from ooc_ntk.algebra import precondition, solvers
 from ooc_ntk.compute.machine import limited_threads
 from ooc_ntk.planning.solving import PASS_BYTES, tile_cholesky_bytes
 from ooc_ntk.storage.reading import forget_pages
@@ -125,8 +125,8 @@ def _timed(phases: dict[str, float], drop: Callable[[], None] | None) -> Iterato
 
     apply = timing("preconditioner, apply", precondition.Preconditioner.apply)
     with (
-        patch.object(ridge, "square_product", timing("passes", ridge.square_product, drop)),
-        patch.object(ridge, "pivoted_cholesky", timing("preconditioner, build", ridge.pivoted_cholesky)),
+        patch.object(solvers, "square_product", timing("passes", solvers.square_product, drop)),
+        patch.object(solvers, "pivoted_cholesky", timing("preconditioner, build", solvers.pivoted_cholesky)),
         patch.object(precondition.Preconditioner, "apply", apply),
     ):
         yield

@@ -22,15 +22,8 @@ from .dense import dense_square
 from .entries import Entries
 from .precondition import Preconditioner
 from .products import square_product
-from .ridge import (
-    Solution,
-    SolveOptions,
-    build_preconditioner,
-    checked_ridge,
-    ratio_to_diagonal,
-    run_systems,
-    singular,
-)
+from .ridge import Solution, SolveOptions, checked_ridge, ratio_to_diagonal
+from .solvers import build_preconditioner, run_systems, singular
 
 #: How a path is computed, by the names that users give.
 PATH_METHODS: Final = ("auto", "spectrum", "cg")

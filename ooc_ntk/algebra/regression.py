@@ -14,7 +14,8 @@ from .gcv import PROBES, GcvCurve, gcv_curve
 from .logistic import MAX_ITERATIONS, TOLERANCE, LogisticSolution, solve_logistic
 from .multiplying import MultipliedKernel
 from .path import RidgePath, checked_ridges, solve_path
-from .ridge import ITERATIONS, Advance, Solution, SolveOptions, checked_ridge, checked_targets, solve_ridge
+from .ridge import ITERATIONS, Advance, Solution, SolveOptions, checked_ridge, checked_targets
+from .solvers import solve_ridge
 
 
 class Regression(MultipliedKernel):

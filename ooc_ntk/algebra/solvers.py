@@ -1,0 +1,286 @@
+"""The ways to solve a kernel ridge regression: Cholesky in memory or on disk, conjugate gradients, what is singular."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+
+from ooc_ntk.compute.machine import free_host_bytes, return_free_memory
+from ooc_ntk.errors import InputError
+from ooc_ntk.planning.solving import SolvePlan
+from ooc_ntk.units import format_seconds
+
+from .blockcg import BlockSystem, NotPositiveDefiniteError, TooSlowError, solve_systems
+from .dense import dense_square
+from .entries import Entries
+from .precondition import Preconditioner, pivoted_cholesky
+from .products import square_product
+from .ridge import Solution, SolveOptions, ratio_to_diagonal
+from .tilecholesky import TileCholesky
+
+logger = logging.getLogger(__name__)
+
+#: Steps after which it is judged how many are left. (A choice: early residuals fall unevenly.)
+FIRST_STEPS: Final = 12
+
+
+def solve_ridge(
+    entries: Entries, y: NDArray[np.float64], ridge: float, options: SolveOptions | None = None
+) -> Solution:
+    """Solve ``(K + ridge·I) a = y``.
+
+    Args:
+        entries: of the kernel.
+        y: (train,) or (train, targets), checked.
+        ridge: at least 0, checked.
+        options: how.
+
+    Returns:
+        The solution.
+
+    Raises:
+        InputError: for a matrix that is not positive definite, or where conjugate gradients do not converge; says the
+            smallest ridge that would do, or what else helps.
+        BudgetError: if no method fits.
+        StorageError: if a tile cannot be read, or is not what was committed.
+    """
+    options = options or SolveOptions()
+    began, before = time.perf_counter(), entries.bytes_read
+    targets = y.reshape(len(y), -1)
+    plan = options.plan(entries, targets.shape[1], ridge)
+    if plan.chosen.method == "cg":
+        try:
+            found = _by_conjugate_gradients(entries, targets, ridge, options, plan)
+        except TooSlowError as slow:
+            logger.info("%s", slow)
+            plan = options.without_steps(plan)
+        return_free_memory()
+    if plan.chosen.method == "cholesky":
+        found = _by_cholesky(entries, targets, ridge, options)
+    elif plan.chosen.method == "tiles":
+        found = _by_tiles(entries, targets, ridge, options, plan)
+    return replace(
+        found,
+        coefficients=found.coefficients.reshape(y.shape),
+        seconds=time.perf_counter() - began,
+        bytes_read=found.bytes_read + entries.bytes_read - before,
+    )
+
+
+def relative_residual(
+    entries: Entries, targets: NDArray[np.float64], coefficients: NDArray[np.float64], ridge: float, device: str
+) -> float:
+    """``‖(K + ridge·I) a − y‖ / ‖y‖`` of the worst target, by one pass; of targets that are all zero ``‖…‖``."""
+    left = np.linalg.norm(targets - ridge * coefficients - square_product(entries, coefficients, device), axis=0)
+    norms = np.linalg.norm(targets, axis=0)
+    return float((left / np.where(norms > 0, norms, 1.0)).max(initial=0.0))
+
+
+def _by_cholesky(entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions) -> Solution:
+    options.tell("factorise", 0.0, 1.0)
+    matrix = dense_square(entries, memory=2**62)  # the plan has looked at the memory
+    mean = float(matrix.diagonal().mean())
+    matrix[np.diag_indices(len(matrix))] += ridge
+    norm = float(max(abs(matrix[start : start + 512]).sum(1).max() for start in range(0, len(matrix), 512)))
+    # The transpose is in Fortran order: LAPACK factorises it in place.
+    factor, failed = lapack.dpotrf(matrix.T, lower=0, clean=0, overwrite_a=1)
+    reciprocal = 0.0 if failed else lapack.dpocon(factor, norm, uplo="U")[0]
+    if failed or reciprocal < np.finfo(np.float64).eps:
+        del matrix, factor
+        raise singular(entries, ridge, "" if failed else _condition(reciprocal))
+    options.tell("factorise", 1.0, 1.0)
+    coefficients = np.asarray(scipy.linalg.cho_solve((factor, False), targets, check_finite=False))
+    del matrix, factor
+    return_free_memory()
+    left = relative_residual(entries, targets, coefficients, ridge, options.device)
+    ratio = float(ridge / mean) if mean else (float("inf") if ridge else 0.0)
+    return Solution(coefficients, ridge, ratio, left, "cholesky", passes=2)
+
+
+def _condition(reciprocal: float) -> str:
+    size = f"{1 / reciprocal:.1e}" if reciprocal > 0 else "infinite"
+    return f" to working precision (condition number {size})"
+
+
+def singular(entries: Entries, ridge: float, why: str = "") -> InputError:
+    """The error of a matrix that cannot be solved with, naming the smallest ridge that would do."""
+    smallest, largest = _extremes(entries)
+    floor = len(entries.diagonal()) * float(np.finfo(np.float64).eps) * max(largest, 0.0)
+    enough = max(0.0, -smallest) * 1.01 + 10 * floor
+    if not largest > 0:
+        return InputError(f"K + {ridge:g}·I is not positive definite: the kernel is zero; any ridge above 0 would do")
+    return InputError(
+        f"K + {ridge:g}·I is not positive definite{why}: the smallest eigenvalue of K is {smallest:.3g}, the largest "
+        f"{largest:.3g}. The smallest ridge that would do is {enough:.2g}; take that or more"
+    )
+
+
+def _extremes(entries: Entries) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of the train square: exact where it fits in memory, otherwise by Lanczos."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    size = entries.size
+    if (16 * size * size < 0.5 * free_host_bytes() and size <= 8192) or size < 3:
+        matrix = dense_square(entries, memory=2**62)
+        values = scipy.linalg.eigvalsh(matrix.T, overwrite_a=True, check_finite=False)
+        return float(values[0]), float(values[-1])
+    operator = LinearOperator(
+        (size, size), matvec=lambda x: square_product(entries, np.reshape(x, (size, 1)))[:, 0], dtype=np.float64
+    )
+    start = np.random.default_rng(0).standard_normal(size)
+    found = []
+    for which in ("SA", "LA"):
+        try:
+            values = eigsh(operator, k=1, which=which, v0=start, tol=1e-3, maxiter=30, return_eigenvectors=False)
+        except ArpackNoConvergence as error:
+            values = error.eigenvalues
+        found.append(float(values[0]) if len(values) else 0.0)
+    return found[0], found[1]
+
+
+def build_preconditioner(entries: Entries, rank: int, ridge: float, options: SolveOptions) -> Preconditioner | None:
+    """The preconditioner for one ridge or more, the smallest of which is given; None for no columns or no ridge."""
+    if not rank or not ridge:
+        return None
+    return pivoted_cholesky(
+        entries,
+        rank,
+        ridge=ridge,
+        seed=options.seed,
+        advance=lambda done, of: options.tell("precondition", done, of),
+    )
+
+
+def run_systems(
+    entries: Entries,
+    systems: Sequence[BlockSystem],
+    targets: NDArray[np.float64],
+    options: SolveOptions,
+    patience: float = np.inf,
+) -> int:
+    """Solve systems that share their passes, and refuse what does not converge; returns the passes.
+
+    Args:
+        entries: of the kernel.
+        systems: that are begun.
+        targets: (n, targets).
+        options: how.
+        patience: seconds that may be left, judging by the steps so far.
+
+    Raises:
+        TooSlowError: if more are left.
+        InputError: if the matrix is not positive definite, or the steps do not suffice.
+    """
+    tolerance, watch = options.tolerance_for(entries), _Watch(patience)
+
+    def advance(residual: float) -> None:
+        # Residuals fall geometrically: progress is told on their logarithm.
+        done = float(np.log(max(min(residual, 1.0), tolerance)) / np.log(tolerance))
+        options.tell("iterate", done, 1.0)
+        watch.step(done)
+
+    try:
+        passes = solve_systems(
+            lambda x: square_product(entries, x, options.device),
+            systems,
+            targets,
+            iterations=options.iterations,
+            advance=advance,
+        )
+    except NotPositiveDefiniteError as error:
+        raise singular(entries, systems[0].ridge) from error
+    for system in systems:
+        worst = float(system.residuals.max(initial=0.0))
+        # What the recurrence cannot reach in float64 is no failure of the caller's.
+        if worst > tolerance and not worst < np.sqrt(tolerance) * 1e-2:
+            raise InputError(
+                f"conjugate gradients reached a relative residual of {worst:.1e} after {system.iterations} steps, "
+                f"{tolerance:.1e} was wanted, with ridge {system.ridge:g}; raise the ridge, the rank of the "
+                f"preconditioner (rank=, {system.rank} now), the tolerance or the iterations, or use method='tiles'"
+            )
+    return passes
+
+
+class _Watch:
+    """Gives up on steps that would take longer than what is waited for."""
+
+    def __init__(self, patience: float) -> None:
+        """Wait for so many seconds."""
+        self._patience, self._began, self._steps = patience, time.perf_counter(), 0
+        self._first: tuple[float, float] | None = None
+
+    def step(self, done: float) -> None:
+        """One step more.
+
+        Args:
+            done: share of the way, on the logarithm of the residual.
+
+        Raises:
+            TooSlowError: if the rest would take longer.
+        """
+        self._steps += 1
+        now = time.perf_counter() - self._began
+        if self._first is None:  # the first pass checks every tile, and is no measure
+            self._first = (now, max(done, 0.0))
+            return
+        if self._steps < FIRST_STEPS:
+            return
+        began, start = self._first
+        left = (1 - done) * (now - began) / max(done - start, 1e-9)
+        if left > self._patience:
+            raise TooSlowError(
+                f"conjugate gradients would take {format_seconds(left)} more after {self._steps} steps, factorising "
+                f"{format_seconds(self._patience)}"
+            )
+
+
+def _by_conjugate_gradients(
+    entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions, plan: SolvePlan
+) -> Solution:
+    preconditioner = build_preconditioner(entries, plan.chosen.rank, ridge, options)
+    system = BlockSystem(targets, ridge, preconditioner, options.tolerance_for(entries))
+    patience = plan.direct_seconds if options.method == "auto" else np.inf
+    passes = run_systems(entries, [system], targets, options, patience)
+    return Solution(
+        system.solution,
+        ridge,
+        ratio_to_diagonal(ridge, entries),
+        float(system.residuals.max(initial=0.0)),
+        "cg",
+        iterations=system.iterations,
+        passes=passes,
+        rank=system.rank,
+    )
+
+
+def _by_tiles(
+    entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions, plan: SolvePlan
+) -> Solution:
+    assert options.workspace is not None  # the plan refuses it otherwise
+    with TileCholesky(options.workspace, entries, plan.chosen.edge) as factor:
+        try:
+            factor.factorise(ridge, lambda done, of: options.tell("factorise", done, of))
+        except NotPositiveDefiniteError as error:
+            raise singular(entries, ridge, str(error)) from error
+        coefficients = factor.solve(targets)
+        read, written, ratio = factor.bytes_read, factor.bytes_written, factor.io_ratio
+    left = relative_residual(entries, targets, coefficients, ridge, options.device)
+    return Solution(
+        coefficients,
+        ridge,
+        ratio_to_diagonal(ridge, entries),
+        left,
+        "tiles",
+        passes=2,
+        bytes_read=read,
+        bytes_written=written,
+        io_ratio=ratio,
+    )
