@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ooc_ntk.errors import InputError
 
-from .entries import Entries
+from .entries import Entries, ViewEntries
 from .path import DenseSpectrum, RidgePath, require_positive, solve_path
 from .precondition import Preconditioner
 from .ridge import Solution, SolveOptions
@@ -37,7 +37,7 @@ class GcvCurve:
     """Estimates of the test error over a grid of ridges; mean squared errors are means over samples and targets.
 
     Attributes:
-        ridges: (ridges,) as given.
+        ridges: (ridges,) as given, without those that were dropped.
         gcv: (ridges,) generalised cross-validation.
         loo: (ridges,) leave-one-out.
         train: (ridges,) mean squared error on the train samples.
@@ -63,6 +63,11 @@ class GcvCurve:
     probes: int = 0
 
     @property
+    def dropped(self) -> tuple[float, ...]:
+        """Ridges that were left out, as they do not make the kernel positive definite."""
+        return self.path.dropped
+
+    @property
     def best(self) -> int:
         """Number of the ridge whose ``gcv`` is least."""
         return int(np.argmin(self.gcv))
@@ -82,6 +87,7 @@ class GcvCurve:
         return {
             "method": self.method,
             "probes": self.probes,
+            "dropped": list(self.dropped),
             "best_ridge": self.best_ridge,
             "best_ridge_ratio": self.solution.ridge_ratio,
             **{
@@ -95,14 +101,24 @@ class GcvCurve:
 
 
 def gcv_curve(
-    entries: Entries, y: NDArray[np.float64], ridges: NDArray[np.float64], options: SolveOptions, probes: int = PROBES
+    entries: Entries,
+    y: NDArray[np.float64],
+    ridges: NDArray[np.float64],
+    options: SolveOptions,
+    probes: int = PROBES,
+    rows_per_sample: int = 1,
+    spectrum: DenseSpectrum | None = None,
 ) -> GcvCurve:
-    """GCV and leave-one-out over a grid of ridges.
+    """GCV and leave-one-out over a grid of ridges; those that do not make the kernel positive definite are left out.
 
     From all eigenpairs where they fit. Otherwise from stochastic probes, whose systems share the passes of the targets:
     ``tr (K + λI)⁻¹`` is the preconditioner's, which is known, and Hutchinson's estimate of the difference to it. Its
-    diagonal, for leave-one-out, is computed for three times as many random samples, and the mean over all is told from
+    diagonal, for leave-one-out, is computed for three times as many random rows, and the mean over all is told from
     them by what the preconditioner's diagonal gives for both (a ratio estimate).
+
+    Of a centred kernel the mean of the targets is refitted with every sample that is left out, and costs its one degree
+    of freedom: ``(HKH + λI)⁻¹`` is that of a regression with an intercept and ``1 1ᵀ/(nλ)``, which is taken off. Of a
+    full kernel a sample is left out with all its rows.
 
     Args:
         entries: of the kernel.
@@ -110,6 +126,8 @@ def gcv_curve(
         ridges: checked.
         options: how; the method is ``auto``, ``spectrum`` or ``cg``.
         probes: random vectors of signs, at least 2.
+        rows_per_sample: kernel rows of one sample.
+        spectrum: all eigenpairs, where they are known.
 
     Returns:
         The curve.
@@ -120,73 +138,152 @@ def gcv_curve(
     """
     if probes < 2:
         raise InputError(f"probes must be at least 2, for the error bars, got {probes}")
-    # A stream of their own: probes must not depend on the columns that the preconditioner drew.
-    random = np.random.default_rng((options.seed, 1))
-    signs: NDArray[np.float64] = random.integers(0, 2, (entries.size, probes)).astype(np.float64) * 2 - 1
-    chosen = random.choice(entries.size, min(LEFT_OUT * probes, entries.size), replace=False)
-    units = np.zeros((entries.size, len(chosen)))
-    units[chosen, np.arange(len(chosen))] = 1.0
-    path = solve_path(entries, y, ridges, options, np.concatenate([signs, units], axis=1))
+    intercept = isinstance(entries, ViewEntries) and entries.means is not None
+    if intercept:
+        require_positive(ridges, "GCV of a centred kernel, which is singular,")
+        y = y - y.mean(0)
+    if options.method == "cg" and spectrum is None:
+        require_positive(ridges, "GCV from probes")
+    drawn = _Drawn(entries.size, probes, rows_per_sample, options.seed, intercept=intercept)
+    path = solve_path(entries, y, ridges, options, drawn, spectrum, drop=True)
     if path.spectrum is not None:
-        return _exact(path, y)
-    require_positive(ridges, "GCV from probes")
-    return _estimated(path, signs, chosen)
+        return _exact(path, len(y), rows_per_sample, intercept=intercept)
+    return _estimated(path, drawn)
 
 
-def _exact(path: RidgePath, y: NDArray[np.float64]) -> GcvCurve:
+def _exact(path: RidgePath, size: int, rows: int, *, intercept: bool) -> GcvCurve:
     assert path.spectrum is not None
-    size, zeros = len(y), np.zeros(len(path))
-    found: dict[str, list[float]] = {"gcv": [], "loo": [], "train": [], "dimension": []}
+    zeros, columns = np.zeros(len(path)), []
     for solution in path.solutions:
         weights = 1.0 / (path.spectrum.values + solution.ridge)
+        trace = float(weights.sum())
+        off = 1.0 / (size * solution.ridge) if intercept else 0.0
         squares = _squares(solution)
-        diagonal = _inverse_diagonal(path.spectrum, weights)
-        found["gcv"].append(float(squares.mean() / weights.mean() ** 2))
-        found["loo"].append(float((squares / diagonal**2).mean()))
-        found["train"].append(float(solution.ridge**2 * squares.mean()))
-        found["dimension"].append(float(size - solution.ridge * weights.sum()))
-    gcv, loo, train, dimension = (np.asarray(found[name]) for name in ("gcv", "loo", "train", "dimension"))
+        left_out = _left_out(solution, _inverse_blocks(path.spectrum, weights, rows) - off)
+        columns.append(
+            (
+                float(squares.mean() / (trace / size - off) ** 2),
+                float(left_out.mean()),
+                float(solution.ridge**2 * squares.mean()),
+                float(size - solution.ridge * trace),
+            )
+        )
+    gcv, loo, train, dimension = np.array(columns).T
     lean = replace(path, spectrum=None)
     return GcvCurve(path.ridges, gcv, loo, train, dimension, zeros, zeros, zeros, lean, "spectrum")
 
 
-def _inverse_diagonal(spectrum: DenseSpectrum, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Diagonal of ``V diag(weights) Vᵀ``, some rows at a time."""
-    found = np.empty(len(weights))
-    for start in range(0, len(weights), 512):
-        found[start : start + 512] = spectrum.vectors[start : start + 512] ** 2 @ weights
+def _inverse_blocks(spectrum: DenseSpectrum, weights: NDArray[np.float64], rows: int) -> NDArray[np.float64]:
+    """Blocks on the diagonal of ``V diag(weights) Vᵀ``, (samples, rows, rows), some samples at a time."""
+    size = len(weights)
+    found = np.empty((size // rows, rows, rows))
+    step = max(1, 512 // rows)
+    for start in range(0, len(found), step):
+        vectors = spectrum.vectors[start * rows : (start + step) * rows].reshape(-1, rows, size)
+        found[start : start + step] = (vectors * weights) @ vectors.transpose(0, 2, 1)
     return found
 
 
+def _left_out(solution: Solution, blocks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared errors of every sample that is left out, the mean over its rows and the targets, (samples,)."""
+    rows = blocks.shape[1]
+    coefficients = solution.coefficients.reshape(len(blocks), rows, -1)
+    errors = coefficients / blocks if rows == 1 else np.linalg.solve(blocks, coefficients)
+    return np.asarray((errors**2).mean((1, 2)))
+
+
 def _squares(solution: Solution) -> NDArray[np.float64]:
-    """Squared coefficients of every sample, the mean over the targets, (n,)."""
+    """Squared coefficients of every row, the mean over the targets, (n,)."""
     values: NDArray[np.float64] = (solution.coefficients.reshape(len(solution.coefficients), -1) ** 2).mean(1)
     return values
 
 
-def _estimated(path: RidgePath, signs: NDArray[np.float64], chosen: NDArray[np.int64]) -> GcvCurve:
-    assert path.probe_solutions is not None
-    size, probes = signs.shape
-    wide = _student(probes)
-    columns: dict[str, list[float]] = {name: [] for name in ("gcv", "ge", "loo", "le", "train", "dim", "de")}
-    for number, solution in enumerate(path.solutions):
-        ridge, squares, solved = solution.ridge, _squares(solution), path.probe_solutions[number]
-        known, base, rest = _rest(path.preconditioner, signs, solved[:, :probes], ridge)
-        traces = known + (signs * rest).sum(0)
+class _Drawn:
+    """Probes of one curve: signs for the trace, unit vectors for samples that are left out; see :class:`Probes`.
+
+    Attributes:
+        traces: by ridge: estimates of the inverse's trace, one per vector of signs.
+        blocks: by ridge: blocks of the inverse of the samples that are left out, (samples, rows, rows).
+        diagonals: by ridge: the preconditioner's diagonal.
+    """
+
+    def __init__(self, size: int, probes: int, rows: int, seed: int, *, intercept: bool) -> None:
+        """Draw them, from a stream of their own: they must not depend on the preconditioner's columns."""
+        random = np.random.default_rng((seed, 1))
+        self.size, self.probes, self.rows, self.intercept = size, probes, rows, intercept
+        self._signs = random.integers(0, 2, (size, probes)).astype(np.float64) * 2 - 1
+        samples = size // rows
+        count = min(max(2, LEFT_OUT * probes // rows), samples)
+        self.chosen = random.choice(samples, count, replace=False)
+        self.traces: dict[float, NDArray[np.float64]] = {}
+        self.blocks: dict[float, NDArray[np.float64]] = {}
+        self.diagonals: dict[float, NDArray[np.float64]] = {}
+
+    @property
+    def _places(self) -> NDArray[np.int64]:
+        """Kernel rows of the samples that are left out."""
+        return np.asarray((self.chosen[:, None] * self.rows + np.arange(self.rows)).reshape(-1))
+
+    def columns(self) -> NDArray[np.float64]:
+        """See :class:`Probes`."""
+        found = np.zeros((self.size, self.probes + len(self._places)))
+        found[:, : self.probes] = self._signs
+        found[self._places, self.probes + np.arange(len(self._places))] = 1.0
+        return found
+
+    def observe(self, ridge: float, solved: NDArray[np.float64], preconditioner: Preconditioner | None) -> None:
+        """See :class:`Probes`."""
+        signs = self._signs
+        if preconditioner is None or not preconditioner.rank:
+            # Of the inverse itself the ridge's part is known: (K + λI)⁻¹ = 1/λ − K(K + λI)⁻¹/λ.
+            shifted, known, base = ridge, self.size / ridge, np.full(self.size, 1.0 / ridge)
+            rest = solved[:, : self.probes] - signs / ridge
+        else:
+            # Outside its basis the preconditioner knows the mean eigenvalue, which may be far above the ridge: without
+            # it the probes would have to estimate a difference larger than the trace itself (measured on 1,000 digits,
+            # a ridge of 1e-4 of the mean diagonal: half widths of 4% of GCV instead of 5,000%).
+            shifted = ridge + preconditioner.outside
+            known, base = preconditioner.inverse_trace(shifted), preconditioner.inverse_diagonal(shifted)
+            rest = solved[:, : self.probes] - preconditioner.apply(signs, shifted, -1.0)
+        values = solved[self._places, self.probes :].reshape(len(self.chosen), self.rows, len(self.chosen), self.rows)
+        each = np.arange(len(self.chosen))
+        off = 1.0 / (self.size * ridge) if self.intercept else 0.0
+        if self.intercept:  # in the direction of 1 both inverses are known, 1/λ, and it is left out
+            known, signs, rest = known - 1.0 / shifted, signs - signs.mean(0), rest - rest.mean(0)
+        self.traces[ridge] = known + (signs * rest).sum(0)
+        self.blocks[ridge] = values[each, :, each, :] - off
+        self.diagonals[ridge] = np.maximum(base - (1.0 / (self.size * shifted) if self.intercept else 0.0), 1e-300)
+
+
+def _estimated(path: RidgePath, drawn: _Drawn) -> GcvCurve:
+    size, probes = drawn.size, drawn.probes
+    wide, rows = _student(probes), []
+    for solution in path.solutions:
+        ridge, squares = solution.ridge, _squares(solution)
+        traces = drawn.traces[ridge]
         trace, spread = float(traces.mean()), float(traces.std(ddof=1) / np.sqrt(probes))
+        # By convexity it is at least size / (ridge + mean diagonal): an estimate below is noise.
+        mean = ridge / solution.ridge_ratio if solution.ridge_ratio else 0.0
+        trace = max(trace, (size - drawn.intercept) / (ridge + mean))
         value = float(squares.mean() / (trace / size) ** 2)
-        diagonal = solved[chosen, probes + np.arange(len(chosen))]
-        out, out_half = _leave_one_out(squares, base, chosen, diagonal)
-        columns["gcv"].append(value)
-        columns["ge"].append(wide * 2 * value * spread / trace)
-        columns["loo"].append(out)
-        columns["le"].append(out_half)
-        columns["train"].append(float(ridge**2 * squares.mean()))
-        columns["dim"].append(size - ridge * trace)
-        columns["de"].append(wide * ridge * spread)
-    gcv, ge, loo, le, train, dim, de = (np.asarray(columns[name]) for name in columns)
-    lean = replace(path, probe_solutions=None, preconditioner=None)
-    return GcvCurve(path.ridges, gcv, loo, train, dim, ge, le, de, lean, "cg", probes)
+        likely = squares / drawn.diagonals[ridge] ** 2
+        likely = likely.reshape(-1, drawn.rows).mean(1)
+        some = (drawn.chosen[:, None] * drawn.rows + np.arange(drawn.rows)).reshape(-1)
+        picked = replace(solution, coefficients=solution.coefficients[some])
+        out, half = _leave_one_out(_left_out(picked, drawn.blocks[ridge]), likely, drawn.chosen)
+        rows.append(
+            (
+                value,
+                out,
+                float(ridge**2 * squares.mean()),
+                size - ridge * trace - float(drawn.intercept),
+                wide * 2 * value * spread / trace,
+                half,
+                wide * ridge * spread,
+            )
+        )
+    gcv, loo, train, dimension, gcv_error, loo_error, dimension_error = np.array(rows).T
+    return GcvCurve(path.ridges, gcv, loo, train, dimension, gcv_error, loo_error, dimension_error, path, "cg", probes)
 
 
 def _student(count: float) -> float:
@@ -194,42 +291,21 @@ def _student(count: float) -> float:
     return float(scipy.stats.t.ppf(0.5 + COVERAGE / 2, max(1.0, count - 1)))
 
 
-def _rest(
-    preconditioner: Preconditioner | None, signs: NDArray[np.float64], solved: NDArray[np.float64], ridge: float
-) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """Trace and diagonal of the preconditioner's inverse, and what the inverse does to the probes beyond it."""
-    if preconditioner is None or not preconditioner.rank:
-        # Of the inverse itself the ridge's part is known: (K + λI)⁻¹ = 1/λ − K(K + λI)⁻¹/λ.
-        return len(signs) / ridge, np.full(len(signs), 1.0 / ridge), solved - signs / ridge
-    # Outside its basis the preconditioner knows the mean eigenvalue, which may be far above the ridge: without it the
-    # probes would have to estimate a difference larger than the trace itself (measured on 1,000 digits, a ridge of 1e-4
-    # of the mean diagonal: half widths of 4% of GCV instead of 5,000%).
-    shifted = ridge + preconditioner.outside
-    known, base = preconditioner.inverse_trace(shifted), preconditioner.inverse_diagonal(shifted)
-    return known, base, solved - preconditioner.apply(signs, shifted, -1.0)
-
-
 def _leave_one_out(
-    squares: NDArray[np.float64],
-    base: NDArray[np.float64],
-    chosen: NDArray[np.int64],
-    diagonal: NDArray[np.float64],
+    wanted: NDArray[np.float64], likely: NDArray[np.float64], chosen: NDArray[np.int64]
 ) -> tuple[float, float]:
-    """Leave-one-out error and half of its interval, from the samples whose diagonal is known.
+    """Leave-one-out error and half of its interval, from the samples whose error is known.
 
     The ratio estimate of Cochran, Sampling Techniques (1977), ch. 6, without replacement. Errors of single samples are
     skewed, so that the interval is a symmetric bootstrap-t one (Efron 1982; measured on kernels of digits: 91 to 95%
     hold the exact value, where Student's t has 86 to 91%).
 
     Args:
-        squares: (n,) squared coefficients.
-        base: (n,) the preconditioner's diagonal.
-        chosen: (m,) samples.
-        diagonal: (m,) diagonal of the inverse there.
+        wanted: (m,) squared errors of some samples that are left out.
+        likely: (samples,) what the preconditioner makes of all.
+        chosen: (m,) the samples.
     """
-    size, count = len(squares), len(chosen)
-    wanted, likely = squares[chosen] / diagonal**2, squares / base**2
-    near = likely[chosen]
+    size, count, near = len(likely), len(chosen), likely[chosen]
     if not near.mean() > 0:  # the targets are zero
         return 0.0, 0.0
     ratio, spread = _ratio(wanted, near)
@@ -247,5 +323,5 @@ def _ratio(wanted: NDArray[np.float64], near: NDArray[np.float64]) -> tuple[Any,
     base = np.where(base > 0, base, np.inf)
     ratio = wanted.mean(-1, keepdims=True) / base
     count = wanted.shape[-1]
-    spread = np.sqrt(((wanted - ratio * near) ** 2).sum(-1) / (count - 1) / count) / base[..., 0]
+    spread = np.sqrt(((wanted - ratio * near) ** 2).sum(-1) / max(1, count - 1) / count) / base[..., 0]
     return ratio[..., 0], spread

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from ooc_ntk.errors import InputError, unknown_name
 
 from .entries import Entries
-from .products import rows_product, square_product
+from .products import adjoint_product, rows_product, square_product
 
 #: Which rows a product is formed of.
 ROWS: Final = ("train", "test")
@@ -113,7 +113,7 @@ class MultipliedKernel(ABC):
             device: torch device that multiplies.
 
         Returns:
-            (rows, train rows) float64; of the train square with the adjoint.
+            (rows, train rows) float64, with its adjoint.
         """
 
         def product(x: NDArray[Any]) -> NDArray[np.float64]:
@@ -127,4 +127,13 @@ class MultipliedKernel(ABC):
             return LinearOperator(
                 shape, matvec=column, rmatvec=column, matmat=product, rmatmat=product, dtype=np.float64
             )
-        return LinearOperator(shape, matvec=column, matmat=product, dtype=np.float64)
+
+        def adjoint(x: NDArray[Any]) -> NDArray[np.float64]:
+            return adjoint_product(self.entries, self.row_range(rows), np.asarray(x, dtype=np.float64))
+
+        def adjoint_column(x: NDArray[Any]) -> NDArray[np.float64]:
+            return adjoint(np.reshape(x, (-1, 1)))[:, 0]
+
+        return LinearOperator(
+            shape, matvec=column, rmatvec=adjoint_column, matmat=product, rmatmat=adjoint, dtype=np.float64
+        )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
 from ooc_ntk.compute.machine import free_host_bytes, resident_bytes
-from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.errors import BudgetError, InputError, unknown_name
 from ooc_ntk.planning.budget import Budget, Resources
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.solving import CG_ARRAYS, PASS_BYTES, preconditioner_bytes
+from ooc_ntk.units import format_bytes
 
-from .blockcg import BlockSystem
+from .blockcg import BlockSystem, NotPositiveDefiniteError
 from .dense import dense_square
 from .entries import Entries
 from .precondition import Preconditioner
@@ -37,6 +37,10 @@ SPECTRUM_COPIES: Final = 3.1
 SPECTRUM_ROWS: Final = 11_000
 
 
+#: Columns of solutions whose residuals are computed by one pass (a choice).
+RESIDUAL_COLUMNS: Final = 256
+
+
 @dataclass(frozen=True)
 class DenseSpectrum:
     """All eigenpairs of a train square.
@@ -50,6 +54,16 @@ class DenseSpectrum:
     vectors: NDArray[np.float64]
 
 
+class Probes(Protocol):
+    """Further right-hand sides, whose solutions are looked at ridge by ridge and not kept."""
+
+    def columns(self) -> NDArray[np.float64]:
+        """(n, probes) float64."""
+
+    def observe(self, ridge: float, solved: NDArray[np.float64], preconditioner: Preconditioner | None) -> None:
+        """Take what is needed of the (n, probes) solutions of a ridge."""
+
+
 @dataclass(frozen=True)
 class RidgePath:
     """Ridge regressions of the same targets with several ridges.
@@ -58,19 +72,17 @@ class RidgePath:
         ridges: (ridges,) float64, as given.
         solutions: one for each.
         spectrum: what they were computed from, or None.
-        preconditioner: what their conjugate gradients shared, or None.
-        probe_solutions: (ridges, n, probes) solutions of the probes, where there were any.
         passes: over the train square.
         seconds: wall-clock.
+        dropped: ridges that were left out, as they do not make the kernel positive definite.
     """
 
     ridges: NDArray[np.float64]
     solutions: tuple[Solution, ...]
     spectrum: DenseSpectrum | None = None
-    preconditioner: Preconditioner | None = None
-    probe_solutions: NDArray[np.float64] | None = field(default=None, repr=False)
     passes: int = 0
     seconds: float = 0.0
+    dropped: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.solutions)
@@ -106,7 +118,10 @@ def solve_path(
     y: NDArray[np.float64],
     ridges: NDArray[np.float64],
     options: SolveOptions,
-    probes: NDArray[np.float64] | None = None,
+    probes: Probes | None = None,
+    spectrum: DenseSpectrum | None = None,
+    *,
+    drop: bool = False,
 ) -> RidgePath:
     """Solve ``(K + λI) a = y`` for several λ.
 
@@ -115,25 +130,37 @@ def solve_path(
         y: (train,) or (train, targets), checked.
         ridges: checked.
         options: how; the method is ``auto``, ``spectrum`` or ``cg``.
-        probes: (n, probes) further right-hand sides, where conjugate gradients are used.
+        probes: further right-hand sides, where conjugate gradients are used.
+        spectrum: all eigenpairs, where they are known.
+        drop: whether ridges that do not make the kernel positive definite are left out; otherwise they are an error.
 
     Returns:
         The solutions.
 
     Raises:
-        InputError: for a matrix that is not positive definite, or where conjugate gradients do not converge.
-        BudgetError: if the spectrum is asked for and does not fit.
+        InputError: for a matrix that is not positive definite (with ``drop``, if all are), or where conjugate gradients
+            do not converge.
+        BudgetError: if the spectrum is asked for and does not fit, or the solutions do not.
         StorageError: if a tile cannot be read, or is not what was committed.
     """
     if options.method not in PATH_METHODS:
         raise unknown_name("method", options.method, PATH_METHODS)
-    began = time.perf_counter()
-    free = _free_bytes(options)
-    fits = SPECTRUM_COPIES * 8 * entries.size**2 <= free and entries.size <= SPECTRUM_ROWS
-    if options.method == "spectrum" or (options.method == "auto" and (fits or (ridges == 0).any())):
-        spectrum = dense_spectrum(entries, free)
-        return _by_spectrum(entries, y, ridges, spectrum, began, options)
-    return _by_conjugate_gradients(entries, y, ridges, options, probes, free, began)
+    began, free = time.perf_counter(), _free_bytes(options)
+    kept = 8 * y.size * (len(ridges) + 2)
+    if kept > free:
+        raise BudgetError(
+            f"the solutions of {len(ridges):,} ridges for {y.size // len(y):,} targets take {format_bytes(kept)}, "
+            f"{format_bytes(max(0, free))} are free to use; take fewer ridges at a time, or raise the host budget"
+        )
+    fits = SPECTRUM_COPIES * 8 * entries.size**2 <= free - kept and entries.size <= SPECTRUM_ROWS
+    wanted = options.method == "spectrum" or (options.method == "auto" and (fits or (ridges == 0).any()))
+    if spectrum is None and wanted:
+        spectrum = dense_spectrum(entries, free - kept)
+    if spectrum is not None:
+        found = _by_spectrum(entries, y, ridges, spectrum, options, drop=drop)
+    else:
+        found = _by_conjugate_gradients(entries, y, ridges, options, probes, free - kept, drop=drop)
+    return replace(found, seconds=time.perf_counter() - began)
 
 
 def dense_spectrum(entries: Entries, free: int | None = None) -> DenseSpectrum:
@@ -161,36 +188,39 @@ def _by_spectrum(
     y: NDArray[np.float64],
     ridges: NDArray[np.float64],
     spectrum: DenseSpectrum,
-    began: float,
     options: SolveOptions,
+    *,
+    drop: bool,
 ) -> RidgePath:
-    targets = y.reshape(len(y), -1)
-    inner = spectrum.vectors.T @ targets
     floor = np.finfo(np.float64).eps * abs(spectrum.values).max(initial=0.0)
-    coefficients = []
-    for ridge in ridges:
-        shifted = spectrum.values + ridge
-        if shifted.min() <= floor:
-            raise singular(entries, float(ridge))
-        coefficients.append(spectrum.vectors @ (inner / shifted[:, None]))
-    images = square_product(entries, np.concatenate(coefficients, axis=1), options.device)
-    norms = np.linalg.norm(targets, axis=0)
-    found = []
-    for number, (ridge, part) in enumerate(zip(ridges, coefficients, strict=True)):
-        image = images[:, number * targets.shape[1] : (number + 1) * targets.shape[1]]
-        left = np.linalg.norm(targets - image - ridge * part, axis=0) / np.where(norms > 0, norms, 1.0)
-        found.append(
-            Solution(
-                part.reshape(y.shape),
-                float(ridge),
-                ratio_to_diagonal(float(ridge), entries),
-                float(left.max(initial=0.0)),
-                "spectrum",
-                passes=2,
-                seconds=time.perf_counter() - began,
+    good = spectrum.values.min() + ridges > floor
+    if not good.any() or (not drop and not good.all()):
+        raise singular(entries, float(ridges[~good].max()))
+    targets, began = y.reshape(len(y), -1), time.perf_counter()
+    inner, norms = spectrum.vectors.T @ targets, np.linalg.norm(targets, axis=0)
+    found: list[Solution] = []
+    chosen, width = ridges[good], targets.shape[1]
+    together = max(1, RESIDUAL_COLUMNS // width)
+    for start in range(0, len(chosen), together):
+        some = chosen[start : start + together]
+        parts = [spectrum.vectors @ (inner / (spectrum.values + ridge)[:, None]) for ridge in some]
+        images = square_product(entries, np.concatenate(parts, axis=1), options.device)
+        for number, (ridge, part) in enumerate(zip(some, parts, strict=True)):
+            image = images[:, number * width : (number + 1) * width]
+            left = np.linalg.norm(targets - image - ridge * part, axis=0) / np.where(norms > 0, norms, 1.0)
+            found.append(
+                Solution(
+                    part.reshape(y.shape),
+                    float(ridge),
+                    ratio_to_diagonal(float(ridge), entries),
+                    float(left.max(initial=0.0)),
+                    "spectrum",
+                    passes=2,
+                    seconds=time.perf_counter() - began,
+                )
             )
-        )
-    return RidgePath(ridges, tuple(found), spectrum, passes=2, seconds=time.perf_counter() - began)
+    passes = 1 + -(-len(chosen) // together)
+    return RidgePath(chosen, tuple(found), spectrum, passes, dropped=tuple(ridges[~good].tolist()))
 
 
 def _by_conjugate_gradients(
@@ -198,47 +228,57 @@ def _by_conjugate_gradients(
     y: NDArray[np.float64],
     ridges: NDArray[np.float64],
     options: SolveOptions,
-    probes: NDArray[np.float64] | None,
+    probes: Probes | None,
     free: int,
-    began: float,
+    *,
+    drop: bool,
 ) -> RidgePath:
-    targets = y.reshape(len(y), -1)
-    given = targets if probes is None else np.concatenate([targets, probes], axis=1)
-    price = options.with_method("cg").plan(entries, given.shape[1], float(ridges.min()))
-    preconditioner = build_preconditioner(entries, price.chosen.rank, float(ridges.min()), options)
-    rank = 0 if preconditioner is None else preconditioner.rank
-    left = free - PASS_BYTES - preconditioner_bytes(entries.size, rank)
+    targets, smallest = y.reshape(len(y), -1), float(ridges.min())
+    given = targets if probes is None else np.concatenate([targets, probes.columns()], axis=1)
+    plan = options.with_method("cg").plan(entries, given.shape[1], smallest)
+    preconditioner = build_preconditioner(entries, plan.chosen.rank, smallest, options)
+    left = free - PASS_BYTES - preconditioner_bytes(entries.size, 0 if preconditioner is None else preconditioner.rank)
     together = max(1, int(left // (8 * given.size * CG_ARRAYS)))
     solutions: dict[int, Solution] = {}
-    probed = None if probes is None else np.empty((len(ridges), *probes.shape))
-    passes = 0
-    order = np.argsort(ridges, kind="stable")
-    for group in _groups(order, together):
-        systems = [
-            BlockSystem(given, float(ridges[each]), preconditioner, options.tolerance_for(entries)) for each in group
-        ]
-        passes += run_systems(entries, systems, given, options)
+    dropped: list[float] = []
+    passes, waiting = 0, [int(each) for each in np.argsort(ridges, kind="stable")]
+    while waiting:
+        # Ridges of similar size are solved together, as they need about as many steps.
+        group = waiting[:together]
+        tolerance = options.tolerance_for(entries)
+        systems = [BlockSystem(given, float(ridges[each]), preconditioner, tolerance) for each in group]
+        try:
+            passes += run_systems(entries, systems, given, options)
+        except NotPositiveDefiniteError as error:
+            low = [each for each in waiting if ridges[each] <= error.ridge]
+            dropped += [float(ridges[each]) for each in low]
+            waiting = [each for each in waiting if each not in low]
+            if not drop or not (waiting or solutions):
+                raise singular(entries, error.ridge) from error
+            continue
+        waiting = waiting[len(group) :]
         for each, system in zip(group, systems, strict=True):
-            solutions[int(each)] = Solution(
-                np.ascontiguousarray(system.solution[:, : targets.shape[1]]).reshape(y.shape),
-                float(ridges[each]),
-                ratio_to_diagonal(float(ridges[each]), entries),
-                float(system.residuals[: targets.shape[1]].max(initial=0.0)),
-                "cg",
-                iterations=system.iterations,
-                passes=system.iterations + 1,
-                rank=rank,
-                seconds=time.perf_counter() - began,
-            )
-            if probed is not None:
-                probed[each] = system.solution[:, targets.shape[1] :]
-    ordered = tuple(solutions[number] for number in range(len(ridges)))
-    return RidgePath(ridges, ordered, None, preconditioner, probed, passes, time.perf_counter() - began)
+            solutions[each] = _path_solution(entries, system, y, passes)
+            if probes is not None:
+                probes.observe(system.ridge, system.solution[:, targets.shape[1] :], preconditioner)
+    numbers = sorted(solutions)
+    return RidgePath(
+        ridges[numbers], tuple(solutions[each] for each in numbers), None, passes, dropped=tuple(sorted(dropped))
+    )
 
 
-def _groups(order: NDArray[np.int64], together: int) -> Sequence[NDArray[np.int64]]:
-    """Ridges in groups of similar size, so that those of one group need about as many steps."""
-    return [order[start : start + together] for start in range(0, len(order), together)]
+def _path_solution(entries: Entries, system: BlockSystem, y: NDArray[np.float64], passes: int) -> Solution:
+    width = y.size // len(y)
+    return Solution(
+        np.ascontiguousarray(system.solution[:, :width]).reshape(y.shape),
+        system.ridge,
+        ratio_to_diagonal(system.ridge, entries),
+        float(system.residuals[:width].max(initial=0.0)),
+        "cg",
+        iterations=system.iterations,
+        passes=passes,
+        rank=system.rank,
+    )
 
 
 def require_positive(ridges: NDArray[np.float64], what: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ooc_ntk.errors import TransientStorageError
+from ooc_ntk.errors import InputError, TransientStorageError
 
 from .entries import Block, Entries, FeatureEntries, ViewEntries
 
@@ -65,6 +65,46 @@ def rows_product(
     return _passes(entries, rows, vectors, device, lower=False)
 
 
+def adjoint_product(entries: Entries, rows: range, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The transpose of some rows times vectors.
+
+    Args:
+        entries: of the kernel.
+        rows: the rows.
+        vectors: (rows, vectors).
+
+    Returns:
+        (train rows, vectors) float64.
+    """
+    for attempt in range(PASSES):
+        found = np.zeros((vectors.shape[1], entries.size))
+        flat = np.ascontiguousarray(vectors.T, dtype=np.float64)
+        try:
+            for block in entries.blocks(rows):
+                part = flat[:, block.rows.start - rows.start : block.rows.stop - rows.start]
+                found[:, block.columns.start : block.columns.stop] += part @ block.values
+            break
+        except TransientStorageError:
+            if attempt == PASSES - 1:
+                raise
+    return np.ascontiguousarray(found.T)
+
+
+def _checked_device(device: str) -> str:
+    """A torch device that multiplies.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if device != "cpu":
+        try:
+            torch.zeros(1, dtype=torch.float64, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"cannot multiply on device {device!r}: {reason}; use cpu, cuda or cuda:0") from error
+    return device
+
+
 def scratch_bytes(entries: Entries) -> int:
     """Memory of a product beside its vectors."""
     return entries.buffer_bytes + 2 * SCRATCH_BYTES
@@ -90,6 +130,7 @@ def _viewed(entries: ViewEntries, rows: range, vectors: NDArray[np.float64], dev
 def _passes(
     entries: Entries, rows: range, vectors: NDArray[np.float64], device: str, *, lower: bool
 ) -> NDArray[np.float64]:
+    _checked_device(device)
     for _ in range(PASSES - 1):
         try:
             return _pass(entries, rows, vectors, device, lower=lower)

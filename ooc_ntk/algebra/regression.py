@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ooc_ntk.errors import InputError
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.solving import SolvePlan
 
 from .gcv import PROBES, GcvCurve, gcv_curve
 from .logistic import MAX_ITERATIONS, TOLERANCE, LogisticSolution, solve_logistic
 from .multiplying import MultipliedKernel
-from .path import RidgePath, checked_ridges, solve_path
+from .path import DenseSpectrum, RidgePath, checked_ridges, solve_path
 from .ridge import ITERATIONS, Advance, Solution, SolveOptions, checked_ridge, checked_targets
 from .solvers import solve_ridge
+
+if TYPE_CHECKING:
+    from .spectrum import Spectrum
 
 
 class Regression(MultipliedKernel):
@@ -84,6 +89,7 @@ class Regression(MultipliedKernel):
         ridges: ArrayLike,
         *,
         method: str = "auto",
+        spectrum: Spectrum | None = None,
         budget: Budget | None = None,
         tolerance: float | None = None,
         iterations: int = ITERATIONS,
@@ -99,6 +105,7 @@ class Regression(MultipliedKernel):
             ridges: absolute ridges.
             method: ``spectrum`` (all eigenpairs, in memory), ``cg``, or ``auto``: the spectrum where it fits and has at
                 most 11,000 rows.
+            spectrum: all eigenpairs of this kernel, where they are known (:meth:`eigh`).
             budget: as for :meth:`solve`, like the others.
             tolerance: relative residual.
             iterations: steps after which ``cg`` gives up.
@@ -115,7 +122,8 @@ class Regression(MultipliedKernel):
             BudgetError: if the spectrum is asked for and does not fit.
         """
         options = SolveOptions(method, tolerance, iterations, rank, seed, budget, None, device, advance)
-        return solve_path(self.entries, self._targets(y), checked_ridges(ridges), options)
+        known = self._dense(spectrum)
+        return solve_path(self.entries, self._targets(y), checked_ridges(ridges), options, None, known)
 
     def gcv(
         self,
@@ -123,6 +131,7 @@ class Regression(MultipliedKernel):
         ridges: ArrayLike,
         *,
         method: str = "auto",
+        spectrum: Spectrum | None = None,
         probes: int = PROBES,
         budget: Budget | None = None,
         tolerance: float | None = None,
@@ -134,13 +143,16 @@ class Regression(MultipliedKernel):
     ) -> GcvCurve:
         """Generalised cross-validation and leave-one-out over a grid of ridges (Wei et al. 2022, arXiv 2203.06176).
 
-        Exact from the spectrum where it fits. Otherwise traces come from random probes, whose systems share the passes
+        Exact from the spectrum where it fits. Of a centred view an intercept is refitted, of a full kernel a sample is
+        left out with all its rows; ridges that do not make the kernel positive definite are left out (``.dropped``).
+        Otherwise traces come from random probes, whose systems share the passes
         of the targets, with 95% error bars.
 
         Args:
             y: as for :meth:`solve`.
             ridges: absolute ridges.
             method: as for :meth:`ridge_path`.
+            spectrum: as for :meth:`ridge_path`.
             probes: random vectors of signs; three times as many samples are left out.
             budget: as for :meth:`solve`, like the others.
             tolerance: relative residual.
@@ -159,7 +171,19 @@ class Regression(MultipliedKernel):
             BudgetError: if the spectrum is asked for and does not fit.
         """
         options = SolveOptions(method, tolerance, iterations, rank, seed, budget, None, device, advance)
-        return gcv_curve(self.entries, self._targets(y), checked_ridges(ridges), options, probes)
+        rows, known = self.entries_per_sample, self._dense(spectrum)
+        return gcv_curve(self.entries, self._targets(y), checked_ridges(ridges), options, probes, rows, known)
+
+    def _dense(self, spectrum: Spectrum | None) -> DenseSpectrum | None:
+        """All eigenpairs, of a spectrum that has them all."""
+        if spectrum is None:
+            return None
+        if not spectrum.complete or spectrum.size != self.shape[1]:
+            raise InputError(
+                f"the spectrum holds {len(spectrum.values):,} eigenpairs of a square of {spectrum.size:,} rows; here "
+                f"all of {self.shape[1]:,} are needed: kernel.eigh()"
+            )
+        return DenseSpectrum(spectrum.values, spectrum.vectors)
 
     def _targets(self, y: ArrayLike) -> NDArray[np.float64]:
         return checked_targets(y, self.shape[1], self.entries_per_sample)

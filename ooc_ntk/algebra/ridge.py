@@ -159,6 +159,8 @@ def checked_targets(y: ArrayLike, size: int, entries_per_sample: int = 1) -> NDA
     Raises:
         InputError: for another length, NaN or infinity, or what is no array of numbers.
     """
+    if np.iscomplexobj(y):
+        raise InputError("y must be real; solve for the real and the imaginary part")
     try:
         targets = np.asarray(y, dtype=np.float64)
     except (TypeError, ValueError) as error:

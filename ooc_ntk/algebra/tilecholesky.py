@@ -7,7 +7,9 @@ Langou 2022, arXiv 2202.10217), and a little for the strips.
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from typing import Final
 
 import google_crc32c
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import lapack
@@ -33,8 +36,8 @@ from .blockcg import NotPositiveDefiniteError
 from .entries import Entries
 from .products import PASSES
 
-#: Beginning of the name of the folder that holds a factor; it is deleted with the factor.
-PREFIX: Final = "cholesky-"
+#: Beginning of the name of the folder that holds a factor, before host and process; it is deleted with the factor.
+PREFIX: Final = ".ooc-ntk-cholesky-"
 
 #: Strips that are held while they are read: two in use, two ahead.
 STRIPS_READ: Final = 4
@@ -67,10 +70,9 @@ class TileCholesky:
         self._entries, self._size = entries, entries.size
         self._edge = min(edge, -(-self._size // BLOCK_TILES) * BLOCK_TILES)
         self._width = max(1, self._edge // BLOCK_TILES)
-        for left in workspace.glob(f"{PREFIX}*"):  # of a solution that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(workspace)
         try:
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=workspace))
+            self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{platform.node()}-{os.getpid()}-", dir=workspace))
         except OSError as error:
             raise storage_error("creating a folder in", workspace, error) from error
         self._tiles = TileArray(self.path, FACTOR, (self._size, self._size), (self._edge, self._width), "<f8")
@@ -259,6 +261,15 @@ class TileCholesky:
                 else:
                     found[left:right].addmm_(values[:, : right - left].T, part, alpha=-1)
         return np.asarray(found.numpy())
+
+
+def _sweep(workspace: Path) -> None:
+    """Delete factors of processes of this machine that were killed."""
+    mark = f"{PREFIX}{platform.node()}-"
+    for folder in workspace.glob(f"{glob.escape(mark)}*-*"):
+        process = folder.name.removeprefix(mark).partition("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _grouped(strips: Iterator[torch.Tensor], count: int) -> Iterator[list[torch.Tensor]]:

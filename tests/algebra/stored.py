@@ -20,6 +20,7 @@ class Given(KernelOperator):
     given: Entries
     diagonal_of_all: np.ndarray
     folder: Path | None = None
+    rows: int = 1
 
     @property
     def entries(self) -> Entries:
@@ -28,7 +29,7 @@ class Given(KernelOperator):
     @property
     def samples(self) -> tuple[int, int]:
         height, width = self.given.shape
-        return width, height - width
+        return width // self.rows, (height - width) // self.rows
 
     @property
     def workspace(self) -> Path | None:

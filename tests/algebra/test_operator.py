@@ -128,7 +128,12 @@ def test_scipy_takes_it_as_an_operator(kernels):
     solved, failed = scipy.sparse.linalg.cg(shifted, y, rtol=1e-12)
     assert not failed
     assert error(solved, kernel.solve(y, 1.0).coefficients) < 1e-9
-    assert kernel.operator("test").shape == (kernel.shape[0] - size, size)
+    below, z = kernel.operator("test"), np.random.default_rng(1).standard_normal((kernel.shape[0] - size, 2))
+    assert below.shape == (kernel.shape[0] - size, size)
+    assert error(below.H @ z, entries[size:].T @ z) < 1e-13
+    assert error(below.T @ z[:, 0], entries[size:].T @ z[:, 0]) < 1e-13
+    view = kernel.cosine().centered()
+    assert error(view.operator("test").H @ z, dense(view)[size:].T @ z) < 1e-12
 
 
 def test_dask_reads_the_same(kernels):
@@ -206,6 +211,11 @@ def test_a_misread_tile_is_read_again_and_damage_is_refused(tmp_path, monkeypatc
 def test_bad_vectors(x, rows, message, kernels):
     with pytest.raises(InputError, match=message):
         kernels("exact").matmat(x, rows=rows)
+
+
+def test_no_such_device(kernels):
+    with pytest.raises(InputError, match="cannot multiply on device 'gpu': .*use cpu, cuda"):
+        kernels("exact").matmat(np.ones(26), device="gpu")
 
 
 def test_no_test_rows(tmp_path):

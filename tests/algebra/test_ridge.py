@@ -1,10 +1,14 @@
 """Ridge regression in all its ways against NumPy in float64: kernels stored in tiles, ill-conditioned ones, faults."""
 
+import dataclasses
+import os
+import platform
+
 import numpy as np
 import pytest
 
 import ooc_ntk
-from ooc_ntk.algebra import blockcg, ridge, tilecholesky
+from ooc_ntk.algebra import ridge, solvers, tilecholesky
 from ooc_ntk.algebra.blockcg import BlockSystem, solve_systems
 from ooc_ntk.algebra.precondition import pivoted_cholesky
 from ooc_ntk.algebra.products import square_product
@@ -130,6 +134,44 @@ def test_what_does_not_converge_is_refused(kernel):
         kernel.solve(targets(), 1e-6, method="cg", rank=0, iterations=3)
 
 
+def test_what_rounding_leaves_is_no_failure():
+    """Condition 1e11: a relative residual of 1e-10 cannot be reached, and the backward error is that of rounding."""
+    factor = np.random.default_rng(0).standard_normal((SIZE, 20))
+    kernel = in_memory(factor @ factor.T, SIZE)
+    found = kernel.solve(targets(), 1e-9, method="cg")
+    norm = np.linalg.norm(factor, 2) ** 2 * np.linalg.norm(found.coefficients, axis=0)
+    left = targets() - 1e-9 * found.coefficients - factor @ (factor.T @ found.coefficients)
+    assert (np.linalg.norm(left, axis=0) < 1e-13 * norm).all()
+
+
+def test_the_smallest_ridge_by_lanczos(tmp_path, monkeypatch):
+    """Where the square is too large for its eigenvalues: a bound, on the safe side, that does."""
+    monkeypatch.setattr(solvers, "DENSE_ROWS", 10)
+    matrix = gram(SIZE, decay=2.0) - 1e-4 * np.eye(SIZE)
+    kernel = on_disk(tmp_path, matrix, SIZE, 64)
+    with pytest.raises(InputError, match="not positive definite") as refused:
+        kernel.solve(targets(), 1e-6)
+    told = float(str(refused.value).split("would do is ")[1].split(";")[0])
+    smallest = np.linalg.eigvalsh(matrix)[0]
+    assert -smallest <= told < -2 * smallest
+    kernel.solve(targets(), told * 1.01)
+
+
+def test_a_factorisation_takes_over_where_steps_take_longer(kernel, monkeypatch):
+    cheap = dataclasses.replace(kernel.plan_solve(4).prices[0], seconds=1e-9)
+
+    def dear(self, entries, count, ridge, real=ridge.SolveOptions.plan):
+        plan = real(self, entries, count, ridge)
+        chosen = next(price for price in plan.prices if price.method == "cg")
+        return dataclasses.replace(plan, chosen=chosen, prices=(cheap, *plan.prices[1:]), fitting=(cheap, chosen))
+
+    monkeypatch.setattr(ridge.SolveOptions, "plan", dear)
+    found = kernel.solve(targets(), 1e-7, rank=1)
+    assert found.method == "cholesky"
+    assert error(found.coefficients, reference(kernel, targets(), 1e-7)) < 1e-8
+    assert kernel.solve(targets(), 1e-7, rank=1, method="cg").method == "cg"
+
+
 def test_an_indefinite_matrix_is_found(tmp_path):
     matrix = gram(SIZE) - 0.01 * np.eye(SIZE)
     kernel = on_disk(tmp_path, matrix, SIZE, 64)
@@ -176,6 +218,7 @@ def test_bad_options(given, message, kernel):
         (np.where(np.arange(SIZE) == 7, np.inf, 0.0), "first in row 7"),
         (np.ones((SIZE, 0)), "no columns"),
         (["a"] * SIZE, "y must be an array of numbers"),
+        (np.ones(SIZE) * 1j, "y must be real"),
         (np.ones(SIZE - 1), f"y must have {SIZE} rows"),
     ],
 )
@@ -269,10 +312,21 @@ def ooc_ntk_zarr(path):
 
 
 def test_what_a_killed_solution_left_is_swept(kernel, tmp_path):
-    (tmp_path / "cholesky-dead").mkdir()
-    (tmp_path / "cholesky-dead" / "strip").write_text("x")
-    with TileCholesky(tmp_path, kernel.entries, 64):
-        assert len(list(tmp_path.iterdir())) == 1
+    """Of processes of this machine that are gone; not of others, of living ones, or what somebody else put there."""
+    mark = f"{tilecholesky.PREFIX}{platform.node()}"
+    names = {
+        "dead": f"{mark}-{2**22 + 1}-a",
+        "alive": f"{mark}-{os.getpid()}-b",
+        "elsewhere": f"{tilecholesky.PREFIX}elsewhere-{2**22 + 1}-c",
+        "thesis": "cholesky-thesis",
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "strip").write_text("x")
+    with TileCholesky(tmp_path, kernel.entries, 64), TileCholesky(tmp_path, kernel.entries, 64) as second:
+        second.factorise(1.0, lambda done, total: None)
+        assert error(second.solve(targets()), reference(kernel, targets(), 1.0)) < 1e-9
+    assert {path.name for path in tmp_path.iterdir()} == set(names.values()) - {names["dead"]}
 
 
 def test_a_strip_that_is_damaged_or_cannot_be_written_stops_it(kernel, tmp_path, monkeypatch):
@@ -304,4 +358,3 @@ def test_progress_is_told(kernel):
         assert told[-1][0] == what
         assert told[-1][1] == pytest.approx(told[-1][2], rel=0.3)
     assert ridge.describe(kernel.solve(targets(), 1e-3, method="cg")).startswith("cg, ")
-    assert blockcg.RESTARTS >= 1
