@@ -181,3 +181,15 @@ def small():
 
 def test_help_says_what_is_kept():
     assert "RUN/fit" in command("fit", "--help").output
+
+
+def test_ridges_below_the_rounding_of_a_float32_kernel_are_left_out(memory_path):
+    """Features of 8 dimensions: a kernel of rank 8, whose rounding has eigenvalues below zero."""
+    job = ("--model", "mlp,width=8", "--train", "digits[0:200]", "--test", "digits[200:240]", "--kernel", "embedding")
+    done("run", *job, "--device", "cpu", "--out", memory_path / "r", "-q")
+    shown = done("fit", memory_path / "r")
+    figures, _ = read(memory_path / "r")
+    assert figures["curve"]["dropped"]
+    assert "left out" in shown
+    assert "not positive definite" in shown
+    assert figures["ridge"] > max(figures["curve"]["dropped"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +38,15 @@ def fit_table(fit: Fit) -> RenderableType:
         ("solved by", f"{solution.method}{steps}, {solution.passes} passes, {format_seconds(solution.seconds)}"),
         ("residual", f"{solution.residual:.1e}"),
     ]
+    if fit.curve is not None and fit.curve.dropped:
+        largest = max(fit.curve.dropped)
+        lines.append(
+            (
+                "left out",
+                f"{len(fit.curve.dropped)} ridges up to {largest:.2g}: with them the kernel is not positive definite, as "
+                "its entries are rounded",
+            )
+        )
     if solution.io_ratio is not None:
         moved = format_bytes(solution.bytes_read + solution.bytes_written)
         lines.append(("moved", f"{moved}, {solution.io_ratio:.2f} times the lower bound of a Cholesky factorisation"))
@@ -93,7 +103,10 @@ def _curve_table(fit: Fit) -> Table:
 
 
 def _with_error(value: float, error: float) -> str:
-    return f"{value:.4g} ± {error:.1g}" if error else f"{value:.4g}"
+    if not error:
+        return f"{value:.4g}"
+    digits = 1 if error >= abs(value) else min(4, 1 + math.ceil(math.log10(abs(value) / error)))
+    return f"{value:.{digits}g} ± {error:.1g}"
 
 
 def draw_fit(path: Path, fit: Fit) -> None:
