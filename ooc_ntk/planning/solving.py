@@ -15,8 +15,8 @@ from .rates import MachineRates
 METHODS: Final = ("cholesky", "cg", "tiles")
 
 #: Passes that preconditioned conjugate gradients are priced at. (The number depends on the spectrum and is not known
-#: before; measured: 48 to 69 on the trace kernel of 4,000 digits, with 30,000 up to 224. After a dozen steps it is, and a
-#: factorisation takes over where it is faster.)
+#: before; measured: 48 to 69 on the trace kernel of 4,000 digits, with 30,000 up to 224. After a dozen steps it is, and
+#: a factorisation takes over where it is faster.)
 EXPECTED_PASSES: Final = 60
 
 #: Columns of the preconditioner: half of the rows, at most this many. (Measured on trace kernels of 4,000 and 30,000

@@ -43,8 +43,8 @@ def fit_table(fit: Fit) -> RenderableType:
         lines.append(
             (
                 "left out",
-                f"{len(fit.curve.dropped)} ridges up to {largest:.2g}: with them the kernel is not positive definite, as "
-                "its entries are rounded",
+                f"{len(fit.curve.dropped)} ridges up to {largest:.2g}: with them the kernel is not positive definite, "
+                "as its entries are rounded",
             )
         )
     if solution.io_ratio is not None:
