@@ -137,12 +137,13 @@ def test_without_matplotlib_all_but_the_picture(run, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("--ridge", "1", "--ridge-ratio", "1"), "ridge and ridge_ratio all say what the ridge is"),
+        (("--ridge", "1", "--ridge-ratio", "1"), "ridge and ridge_ratio both say what the ridge is"),
         (("--ridge", "-1"), "ridge must be at least 0"),
         (("--ridges", "1,a"), "--ridges takes numbers between commas"),
         (("--ridges", "1,-1"), "ridge must be at least 0, got -1"),
         (("--targets", "nowhere.npy"), "no file of targets nowhere.npy"),
         (("--method", "lu"), "unknown method 'lu'"),
+        (("--method", "tiles"), "method 'tiles' solves for one ridge"),
         (("--ridge", "1", "--host-memory", "1MiB"), "raise the host budget"),
     ],
 )

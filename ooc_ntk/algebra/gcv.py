@@ -32,7 +32,7 @@ RESAMPLES: Final = 999
 COVERAGE: Final = 0.95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GcvCurve:
     """Estimates of the test error over a grid of ridges; mean squared errors are means over samples and targets.
 
@@ -61,6 +61,12 @@ class GcvCurve:
     path: RidgePath
     method: str
     probes: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<GcvCurve {len(self.ridges)} ridges by {self.method}: least {self.gcv[self.best]:.4g} at "
+            f"{self.best_ridge:.4g}, {self.solution.ridge_ratio:.2g} of the mean diagonal>"
+        )
 
     @property
     def dropped(self) -> tuple[float, ...]:

@@ -145,6 +145,11 @@ class Kernel(KernelOperator):
         return self._entries
 
     @property
+    def identity(self) -> str:
+        """The run's plan and, through it, its job; empty for a kernel of no run."""
+        return "" if self.plan is None else f"{self.plan.job_digest[:16]}-{self.plan.digest[:16]}"
+
+    @property
     def samples(self) -> tuple[int, int]:
         """Train and test samples."""
         return self._train, self._test

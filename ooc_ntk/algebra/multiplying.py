@@ -45,6 +45,11 @@ class MultipliedKernel(ABC):
         """Folder for what is computed on disk and deleted after; None if there is none."""
 
     @property
+    def identity(self) -> str:
+        """Which kernel it is, and how it is seen; empty where that is not known."""
+        return ""
+
+    @property
     def data_digest(self) -> str:
         """Digest of the train and test samples that the kernel is of; empty where it is not known."""
         return ""

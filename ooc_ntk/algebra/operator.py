@@ -101,6 +101,11 @@ class KernelView(KernelOperator):
         return self._kernel.workspace
 
     @property
+    def identity(self) -> str:
+        """See :class:`~ooc_ntk.algebra.multiplying.MultipliedKernel`."""
+        return f"{self._kernel.identity}, {self._what}" if self._kernel.identity else ""
+
+    @property
     def data_digest(self) -> str:
         """See :class:`~ooc_ntk.algebra.multiplying.MultipliedKernel`."""
         return self._kernel.data_digest

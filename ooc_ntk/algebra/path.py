@@ -64,7 +64,7 @@ class Probes(Protocol):
         """Take what is needed of the (n, probes) solutions of a ridge."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RidgePath:
     """Ridge regressions of the same targets with several ridges.
 
@@ -86,6 +86,9 @@ class RidgePath:
 
     def __len__(self) -> int:
         return len(self.solutions)
+
+    def __repr__(self) -> str:
+        return f"<RidgePath {len(self)} ridges from {self.ridges.min():.3g} to {self.ridges.max():.3g}>"
 
     def __getitem__(self, index: int) -> Solution:
         return self.solutions[index]
@@ -145,14 +148,14 @@ def solve_path(
     """
     if options.method not in PATH_METHODS:
         raise unknown_name("method", options.method, PATH_METHODS)
-    began, free = time.perf_counter(), _free_bytes(options)
+    began, free = time.perf_counter(), free_bytes(options)
     kept = 8 * y.size * (len(ridges) + 2)
     if kept > free:
         raise BudgetError(
             f"the solutions of {len(ridges):,} ridges for {y.size // len(y):,} targets take {format_bytes(kept)}, "
             f"{format_bytes(max(0, free))} are free to use; take fewer ridges at a time, or raise the host budget"
         )
-    fits = SPECTRUM_COPIES * 8 * entries.size**2 <= free - kept and entries.size <= SPECTRUM_ROWS
+    fits = spectrum_fits(entries, free - kept)
     wanted = options.method == "spectrum" or (options.method == "auto" and (fits or (ridges == 0).any()))
     if spectrum is None and wanted:
         spectrum = dense_spectrum(entries, free - kept)
@@ -161,6 +164,16 @@ def solve_path(
     else:
         found = _by_conjugate_gradients(entries, y, ridges, options, probes, free - kept, drop=drop)
     return replace(found, seconds=time.perf_counter() - began)
+
+
+def spectrum_fits(entries: Entries, free: int) -> bool:
+    """Whether all eigenpairs are computed where nobody asks for another way.
+
+    Args:
+        entries: of the kernel.
+        free: bytes that may be taken.
+    """
+    return SPECTRUM_COPIES * 8 * entries.size**2 <= free and entries.size <= SPECTRUM_ROWS
 
 
 def dense_spectrum(entries: Entries, free: int | None = None) -> DenseSpectrum:
@@ -176,7 +189,7 @@ def dense_spectrum(entries: Entries, free: int | None = None) -> DenseSpectrum:
     return DenseSpectrum(values, vectors)
 
 
-def _free_bytes(options: SolveOptions) -> int:
+def free_bytes(options: SolveOptions) -> int:
     """Host memory that may be taken beyond what the process holds."""
     taken = resident_bytes()
     resources = Resources(free_host_bytes(), taken, 0, 0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ class Regression(MultipliedKernel):
             device=device,
             advance=advance,
         )
-        return solve_ridge(self.entries, self._targets(y), checked_ridge(ridge), options)
+        found = solve_ridge(self.entries, self._targets(y), checked_ridge(ridge), options)
+        return replace(found, kernel=self.identity)
 
     def ridge_path(
         self,
@@ -123,7 +125,7 @@ class Regression(MultipliedKernel):
         """
         options = SolveOptions(method, tolerance, iterations, rank, seed, budget, None, device, advance)
         known = self._dense(spectrum)
-        return solve_path(self.entries, self._targets(y), checked_ridges(ridges), options, None, known)
+        return self._named(solve_path(self.entries, self._targets(y), checked_ridges(ridges), options, None, known))
 
     def gcv(
         self,
@@ -172,7 +174,12 @@ class Regression(MultipliedKernel):
         """
         options = SolveOptions(method, tolerance, iterations, rank, seed, budget, None, device, advance)
         rows, known = self.entries_per_sample, self._dense(spectrum)
-        return gcv_curve(self.entries, self._targets(y), checked_ridges(ridges), options, probes, rows, known)
+        found = gcv_curve(self.entries, self._targets(y), checked_ridges(ridges), options, probes, rows, known)
+        return replace(found, path=self._named(found.path))
+
+    def _named(self, path: RidgePath) -> RidgePath:
+        """A path whose solutions say which kernel they are of."""
+        return replace(path, solutions=tuple(replace(each, kernel=self.identity) for each in path.solutions))
 
     def _dense(self, spectrum: Spectrum | None) -> DenseSpectrum | None:
         """All eigenpairs, of a spectrum that has them all."""
@@ -216,8 +223,18 @@ class Regression(MultipliedKernel):
             (rows,) or (rows, targets) float64.
 
         Raises:
-            InputError: if the run has no test rows.
+            InputError: if the run has no test rows, or the solution is of another kernel or view.
         """
+        if not isinstance(solution, Solution):
+            raise InputError(
+                f"predict takes what solve returned, got {type(solution).__name__}; for coefficients use "
+                f"kernel.matmat(a, rows={rows!r})"
+            )
+        if solution.kernel != self.identity and solution.kernel and self.identity:
+            raise InputError(
+                f"the solution is of another kernel or view ({solution.kernel}) than this one ({self.identity}); "
+                "predict with the one that solved"
+            )
         return self.matmat(solution.coefficients, rows=rows, device=device)
 
     def logistic(

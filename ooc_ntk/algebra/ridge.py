@@ -32,7 +32,7 @@ ITERATIONS: Final = 1000
 Advance = Callable[[str, float, float], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """Coefficients of a kernel ridge regression.
 
@@ -51,6 +51,7 @@ class Solution:
         bytes_written: bytes written to disk.
         io_ratio: what a Cholesky factorisation on disk moved over the bound ``n³/(3√2·√S)`` for its memory S (Beaumont
             et al. 2022); None of other methods.
+        kernel: which kernel, seen how, it is of; only that one predicts with it. Empty where that is not known.
     """
 
     coefficients: NDArray[np.float64]
@@ -65,6 +66,10 @@ class Solution:
     bytes_read: int = 0
     bytes_written: int = 0
     io_ratio: float | None = None
+    kernel: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Solution {self.coefficients.shape} by {describe(self)}>"
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,11 @@ class SolveOptions:
     advance: Advance | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Refuse what cannot be meant; a budget may be a size."""
+        if isinstance(self.budget, str | int):
+            object.__setattr__(self, "budget", Budget(host=self.budget))
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise InputError(f"budget must be a Budget or a size such as '2GiB', got {self.budget!r}")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise InputError(f"tolerance is a relative residual between 0 and 1, got {self.tolerance}")
         if self.iterations < 1:
@@ -141,6 +150,7 @@ class SolveOptions:
             self.rank,
             disk=self.workspace is not None,
             ridge=ridge,
+            held=taken + LIBRARY_GROWTH_BYTES,
         )
 
 

@@ -119,7 +119,7 @@ def singular(entries: Entries, ridge: float, why: str = "") -> InputError:
     """The error of a matrix that cannot be solved with, naming the smallest ridge that would do."""
     smallest, largest = _extremes(entries)
     floor = len(entries.diagonal()) * float(np.finfo(np.float64).eps) * max(largest, 0.0)
-    enough = max(0.0, -smallest) * 1.01 + 10 * floor
+    enough = max(0.0, -smallest) * 1.01 + 100 * floor
     if not largest > 0:
         return InputError(f"K + {ridge:g}·I is not positive definite: the kernel is zero; any ridge above 0 would do")
     return InputError(

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from ooc_ntk.algebra.gcv import GcvCurve
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.operator import KernelOperator
-from ooc_ntk.algebra.path import SPECTRUM_ROWS
-from ooc_ntk.algebra.ridge import Advance, Solution
+from ooc_ntk.algebra.path import free_bytes, spectrum_fits
+from ooc_ntk.algebra.ridge import Advance, Solution, SolveOptions
 from ooc_ntk.errors import InputError, StorageError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.planning.budget import Budget
@@ -40,7 +40,7 @@ class Targets:
     labels: Labels | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """Kernel regression of a run.
 
@@ -65,6 +65,10 @@ class Fit:
     test_errors: NDArray[np.float64]
     accuracies: NDArray[np.float64]
     train_accuracy: float | None
+
+    def __repr__(self) -> str:
+        right = "" if self.accuracy is None else f", {self.accuracy:.2%} right"
+        return f"<Fit of {self.path} ({self.view}): {self.solution!r}{right}>"
 
     @property
     def chosen(self) -> int:
@@ -147,7 +151,7 @@ class FitSettings:
         """Refuse two answers to one question."""
         given = [name for name in ("ridge", "ridge_ratio", "ridges") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} all say what the ridge is; give one of them")
+            raise InputError(f"{' and '.join(given)} both say what the ridge is; give one of them")
 
 
 def fit_run(kernel: Kernel, settings: FitSettings, job: Callable[[], Job | None], advance: Advance | None) -> Fit:
@@ -178,7 +182,12 @@ def fit_run(kernel: Kernel, settings: FitSettings, job: Callable[[], Job | None]
     if one is not None:
         solutions = [seen.solve(y, one, method=settings.method, advance=advance, **common)]
     else:
-        ridges = _grid(seen) * mean if settings.ridges is None else settings.ridges
+        if settings.method in ("cholesky", "tiles"):
+            raise InputError(
+                f"method {settings.method!r} solves for one ridge; give one (--ridge, --ridge-ratio), or leave the "
+                "method out: GCV chooses the ridge by spectrum or cg"
+            )
+        ridges = _grid(seen, settings) * mean if settings.ridges is None else settings.ridges
         curve = seen.gcv(y, ridges, method=settings.method, probes=settings.probes, advance=advance, **common)
         solutions = list(curve.path.solutions)
     chosen = solutions[0 if curve is None else curve.best]
@@ -196,10 +205,11 @@ def fit_run(kernel: Kernel, settings: FitSettings, job: Callable[[], Job | None]
     )
 
 
-def _grid(seen: KernelOperator) -> NDArray[np.float64]:
+def _grid(seen: KernelOperator, settings: FitSettings) -> NDArray[np.float64]:
     """Ridges over the mean diagonal: one per decade where every one costs systems of its own."""
     found = np.asarray(RIDGE_RATIOS)
-    return found if seen.shape[1] <= SPECTRUM_ROWS else found[::4]
+    fits = spectrum_fits(seen.entries, free_bytes(SolveOptions(budget=settings.budget)))
+    return found if settings.method == "spectrum" or (fits and settings.method == "auto") else found[::4]
 
 
 def one_hot(labels: NDArray[np.int64], classes: int, rows_per_sample: int) -> NDArray[np.float64]:

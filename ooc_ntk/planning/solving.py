@@ -118,6 +118,7 @@ def plan_solve(
     rank: int | None = None,
     disk: bool = True,
     ridge: float = 1.0,
+    held: int = 0,
 ) -> SolvePlan:
     """Price every way of solving and take the fastest that fits.
 
@@ -131,6 +132,7 @@ def plan_solve(
         method: ``auto``, or the one that is wanted.
         rank: columns of the preconditioner; None for as many as pay.
         disk: whether there is a folder for working space.
+        held: bytes that the process holds already, and that libraries will take, for the message.
         ridge: without one only what factorises the matrix is offered by itself, as nothing preconditions it.
 
     Returns:
@@ -172,9 +174,11 @@ def plan_solve(
                 f"{format_bytes(disk_free)} are free to use; make room, or give another folder: workspace=..."
             )
         raise BudgetError(
-            f"solving {size:,} × {size:,} for {targets:,} targets by {least.method} needs "
-            f"{format_bytes(least.host_bytes)} of memory, {format_bytes(max(0, host_free))} are free to use; raise the "
-            "host budget (budget=Budget(host=...), --host-memory), or take fewer targets at a time"
+            f"solving {size:,} × {size:,} for {targets:,} right-hand sides by {least.method} needs "
+            f"{format_bytes(least.host_bytes)} of memory, {format_bytes(max(0, host_free))} are free to use"
+            + (f" beside {format_bytes(held)} for the process and its libraries" if held else "")
+            + f"; raise the host budget to {-(-(held + least.host_bytes) // 2**20)}MiB or more (budget=..., "
+            "--host-memory)"
         )
     chosen = min(usable, key=lambda price: price.seconds)
     return SolvePlan(size, targets, prices, chosen, host_free, tuple(fitting))

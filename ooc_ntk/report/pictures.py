@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("matplotlib") is not None
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_ridges_share_passes(kernel):
 
 def test_groups_of_ridges_where_memory_is_short(kernel, monkeypatch):
     whole = kernel.ridge_path(targets(), RIDGES, method="cg")
-    monkeypatch.setattr(path_module, "_free_bytes", lambda options: 8 * SIZE * 3 * 6)
+    monkeypatch.setattr(path_module, "free_bytes", lambda options: 8 * SIZE * 3 * 6)
     apart = kernel.ridge_path(targets(), RIDGES, method="cg")
     assert apart.passes > whole.passes
     np.testing.assert_allclose(apart.coefficients, whole.coefficients, rtol=1e-6, atol=1e-8)
@@ -130,7 +130,7 @@ def test_what_is_left_out_decides_the_way(kernel, monkeypatch):
     assert kernel.ridge_path(targets(), [0.0, 1.0])[0].method == "spectrum", "nothing preconditions a ridge of 0"
     with pytest.raises(BudgetError, match="the solutions of 4 ridges for 3 targets.*fewer ridges"):
         kernel.ridge_path(targets(), RIDGES, method="spectrum", budget=ooc_ntk.Budget(host="1MiB"))
-    monkeypatch.setattr(path_module, "_free_bytes", lambda options: 30_000)
+    monkeypatch.setattr(path_module, "free_bytes", lambda options: 30_000)
     with pytest.raises(BudgetError, match="the full spectrum.*use method='cg'"):
         kernel.ridge_path(targets(), RIDGES, method="spectrum")
 

@@ -169,8 +169,29 @@ def test_a_kernel_of_zeros_says_what_is_wrong(folder, rates):
 
 def test_too_large_for_memory_is_refused_before_any_work(kernel, monkeypatch):
     monkeypatch.setattr(ridge_module, "free_host_bytes", lambda: 1000)
-    with pytest.raises(BudgetError, match=r"26 × 26 for 1 targets by .* needs .* of memory, 0 B are free"):
+    with pytest.raises(BudgetError, match=r"26 × 26 for 1 right-hand sides by .* needs .* of memory, 0 B are free"):
         kernel.solve(np.ones(TRAIN), 1.0)
+
+
+def test_a_solution_predicts_with_the_kernel_it_is_of(kernel, full):
+    solution = kernel.cosine().solve(np.ones(TRAIN), 1.0)
+    assert kernel.cosine().predict(solution).shape == (TEST,)
+    for other in (kernel, kernel.cosine().centered()):
+        with pytest.raises(InputError, match="of another kernel or view"):
+            other.predict(solution)
+    with pytest.raises(InputError, match=r"predict takes what solve returned, got ndarray; .*kernel\.matmat"):
+        kernel.predict(solution.coefficients)
+    path = kernel.ridge_path(np.ones(TRAIN), [1.0, 2.0])
+    assert kernel.predict(path[1]).shape == (TEST,)
+    assert kernel.predict(kernel.gcv(np.ones(TRAIN), [1.0]).solution).shape == (TEST,)
+    assert "cholesky" in repr(solution)
+    assert "2 ridges" in repr(path)
+
+
+def test_a_budget_may_be_a_size(kernel):
+    assert kernel.solve(np.ones(TRAIN), 1.0, budget="8GiB").residual < 1e-10
+    with pytest.raises(InputError, match="budget must be a Budget or a size"):
+        kernel.solve(np.ones(TRAIN), 1.0, budget=[1])
 
 
 def test_prediction_needs_test_rows(folder, rates):
