@@ -57,7 +57,7 @@ def surrogate(
             ridge surrogate, its probabilities for a logistic one.
         ridge_ratio: ridge over the mean diagonal of each kernel's train square.
         seed: of the bootstrap for standard errors.
-        budget: limits for the baselines' runs.
+        budget: limits for the baselines' runs and for the fits.
         progress: whether to show the progress of these runs on the terminal, or an observer.
         advance: told what is being done.
 

@@ -146,7 +146,7 @@ def _pass(kernels: Sequence[Entries], centered: bool) -> NDArray[np.float64]:
 
 
 def _constant(entries: Entries) -> float:
-    """About the mean of a kernel, from what a few of its rows have on and below the diagonal, where tiles are checked."""
+    """About the mean of a kernel, from a few of its rows on and below the diagonal, where tiles are checked."""
     rows = np.unique(np.linspace(0, entries.size - 1, SHIFT_ROWS).astype(np.int64)).tolist()
     parts = [np.ravel(entries.region(range(row, row + 1), range(row + 1))) for row in rows]
     return float(np.concatenate(parts).mean(dtype=np.float64))
@@ -155,8 +155,8 @@ def _constant(entries: Entries) -> float:
 def _together(kernels: Sequence[Entries]) -> Iterator[tuple[range, range, list[NDArray[Any]]]]:
     """The lower triangles of several kernels, piece by piece: rows, columns, and entries of each there.
 
-    Kernels in the same tiles are streamed side by side; otherwise the first is, and regions are read of the others, whose
-    tiles are checked before.
+    Kernels in the same tiles are streamed side by side; otherwise the first is, and regions are read of the others,
+    whose tiles are checked before.
     """
     size = range(kernels[0].size)
     tiling = kernels[0].tiling

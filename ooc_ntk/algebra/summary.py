@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 from ooc_ntk.errors import InputError
 
 from .alignment import LayerAlignment
+from .classes import MOST_CLASSES, one_hot
 from .powerlaw import Exponent
 from .spectrum import Bounds, Spectrum, TargetAlignment
 
 #: Ridges at which effective dimensions are shown, over the mean diagonal of the train square.
 RIDGE_RATIOS: Final = (1e-6, 1e-4, 1e-2, 1.0)
-
-#: Classes of labels that are made into targets, one column each. (A choice: more are numbers of something else.)
-MOST_CLASSES: Final = 2000
 
 #: Bytes of eigenvectors that are kept beside the figures. (A choice: 139 of 60,000 samples, all of 2,900.)
 KEPT_BYTES: Final = 2**26
@@ -184,7 +182,8 @@ def label_targets(labels: NDArray[np.int64], entries: int) -> NDArray[np.float64
                 f"the kernel has {entries} outputs per sample and a label is {int(known[-1])}; give targets of its "
                 f"{len(labels) * entries:,} rows"
             )
-        known, place = np.arange(entries), labels
-    found = np.eye(len(known))[place]
+        found = one_hot(labels, entries, most=None)  # as many as the kernel has rows
+    else:
+        found = one_hot(place, len(known))
     found -= found.mean(0)
     return found if entries == 1 else found.reshape(-1, 1)
