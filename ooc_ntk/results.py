@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from numpy.typing import ArrayLike
-from torch import nn
 
 from .algebra.kernel import Kernel
 from .algebra.ridge import Advance
@@ -20,8 +19,8 @@ from .execution.prepare import prepare
 from .execution.session import Asked
 from .execution.spectra import Look, spectrum_summary
 from .execution.surrogates import check_surrogates, fit_surrogates
-from .inputs.job import LIVE, Job
-from .inputs.jobfile import read_job_file
+from .inputs.job import Job
+from .inputs.jobfile import data_stand_ins, read_job_file
 from .jobs import describe_job
 from .planning.budget import Budget
 from .storage.directory import RunDirectory
@@ -172,12 +171,7 @@ def nearest(
 def _job_of_data(path: str | Path, given: Mapping[str, object]) -> Job:
     """The job of a run as far as its data go: what else it was made of need not be there."""
     stored = read_job_file(RunDirectory(path).job_path)
-    stand_ins: dict[str, object] = {"device": "cpu"}
-    if stored.model == LIVE:
-        stand_ins |= {"model": nn.Identity(), "weights": None}
-    if stored.outputs == LIVE:
-        stand_ins["outputs"] = "logits"
-    return describe_job(None, {**stand_ins, **given}, run=path)[0]
+    return describe_job(None, {**data_stand_ins(stored), **given}, run=path)[0]
 
 
 def spectrum(

@@ -19,8 +19,9 @@ from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.results import write_result
 
 from .driver import check_same_job
+from .labels import class_labels
 from .prepare import data_digest
-from .shown import ShownSample, class_labels, shown_samples
+from .shown import ShownSample, shown_samples
 
 #: Name of the result in the run directory.
 NEAREST: Final = "nearest"

@@ -19,6 +19,7 @@ from ooc_ntk.inputs.job import Job
 from ooc_ntk.units import parse_bytes
 
 from .labels import run_labels
+from .targets import given_targets
 
 #: Rows up to which all eigenpairs are found unless fewer are asked for, if they fit, so that effective dimensions are
 #: exact. (Measured: 1.9 s for 3,000 rows on two cores.)
@@ -96,14 +97,11 @@ def _targets(
 
     Raises:
         InputError: if targets were given that cannot be used.
+        StorageError: if their file cannot be read.
     """
-    if isinstance(given, str | Path):
-        try:
-            return np.load(given, allow_pickle=False).astype(np.float64), str(given)
-        except (OSError, ValueError, AttributeError, EOFError) as error:
-            raise InputError(f"targets are a NumPy file (.npy) of numbers; {given} cannot be read: {error}") from error
     if given is not None:
-        return np.asarray(given, dtype=np.float64), "given"
+        what = str(given) if isinstance(given, str | Path) else "given"
+        return given_targets(given, kernel.shape)[: kernel.shape[1]], what
     try:
         labels = run_labels(kernel.path, job)
         if labels is None:
