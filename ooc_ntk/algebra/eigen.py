@@ -67,7 +67,7 @@ def eigh(
 ) -> Spectrum:
     """Eigenpairs of the train square; see :meth:`~ooc_ntk.algebra.operator.MultipliedKernel.eigh`."""
     entries, size = kernel.entries, kernel.shape[1]
-    allowed = None if memory is None else parse_bytes(memory)
+    allowed = memory if memory is None or memory == 0 else parse_bytes(memory)
     _check(k, size, method, tolerance)
     wanted = size if k is None else int(k)
     chosen = _method(entries, k, method, usable_bytes(allowed))

@@ -10,13 +10,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ooc_ntk.algebra.dense import budget_bytes
 from ooc_ntk.algebra.eigen import fits_whole
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.operator import KernelOperator
 from ooc_ntk.algebra.summary import SpectrumSummary, label_targets, summarise
 from ooc_ntk.errors import InputError, RunConflictError
 from ooc_ntk.inputs.job import Job
-from ooc_ntk.units import parse_bytes
+from ooc_ntk.planning.budget import Budget
 
 from .labels import run_labels
 from .targets import given_targets
@@ -66,28 +67,27 @@ def spectrum_summary(
     layers: bool,
     compare: Sequence[Kernel],
     check_data: bool,
-    memory: str | int | None,
+    budget: Budget | None,
     seed: int,
 ) -> SpectrumSummary:
     """The spectrum of a finished kernel and what follows from it; see :func:`ooc_ntk.api.spectrum`."""
-    wanted = None if every else _default(kernel, method, memory) if k is None else k
+    wanted = None if every else _default(kernel, method, budget_bytes(budget)) if k is None else k
     given, what = _targets(kernel, targets, job)
     aligned = kernel.layer_cka() if layers else None
     mine = look.scaled(kernel)
     runs = {str(each.path): mine.cka(look.scaled(each), check_data=check_data) for each in compare}
     rows = kernel.shape[1]
     kind = kernel.plan.kernel if kernel.plan is not None else "kernel"
-    found = look.at(kernel).eigh(wanted, method=method, memory=memory, seed=seed)
+    found = look.at(kernel).eigh(wanted, method=method, memory=budget_bytes(budget), seed=seed)
     return summarise(
         f"{kind}, train square {rows:,} × {rows:,} {kernel.dtype}{look}", found, given, what, aligned, runs
     )
 
 
-def _default(kernel: Kernel, method: str, memory: str | int | None) -> int | None:
+def _default(kernel: Kernel, method: str, memory: int | None) -> int | None:
     """Eigenpairs where no number was asked for: all of a small kernel."""
-    allowed = None if memory is None else parse_bytes(memory)
     small = kernel.shape[1] <= WHOLE_ROWS and method in ("auto", "full")
-    return None if small and fits_whole(kernel.entries, allowed) else min(LEADING, kernel.shape[1])
+    return None if small and fits_whole(kernel.entries, memory) else min(LEADING, kernel.shape[1])
 
 
 def _targets(
