@@ -1,4 +1,4 @@
-"""What the papers compute of a finished kernel, kept in its run directory: regression, spectrum, neighbours, surrogates."""
+"""What the papers compute of a finished kernel: regression, spectrum, nearest samples, surrogates; kept in its run."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ooc_ntk.algebra.eigen import fits_whole
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.operator import KernelOperator
 from ooc_ntk.algebra.summary import SpectrumSummary, label_targets, summarise
-from ooc_ntk.errors import InputError, RunConflictError
+from ooc_ntk.errors import BudgetError, InputError, RunConflictError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.planning.budget import Budget
 
@@ -72,7 +72,7 @@ def spectrum_summary(
 ) -> SpectrumSummary:
     """The spectrum of a finished kernel and what follows from it; see :func:`ooc_ntk.api.spectrum`."""
     wanted = None if every else _default(kernel, method, budget_bytes(budget)) if k is None else k
-    given, what = _targets(kernel, targets, job)
+    given, what = _targets(kernel, targets, job, budget_bytes(budget))
     aligned = kernel.layer_cka() if layers else None
     mine = look.scaled(kernel)
     runs = {str(each.path): mine.cka(look.scaled(each), check_data=check_data) for each in compare}
@@ -91,13 +91,14 @@ def _default(kernel: Kernel, method: str, memory: int | None) -> int | None:
 
 
 def _targets(
-    kernel: Kernel, given: str | Path | ArrayLike | None, job: Job | None
+    kernel: Kernel, given: str | Path | ArrayLike | None, job: Job | None, memory: int | None
 ) -> tuple[NDArray[np.float64] | None, str]:
     """Targets of the train rows, and what they are or why there are none.
 
     Raises:
         InputError: if targets were given that cannot be used.
         StorageError: if their file cannot be read.
+        BudgetError: if labels of a given job do not fit the memory as targets.
     """
     if given is not None:
         what = str(given) if isinstance(given, str | Path) else "given"
@@ -106,8 +107,8 @@ def _targets(
         labels = run_labels(kernel.path, job)
         if labels is None:
             return None, "none: the data have no whole numbers as labels; give targets (--targets)"
-        found = label_targets(labels.train, kernel.entries_per_sample)
-    except (InputError, RunConflictError) as error:
+        found = label_targets(labels.train, kernel.entries_per_sample, memory)
+    except (InputError, RunConflictError, BudgetError) as error:
         if job is not None:
             raise
         return None, f"none: {error}"
