@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import sys
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     """``cli(*arguments)``: run a command in a folder that holds the module's ``NETS`` as ``nets.py``."""
     (tmp_path / "nets.py").write_text(request.module.NETS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)  # that of another test, which imported it
     runner = CliRunner()
     return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 
