@@ -1,4 +1,4 @@
-"""What the papers compute of a finished kernel: regression, spectrum, nearest samples, surrogates."""
+"""What the papers compute of a finished kernel: regression, spectrum, nearest samples, surrogates; kept in its run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from numpy.typing import ArrayLike
-from torch import nn
 
 from .algebra.kernel import Kernel
 from .algebra.ridge import Advance
@@ -20,12 +19,12 @@ from .execution.prepare import prepare
 from .execution.session import Asked
 from .execution.spectra import Look, spectrum_summary
 from .execution.surrogates import check_surrogates, fit_surrogates
-from .inputs.job import LIVE, Job
-from .inputs.jobfile import read_job_file
+from .inputs.job import Job
+from .inputs.jobfile import data_stand_ins, read_job_file
 from .jobs import describe_job
 from .planning.budget import Budget
 from .storage.directory import RunDirectory
-from .storage.results import write_result
+from .storage.results import check_writable, write_result
 
 
 def surrogate(
@@ -57,7 +56,7 @@ def surrogate(
             ridge surrogate, its probabilities for a logistic one.
         ridge_ratio: ridge over the mean diagonal of each kernel's train square.
         seed: of the bootstrap for standard errors.
-        budget: limits for the baselines' runs.
+        budget: limits for the baselines' runs and for the fits.
         progress: whether to show the progress of these runs on the terminal, or an observer.
         advance: told what is being done.
 
@@ -71,7 +70,7 @@ def surrogate(
         StorageError: if there is no run, it is not finished, or files cannot be read or written.
         OocNtkError: as :func:`run`, of the baselines.
     """
-    kernel = Kernel(path)
+    kernel = _opened(path, "surrogate")
     check_surrogates(kernel, kinds, baselines, targets, ridge_ratio)
     prepared = prepare(job or describe_job(None, {}, run=path)[0])
     asked = Asked(budget=budget)
@@ -100,7 +99,8 @@ def fit(
     """Kernel ridge regression of a finished run, as ``ooc-ntk fit`` prints it: the ridge by GCV, errors, accuracies.
 
     Args:
-        path: the run directory.
+        path: the run directory; ``fit/fit.json`` (figures) and ``fit.npz`` (coefficients, targets, predictions) are
+            written there.
         targets: (train rows,) or (train rows, targets), or of all rows, or a NumPy file of them; None takes the class
             labels of the run's data, one target per class, less 1/classes.
         ridge: one absolute ridge; with none of the three GCV chooses, from 1e-6 to 10 of the mean diagonal.
@@ -122,10 +122,12 @@ def fit(
     Raises:
         InputError: for wrong targets or ridges, data without labels, or a matrix that is not positive definite.
         BudgetError: if no method fits.
-        StorageError: if there is no run, it is not finished, or files cannot be read.
+        StorageError: if there is no run, it is not finished, files cannot be read, or the result cannot be written.
     """
     asked = FitSettings(targets, ridge, ridge_ratio, ridges, centered, cosine, method, probes, budget, seed, device)
-    return fit_run(Kernel(path), asked, lambda: job, advance)
+    found = fit_run(_opened(path, "fit"), asked, lambda: job, advance)
+    write_result(found.path, "fit", found.figures(), found.arrays())
+    return found
 
 
 def nearest(
@@ -143,7 +145,8 @@ def nearest(
     """Find the nearest train samples of a run, describe some by the run's data, and write all into its directory.
 
     Args:
-        path: the run directory; ``nearest/nearest.json`` and ``nearest.npz`` are written there.
+        path: the run directory; ``nearest/nearest.json`` (settings, summary, samples that are shown) and
+            ``nearest.npz`` (numbers and values of all) are written there.
         k: neighbours of each sample.
         by: ``kernel`` or ``cosine``.
         rows: whose neighbours: ``test`` or ``train``.
@@ -163,21 +166,29 @@ def nearest(
         StorageError: if there is no finished run, or the result cannot be written.
     """
     asked = NearestSettings(k=k, by=by, rows=rows, backend=backend, show=show, seed=seed)
-    kernel = Kernel(path)
-    return find_nearest(
+    kernel = _opened(path, "nearest")
+    found = find_nearest(
         kernel, asked, lambda: job or _job_of_data(path, given or {}), required=bool(job is not None or given)
     )
+    write_result(kernel.path, "nearest", found.figures, found.arrays())
+    return found
+
+
+def _opened(path: str | Path, name: str) -> Kernel:
+    """The kernel of a run, into whose directory a result can be written.
+
+    Raises:
+        StorageError: if there is none, or it cannot.
+    """
+    kernel = Kernel(path)
+    check_writable(kernel.path, name)
+    return kernel
 
 
 def _job_of_data(path: str | Path, given: Mapping[str, object]) -> Job:
     """The job of a run as far as its data go: what else it was made of need not be there."""
     stored = read_job_file(RunDirectory(path).job_path)
-    stand_ins: dict[str, object] = {"device": "cpu"}
-    if stored.model == LIVE:
-        stand_ins |= {"model": nn.Identity(), "weights": None}
-    if stored.outputs == LIVE:
-        stand_ins["outputs"] = "logits"
-    return describe_job(None, {**stand_ins, **given}, run=path)[0]
+    return describe_job(None, {**data_stand_ins(stored), **given}, run=path)[0]
 
 
 def spectrum(
@@ -193,17 +204,18 @@ def spectrum(
     layers: bool = False,
     compare: Sequence[str | Path] = (),
     check_data: bool = True,
-    memory: str | int | None = None,
+    budget: Budget | None = None,
     seed: int = 0,
 ) -> SpectrumSummary:
     """The spectrum of a finished kernel and what follows from it, as ``ooc-ntk spectrum`` prints it.
 
     Args:
-        path: the run directory.
+        path: the run directory; ``spectrum/spectrum.json`` (figures) and ``spectrum.npz`` (eigenvalues, eigenvectors,
+            residuals, shares of the targets, alignments) are written there.
         k: leading eigenpairs; None for all of up to 4,000 rows, if they fit, and 50 of more.
         every: whether the whole spectrum is wanted in memory, of whatever size.
-        targets: (train rows,) or (train rows, targets), or a NumPy file of them; None takes the labels of the run's
-            data, where it has any.
+        targets: (train rows,) or (train rows, targets), or of all rows, of which those of the test rows are left out,
+            or a NumPy file of them; None takes the labels of the run's data, where it has any.
         job: the run's job, for its labels; needed only where it was made from live objects.
         centered: whether the kernel is centred first.
         cosine: whether it is divided by the roots of its diagonal first.
@@ -211,7 +223,7 @@ def spectrum(
         layers: whether the layers are aligned, of a run made with ``by="layer"``.
         compare: run directories of other kernels of the same samples, to be aligned with.
         check_data: whether those of other data are refused.
-        memory: bytes that may be taken.
+        budget: host memory of the whole process; a limit that is None takes 80% of what is free.
         seed: of the random start.
 
     Returns:
@@ -221,12 +233,13 @@ def spectrum(
         InputError: for a wrong k, method or targets, or kernels that cannot be aligned.
         BudgetError: if it does not fit the memory.
         RunConflictError: for a run of other data.
-        StorageError: if there is no run, or it is not finished.
+        StorageError: if there is no run, it is not finished, files cannot be read, or the result cannot be written.
     """
     if every and k is not None:
         raise InputError(f"all eigenpairs were asked for and k={k} of them; leave one of both out")
-    return spectrum_summary(
-        Kernel(path),
+    kernel = _opened(path, "spectrum")
+    found = spectrum_summary(
+        kernel,
         Look(centered=centered, cosine=cosine),
         k=k,
         every=every,
@@ -236,6 +249,8 @@ def spectrum(
         layers=layers,
         compare=[Kernel(each) for each in compare],
         check_data=check_data,
-        memory=memory,
+        budget=budget,
         seed=seed,
     )
+    write_result(kernel.path, "spectrum", found.figures(), found.arrays())
+    return found

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,9 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     """``cli(*arguments)``: run a command in a folder that holds the module's ``NETS`` as ``nets.py``."""
     (tmp_path / "nets.py").write_text(request.module.NETS)
     monkeypatch.chdir(tmp_path)
+    # That of another test, which imported it, and the folder that "." was then.
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    monkeypatch.delitem(sys.path_importer_cache, ".", raising=False)
     runner = CliRunner()
     return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 

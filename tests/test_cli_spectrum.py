@@ -1,6 +1,7 @@
 """``ooc-ntk spectrum`` as a user types it: the table, the files, the pictures, and what is refused."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import ooc_ntk
 from ooc_ntk import api
 from ooc_ntk.algebra.alignment import LayerAlignment
 from ooc_ntk.algebra.summary import MOST_CLASSES, label_targets
-from ooc_ntk.errors import InputError
+from ooc_ntk.compute.machine import resident_bytes
+from ooc_ntk.errors import BudgetError, InputError
 from ooc_ntk.execution import spectra
 from ooc_ntk.report import pictures
 from ooc_ntk.report.spectrum import draw_alignment, spectrum_table
@@ -135,10 +137,12 @@ def test_without_matplotlib_the_figures_are_there(cli, run, monkeypatch):
         (("--k", "3", "--all"), "all eigenpairs were asked for and k=3"),
         (("--method", "krilov"), "did you mean 'krylov'"),
         (("--method", "krylov", "--all"), "say how many: k=50"),
-        (("--host-memory", "10KiB", "--all"), "10.0 KiB were allowed: ask for the leading eigenpairs alone"),
-        (("--targets", "gone.npy"), "gone.npy cannot be read"),
-        (("--targets", "text.npy"), "text.npy cannot be read"),
-        (("--targets", "short.npy"), "y must have 60 rows"),
+        (("--host-memory", "10KiB", "--all"), "0 B were allowed: ask for the leading eigenpairs alone"),
+        (("--host-memory", "10KiB", "-k", "3", "--method", "krylov"), "0 B were allowed: ask for fewer eigenpairs"),
+        (("--host-memory", "10KiB", "-k", "3", "--method", "lobpcg"), "0 B were allowed: ask for fewer eigenpairs"),
+        (("--targets", "gone.npy"), "there is no file of targets gone.npy"),
+        (("--targets", "text.npy"), "text.npy is no NumPy file of numbers"),
+        (("--targets", "short.npy"), "targets must have 60 rows"),
         (("--compare", "nowhere"), "nowhere holds no run"),
         (("--compare", "q"), "are kernels of other data"),
         (("--compare", "fewer"), "kernels of 60 and 20 train rows"),
@@ -193,6 +197,33 @@ def test_targets_of_labels():
             label_targets(labels, 1)
     with pytest.raises(InputError, match="has 3 outputs per sample and a label is 3; give targets of its 6 rows"):
         label_targets(np.array([0, 3]), 3)
+
+
+def test_targets_of_labels_that_do_not_fit_are_left_out(cli, run):
+    with pytest.raises(BudgetError, match="targets of 4 labels of 2 classes needs 128 B; 100 B were allowed: give"):
+        label_targets(np.array([0, 1, 0, 1]), 1, 100)
+    kernel = ooc_ntk.open(run)
+    assert spectra._targets(kernel, None, None, None)[0].shape == (60, 10)
+    found, why = spectra._targets(kernel, None, None, 1000)
+    assert found is None
+    assert "none: targets of 60 labels of 10 classes needs 9.4 KiB" in why
+
+
+@pytest.mark.parametrize("options", [{"every": True}, {"k": 3, "method": "krylov"}, {"k": 3, "method": "lobpcg"}])
+def test_the_host_budget_that_an_error_names_is_that_of_the_process_and_suffices(options, run):
+    with pytest.raises(BudgetError, match="; 0 B were allowed: ask for .*the process holds") as refused:
+        api.spectrum(run, budget=ooc_ntk.Budget(host=resident_bytes()), **options)
+    assert "-" not in str(refused.value)
+    enough = re.search("a host budget of (.*) would do", str(refused.value)).group(1)
+    assert len(api.spectrum(run, budget=ooc_ntk.Budget(host=enough), **options).spectrum) == options.get("k", 60)
+
+
+def test_targets_of_all_rows_are_those_of_the_train_rows(cli):
+    assert cli("run", *JOB, "--test", "digits[60:65]", "--out", "tested").exit_code == 0
+    y = np.random.default_rng(0).normal(size=65)
+    found = api.spectrum("tested", 3, targets=y)
+    assert found.targets == "given"
+    np.testing.assert_allclose(found.alignment.shares, found.spectrum.alignment(y[:60]).shares)
 
 
 def test_larger_kernels_take_fifty(cli, run, monkeypatch):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ooc_ntk.errors import InputError, RunConflictError, TransientStorageError
 
-from .entries import Entries
+from .entries import Entries, ViewEntries
 from .multiplying import MultipliedKernel
 from .products import PASSES
 
@@ -146,15 +146,17 @@ def _pass(kernels: Sequence[Entries], centered: bool) -> NDArray[np.float64]:
 
 
 def _constant(entries: Entries) -> float:
-    """About the mean of a kernel, from a few of its rows."""
-    rows = np.unique(np.linspace(0, entries.size - 1, SHIFT_ROWS).astype(np.int64))
-    return float(entries.rows(rows).mean())
+    """About the mean of a kernel, from a few of its rows on and below the diagonal, where tiles are checked."""
+    rows = np.unique(np.linspace(0, entries.size - 1, SHIFT_ROWS).astype(np.int64)).tolist()
+    parts = [np.ravel(entries.region(range(row, row + 1), range(row + 1))) for row in rows]
+    return float(np.concatenate(parts).mean(dtype=np.float64))
 
 
 def _together(kernels: Sequence[Entries]) -> Iterator[tuple[range, range, list[NDArray[Any]]]]:
     """The lower triangles of several kernels, piece by piece: rows, columns, and entries of each there.
 
-    Kernels in the same tiles are streamed side by side; otherwise the first is, and regions are read of the others.
+    Kernels in the same tiles are streamed side by side; otherwise the first is, and regions are read of the others,
+    whose tiles are checked before.
     """
     size = range(kernels[0].size)
     tiling = kernels[0].tiling
@@ -165,9 +167,32 @@ def _together(kernels: Sequence[Entries]) -> Iterator[tuple[range, range, list[N
         return
     # Regions of tiles are mapped; what is computed is walked in its own order.
     lead = next((number for number, each in enumerate(kernels) if each.tiling is None), 0)
+    for number, each in enumerate(kernels):
+        if number != lead:
+            _check_tiles(each)
     for block in kernels[lead].blocks(size, lower=True):
         found = [
-            block.values if number == lead else each.region(block.rows, block.columns)
+            block.values if number == lead else _region(each, block.rows, block.columns)
             for number, each in enumerate(kernels)
         ]
         yield block.rows, block.columns, found
+
+
+def _check_tiles(entries: Entries) -> None:
+    """Hold all tiles on and below the diagonal against their checksums, which regions are read without.
+
+    Raises:
+        DamagedFileError: if a tile is not what was committed.
+        TransientStorageError: if one was misread.
+    """
+    while isinstance(entries, ViewEntries):
+        entries = entries.base
+    if entries.tiling is not None:
+        for _ in entries.blocks(range(entries.size), lower=True):
+            pass
+
+
+def _region(entries: Entries, rows: range, columns: range) -> NDArray[Any]:
+    """Some entries on and below the diagonal; a square on it is mirrored, as no tile above it was checked."""
+    found = entries.region(rows, columns)
+    return np.tril(found) + np.tril(found, -1).T if rows == columns else found

@@ -1,4 +1,4 @@
-"""The train square in memory, for what needs all of it: one float64 matrix, checked against what is free first."""
+"""The train square in memory, for what needs all of it, checked against what may be taken first; errors that say so."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ooc_ntk.compute.machine import free_host_bytes
+from ooc_ntk.compute.machine import free_host_bytes, resident_bytes
 from ooc_ntk.errors import BudgetError, TransientStorageError
+from ooc_ntk.planning.budget import Budget
+from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.units import format_bytes
 
 from .entries import Entries
@@ -16,6 +18,10 @@ from .products import PASSES
 
 #: Share of the free memory that a dense square may take, with what is computed from it. (A choice.)
 MEMORY_SHARE: Final = 0.8
+
+#: Host budgets that errors name are whole multiples of this, and one more of it, as a process does not hold the same
+#: twice. (Guessed.)
+NAMED_STEP: Final = 32 * 2**20
 
 #: Rows and columns of the pieces that are mirrored at once: both stay in the cache. (A choice: 512 KiB.)
 MIRRORED: Final = 256
@@ -28,6 +34,35 @@ def usable_bytes(memory: int | None = None) -> int:
         memory: bytes that were allowed; None for nothing said.
     """
     return memory if memory is not None else int(MEMORY_SHARE * free_host_bytes())
+
+
+def budget_bytes(budget: Budget | None) -> int | None:
+    """Memory that a host budget leaves beyond what the process holds; None where it sets no limit.
+
+    Args:
+        budget: of the whole process.
+    """
+    if budget is None or budget.host is None:
+        return None
+    return max(0, int(budget.host) - resident_bytes() - LIBRARY_GROWTH_BYTES)
+
+
+def too_little_memory(what: str, needed: int, memory: int | None, remedy: str) -> BudgetError:
+    """The error for a computation that does not fit: what it needs, what there is, and what would do.
+
+    Args:
+        what: the computation.
+        needed: bytes beyond what the process holds.
+        memory: bytes that were allowed; None is a share of what is free.
+        remedy: what would do in its place.
+    """
+    held, there = resident_bytes(), max(0, usable_bytes(memory))
+    enough = (-(-(needed + held + LIBRARY_GROWTH_BYTES) // NAMED_STEP) + 1) * NAMED_STEP
+    return BudgetError(
+        f"{what} needs {format_bytes(needed)}; {format_bytes(there)} "
+        f"{'are free to use' if memory is None else 'were allowed'}: {remedy}; the process holds {format_bytes(held)} "
+        f"already, and a host budget of {enough // 2**20} MiB would do"
+    )
 
 
 def square_bytes(entries: Entries, copies: float = 1.0) -> int:
@@ -65,12 +100,9 @@ def dense_square(
         BudgetError: if it does not fit; before anything is read.
         StorageError: if a tile cannot be read, or is not what was committed.
     """
-    needed, allowed = square_bytes(entries, copies), usable_bytes(memory)
-    if needed > allowed:
-        raise BudgetError(
-            f"{what}, {entries.size:,} × {entries.size:,} numbers, needs {format_bytes(needed)}; "
-            f"{format_bytes(allowed)} {'are free to use' if memory is None else 'were allowed'}: {remedy}"
-        )
+    needed = square_bytes(entries, copies)
+    if needed > usable_bytes(memory):
+        raise too_little_memory(f"{what}, {entries.size:,} × {entries.size:,} numbers,", needed, memory, remedy)
     found = np.empty((entries.size, entries.size))
     for attempt in range(PASSES):
         try:

@@ -10,10 +10,10 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from ooc_ntk.errors import BudgetError, InputError, unknown_name
-from ooc_ntk.units import format_bytes, parse_bytes
+from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.units import parse_bytes
 
-from .dense import dense_square, square_bytes, usable_bytes
+from .dense import dense_square, square_bytes, too_little_memory, usable_bytes
 from .entries import Entries, ViewEntries
 from .krylov import (
     MAX_PASSES,
@@ -67,7 +67,7 @@ def eigh(
 ) -> Spectrum:
     """Eigenpairs of the train square; see :meth:`~ooc_ntk.algebra.operator.MultipliedKernel.eigh`."""
     entries, size = kernel.entries, kernel.shape[1]
-    allowed = None if memory is None else parse_bytes(memory)
+    allowed = memory if memory is None or memory == 0 else parse_bytes(memory)
     _check(k, size, method, tolerance)
     wanted = size if k is None else int(k)
     chosen = _method(entries, k, method, usable_bytes(allowed))
@@ -78,10 +78,10 @@ def eigh(
         search.advance(Progress(found.passes, wanted, wanted, 0.0))
     elif chosen == "krylov":
         columns = basis_columns(size, wanted, usable_bytes(allowed) - entries.buffer_bytes)
-        _check_basis(entries, wanted, columns, usable_bytes(allowed))
+        _check_basis(entries, wanted, columns, allowed)
         found = block_krylov(count, size, search, columns)
     else:
-        found = lobpcg_pairs(count, size, search, usable_bytes(allowed) - entries.buffer_bytes)
+        found = lobpcg_pairs(count, size, search, entries.buffer_bytes, allowed)
     largest = float(np.abs(found.values).max(initial=0.0))
     spectrum = Spectrum(
         values=found.values,
@@ -192,7 +192,7 @@ def _measured(
     return np.concatenate(parts)
 
 
-def _check_basis(entries: Entries, wanted: int, columns: int, allowed: int) -> None:
+def _check_basis(entries: Entries, wanted: int, columns: int, memory: int | None) -> None:
     """Refuse a basis that is too small to make progress.
 
     Raises:
@@ -201,11 +201,8 @@ def _check_basis(entries: Entries, wanted: int, columns: int, allowed: int) -> N
     size, least = entries.size, smallest_basis(entries.size, wanted)
     if columns < least:
         needed = basis_bytes(size, wanted, least) + entries.buffer_bytes
-        raise BudgetError(
-            f"{wanted:,} eigenpairs of {size:,} rows by block Krylov need a basis of {least:,} vectors, "
-            f"{format_bytes(needed)}; {format_bytes(allowed)} may be taken: ask for fewer eigenpairs or allow more "
-            "memory"
-        )
+        what = f"block Krylov for {wanted:,} eigenpairs of {size:,} rows, a basis of {least:,} vectors,"
+        raise too_little_memory(what, needed, memory, "ask for fewer eigenpairs")
 
 
 def _resolution(entries: Entries) -> float:

@@ -10,9 +10,9 @@ import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lobpcg
 
-from ooc_ntk.errors import BudgetError, InputError
-from ooc_ntk.units import format_bytes
+from ooc_ntk.errors import InputError
 
+from .dense import too_little_memory, usable_bytes
 from .krylov import OVERSAMPLING, Counted, Product, Progress, RitzPairs, Search, column_norms, rounding_floor
 
 #: Iterations of LOBPCG between looks at how far it came.
@@ -25,7 +25,7 @@ LOBPCG_BLOCKS: Final = 14
 LOBPCG_ROWS: Final = 5
 
 
-def lobpcg_pairs(count: Counted, size: int, search: Search, allowed_bytes: int) -> RitzPairs:
+def lobpcg_pairs(count: Counted, size: int, search: Search, buffer_bytes: int, memory: int | None) -> RitzPairs:
     """Leading pairs by SciPy's LOBPCG, in rounds, the tolerance of each from the eigenvalues of the last.
 
     Its own tolerance is one norm for all residuals; ours is a share of each eigenvalue.
@@ -34,7 +34,8 @@ def lobpcg_pairs(count: Counted, size: int, search: Search, allowed_bytes: int) 
         count: the operator times (n, block) vectors.
         size: n.
         search: what is looked for.
-        allowed_bytes: memory for the blocks.
+        buffer_bytes: memory of the products' own.
+        memory: bytes that may be taken for these and the blocks; None is a share of what is free.
 
     Returns:
         The pairs; residuals say how far they got where the passes were not enough.
@@ -50,11 +51,10 @@ def lobpcg_pairs(count: Counted, size: int, search: Search, allowed_bytes: int) 
             f"got k={wanted}; use method='full' or 'krylov'"
         )
     width = min(wanted + OVERSAMPLING, size // LOBPCG_ROWS)
-    if 8 * size * width * LOBPCG_BLOCKS > allowed_bytes:
-        raise BudgetError(
-            f"LOBPCG of {wanted:,} eigenpairs of {size:,} rows needs {format_bytes(8 * size * width * LOBPCG_BLOCKS)}; "
-            f"{format_bytes(allowed_bytes)} may be taken: ask for fewer eigenpairs or allow more memory"
-        )
+    needed = 8 * size * width * LOBPCG_BLOCKS + buffer_bytes
+    if needed > usable_bytes(memory):
+        what = f"LOBPCG of {wanted:,} eigenpairs of {size:,} rows"
+        raise too_little_memory(what, needed, memory, "ask for fewer eigenpairs")
     vectors = np.linalg.qr(np.random.default_rng(search.seed).standard_normal((size, width)))[0]
     vectors = np.linalg.qr(count(vectors))[0]
     values, vectors, residuals = _rayleigh_ritz(count, vectors)

@@ -10,9 +10,11 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
-from ooc_ntk.compute.machine import free_host_bytes
-from ooc_ntk.errors import BudgetError, InputError
-from ooc_ntk.units import format_bytes
+from ooc_ntk.errors import InputError
+from ooc_ntk.planning.budget import Budget
+
+from .classes import MOST_CLASSES, one_hot
+from .dense import budget_bytes, too_little_memory, usable_bytes
 
 if TYPE_CHECKING:
     from .multiplying import MultipliedKernel
@@ -29,9 +31,6 @@ MAX_ITERATIONS: Final = 500
 
 #: Arrays of (train rows, classes) float64 that are held at most: counted in the code below.
 HELD_ARRAYS: Final = 16
-
-#: Share of the free memory that they may take.
-MEMORY_SHARE: Final = 0.8
 
 #: Newton steps of a line search (a bound; three to five are usual), and halvings of one of them.
 NEWTON_STEPS, HALVINGS = 50, 40
@@ -118,6 +117,7 @@ def solve_logistic(
     classes: int | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
+    budget: Budget | None = None,
     device: str = "cpu",
     advance: Callable[[int, float], None] = lambda iteration, share: None,  # noqa: ARG005
 ) -> LogisticSolution:
@@ -145,6 +145,7 @@ def solve_logistic(
         tolerance: the loss may be above the least one by this share of it (where targets are probabilities, by this
             share of what it is above their own entropy).
         max_iterations: steps after which the solution is returned as it is.
+        budget: host memory of the whole process; a limit that is None takes 80% of what is free.
         device: torch device that multiplies.
         advance: told after every pass its number, from 0, and the gap's share of the loss.
 
@@ -154,11 +155,12 @@ def solve_logistic(
     Raises:
         InputError: for wrong targets, a ridge or a tolerance that is not above 0, or a class without targets, whose
             bias would be infinite.
-        BudgetError: if the arrays do not fit in free memory.
+        BudgetError: if the arrays do not fit in memory.
         StorageError: if a tile cannot be read, or is not what was committed.
     """
     wanted, ridge = class_targets(targets, kernel.shape[1], classes), float(ridge)
     _check(wanted, ridge, tolerance, max_iterations)
+    _check_memory(wanted, kernel.entries.buffer_bytes, budget_bytes(budget))
     mean = float(kernel.sample_diagonal()[: len(wanted)].mean())
     entropy = -float(np.sum(wanted * np.log(wanted, out=np.zeros_like(wanted), where=wanted > 0)))
     priors = np.log(wanted.mean(0))
@@ -208,7 +210,8 @@ def class_targets(targets: ArrayLike, rows: int, classes: int | None = None) -> 
         classes: how many there are; None takes one more than the largest label.
 
     Raises:
-        InputError: for another length, labels that are no whole numbers from 0, or rows that are no probabilities.
+        InputError: for another length, labels that are no whole numbers from 0 or of too many classes, or rows that
+            are no probabilities.
     """
     given: NDArray[Any] = np.asarray(targets)
     if given.ndim not in (1, 2) or len(given) != rows:
@@ -223,7 +226,7 @@ def class_targets(targets: ArrayLike, rows: int, classes: int | None = None) -> 
         wrong = given[(given < 0) | (given >= count)]
         if wrong.size:
             raise InputError(f"label {wrong[0]} is out of range: labels run from 0 to {count - 1}")
-        return np.asarray(np.eye(count)[given])
+        return one_hot(given, count, MOST_CLASSES if classes is None else None)
     found = given.astype(np.float64)
     if classes is not None and found.shape[1] != classes:
         raise InputError(f"targets have {found.shape[1]} columns for {classes} classes")
@@ -247,14 +250,14 @@ def cross_entropy(scores: Array, targets: Array) -> tuple[float, Array]:
 
 
 def _check(targets: Array, ridge: float, tolerance: float, max_iterations: int) -> None:
-    """Refuse what has no finite solution, or does not fit."""
+    """Refuse what has no finite solution."""
     if not 0 < ridge < np.inf:
         raise InputError(f"ridge of a logistic regression must be above 0 and finite, got {ridge}")
     if not 0 < tolerance < 1:
         raise InputError(f"tolerance must be between 0 and 1, got {tolerance}")
     if max_iterations < 1:
         raise InputError(f"max_iterations must be at least 1, got {max_iterations}")
-    rows, classes = targets.shape
+    classes = targets.shape[1]
     if classes < 2:
         raise InputError(f"a logistic regression needs at least 2 classes, got {classes}")
     absent = np.flatnonzero(targets.sum(0) == 0)
@@ -263,12 +266,18 @@ def _check(targets: Array, ridge: float, tolerance: float, max_iterations: int) 
             f"class {absent[0]} is no train sample's, so that its bias has no finite value; give train samples of all "
             f"{classes} classes, or probabilities as targets (--targets outputs)"
         )
-    needed, free = HELD_ARRAYS * targets.nbytes, int(MEMORY_SHARE * free_host_bytes())
-    if needed > free:
-        raise BudgetError(
-            f"a logistic regression of {rows:,} rows × {classes:,} classes needs {format_bytes(needed)}, "
-            f"{format_bytes(free)} are free to use; use fewer train samples or a machine with more memory"
-        )
+
+
+def _check_memory(targets: Array, buffer_bytes: int, memory: int | None) -> None:
+    """Refuse arrays that do not fit the memory.
+
+    Raises:
+        BudgetError: says what would do.
+    """
+    needed, (rows, classes) = HELD_ARRAYS * targets.nbytes + buffer_bytes, targets.shape
+    if needed > usable_bytes(memory):
+        what = f"a logistic regression of {rows:,} rows × {classes:,} classes"
+        raise too_little_memory(what, needed, memory, "use fewer train samples or a machine with more memory")
 
 
 def _line_search(fit: _Fit, product: Array, linear: float, square: float) -> tuple[float, Array]:

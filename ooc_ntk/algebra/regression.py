@@ -245,6 +245,7 @@ class Regression(MultipliedKernel):
         classes: int | None = None,
         tolerance: float = TOLERANCE,
         max_iterations: int = MAX_ITERATIONS,
+        budget: Budget | None = None,
         device: str = "cpu",
     ) -> LogisticSolution:
         """Kernel logistic regression on the train square: class scores ``f = K W + 1 bᵀ``, out of core.
@@ -259,6 +260,7 @@ class Regression(MultipliedKernel):
             classes: how many there are; None takes one more than the largest label.
             tolerance: the loss may be above the least one by this share of it.
             max_iterations: steps after which the solution is returned as it is.
+            budget: host memory of the whole process; a limit that is None takes 80% of what is free.
             device: torch device that multiplies.
 
         Returns:
@@ -266,7 +268,7 @@ class Regression(MultipliedKernel):
 
         Raises:
             InputError: for wrong targets, a ridge or a tolerance that is not above 0, or a class without targets.
-            BudgetError: if arrays of (train rows, classes) do not fit in free memory.
+            BudgetError: if arrays of (train rows, classes) do not fit in memory.
             StorageError: if a tile cannot be read, or is not what was committed.
         """
         return solve_logistic(
@@ -276,5 +278,6 @@ class Regression(MultipliedKernel):
             classes=classes,
             tolerance=tolerance,
             max_iterations=max_iterations,
+            budget=budget,
             device=device,
         )

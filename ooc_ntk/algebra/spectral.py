@@ -40,7 +40,8 @@ class Spectral(MultipliedKernel):
             method: ``auto``, ``full``, ``krylov`` or ``lobpcg``.
             tolerance: a pair is done when ``‖K v − μ v‖`` is at most this share of μ, or rounding; μ is then no further
                 off.
-            memory: bytes that may be taken, as a number or ``"4GiB"``; None is 80% of what is free.
+            memory: bytes that may be taken beyond what the process holds, as a number or ``"4GiB"``; None is 80% of
+                what is free.
             seed: of the random start.
             device: torch device that multiplies.
             advance: told of the progress after each pass.

@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from ooc_ntk.errors import InputError
 
 from .alignment import LayerAlignment
+from .classes import MOST_CLASSES, one_hot
+from .dense import too_little_memory, usable_bytes
 from .powerlaw import Exponent
 from .spectrum import Bounds, Spectrum, TargetAlignment
 
 #: Ridges at which effective dimensions are shown, over the mean diagonal of the train square.
 RIDGE_RATIOS: Final = (1e-6, 1e-4, 1e-2, 1.0)
 
-#: Classes of labels that are made into targets, one column each. (A choice: more are numbers of something else.)
-MOST_CLASSES: Final = 2000
+#: Arrays of the targets' size that are held at once: these, and their squares. (Counted.)
+TARGET_COPIES: Final = 2
 
 #: Bytes of eigenvectors that are kept beside the figures. (A choice: 139 of 60,000 samples, all of 2,900.)
 KEPT_BYTES: Final = 2**26
@@ -162,29 +164,37 @@ def _target_exponent(spectrum: Spectrum, targets: NDArray[np.float64]) -> Expone
         return None
 
 
-def label_targets(labels: NDArray[np.int64], entries: int) -> NDArray[np.float64]:
+def label_targets(labels: NDArray[np.int64], entries: int, memory: int | None = None) -> NDArray[np.float64]:
     """Targets of labels: one column per class, 1 for the right one, minus the class's share of the samples.
 
     Args:
         labels: (samples,) from 0.
         entries: kernel rows per sample; of a full kernel its outputs, where a label is the number of an output.
+        memory: bytes that may be taken beyond what the process holds; None is a share of what is free.
 
     Returns:
         (samples, classes), or of a full kernel (samples · outputs, 1).
 
     Raises:
         InputError: for a single class, for too many, or for a full kernel with labels that are no outputs.
+        BudgetError: if they do not fit the memory.
     """
     known, place = np.unique(labels, return_inverse=True)
     if not 2 <= len(known) <= MOST_CLASSES:
         raise InputError(f"the labels are of {len(known):,} classes, not of 2 to {MOST_CLASSES:,}; give targets")
+    columns = len(known) if entries == 1 else entries
+    needed = TARGET_COPIES * 8 * len(labels) * columns
+    if needed > usable_bytes(memory):
+        what = f"targets of {len(labels):,} labels of {columns:,} classes"
+        raise too_little_memory(what, needed, memory, "give targets of fewer columns")
     if entries > 1:
         if int(known[-1]) >= entries:
             raise InputError(
                 f"the kernel has {entries} outputs per sample and a label is {int(known[-1])}; give targets of its "
                 f"{len(labels) * entries:,} rows"
             )
-        known, place = np.arange(entries), labels
-    found = np.eye(len(known))[place]
+        found = one_hot(labels, entries, most=None)  # as many as the kernel has rows
+    else:
+        found = one_hot(place, len(known))
     found -= found.mean(0)
     return found if entries == 1 else found.reshape(-1, 1)

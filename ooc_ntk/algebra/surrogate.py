@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.planning.budget import Budget
 
+from .classes import one_hot
 from .faithfulness import ClassOutputs, Estimate, accuracy, compared, log_odds, softmax
 from .kernel import Kernel
 from .logistic import TOLERANCE, solve_logistic
@@ -155,6 +157,7 @@ def fit_surrogate(
     targets: str = "labels",
     ridge_ratio: float = RIDGE_RATIO,
     tolerance: float = TOLERANCE,
+    budget: Budget | None = None,
     seed: int = 0,
     advance: Callable[[int, float], None] = lambda passes, share: None,  # noqa: ARG005
 ) -> Surrogate:
@@ -172,6 +175,7 @@ def fit_surrogate(
         targets: one of :data:`TARGETS`.
         ridge_ratio: ridge over the mean diagonal of the train square, above 0.
         tolerance: of a logistic fit: the share of its loss that it may be above the least one.
+        budget: host memory of the whole process, and disk; a limit that is None takes 80% of what is free.
         seed: of the bootstrap.
         advance: told of every pass of a logistic fit.
 
@@ -181,7 +185,7 @@ def fit_surrogate(
     Raises:
         InputError: for another kind or target, a ridge ratio that is not above 0, no test rows, a ``full`` kernel, or
             labels that do not fit the kernel.
-        BudgetError: if arrays do not fit in memory.
+        BudgetError: if arrays do not fit in memory, or no method of solving does.
         StorageError: if a tile cannot be read.
     """
     _check(kernel, network, kind, targets, ridge_ratio)
@@ -190,15 +194,18 @@ def fit_surrogate(
         raise InputError(f"the mean diagonal of the kernel {name!r} is zero: it tells no samples apart")
     notes: tuple[str, ...] = ()
     if kind == "ridge":
-        wanted = np.eye(network.classes)[network.train_labels] if targets == "labels" else network.train_scores
+        labels = one_hot(network.train_labels, network.classes, most=None)  # no larger than the scores
+        wanted = labels if targets == "labels" else network.train_scores
         bias = wanted.mean(0)
-        solved = kernel.solve(wanted - bias, ridge)
+        solved = kernel.solve(wanted - bias, ridge, budget=budget)
         coefficients = solved.coefficients
         train_scores = wanted - ridge * coefficients  # what the equation says, up to its residual, without a pass
         solver: dict[str, Any] = {"residual": solved.residual}
     else:
         given: NDArray[Any] = network.train_labels if targets == "labels" else softmax(network.train_scores)
-        found = solve_logistic(kernel, given, ridge, classes=network.classes, tolerance=tolerance, advance=advance)
+        found = solve_logistic(
+            kernel, given, ridge, classes=network.classes, tolerance=tolerance, budget=budget, advance=advance
+        )
         coefficients, bias, train_scores = found.coefficients, found.bias, found.train_scores
         share = found.gap / found.loss if found.loss else 0.0
         solver = {"passes": found.passes, "loss": found.loss, "gap": share, "converged": found.converged}

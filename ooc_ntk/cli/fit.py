@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from .options import (
     complete,
 )
 from .terminal import app, reporting_errors, show, told
+
+if TYPE_CHECKING:
+    from ooc_ntk.api import Fit
 
 
 @app.command()
@@ -112,15 +115,13 @@ def _numbers(text: str) -> list[float]:
         raise InputError(f"--ridges takes numbers between commas, as 0.1,1,10; got {text!r}") from error
 
 
-def _report(found: object, *, quiet: bool, as_json: bool) -> None:
-    """Write the results, draw the picture where that is possible, and print the figures."""
-    from ooc_ntk.api import Fit
+def _report(found: Fit, *, quiet: bool, as_json: bool) -> None:
+    """Draw the picture where that is possible, and print the figures."""
     from ooc_ntk.report.fits import draw_fit, fit_table
     from ooc_ntk.report.pictures import can_draw
-    from ooc_ntk.storage.results import read_result, write_result
+    from ooc_ntk.storage.results import read_result
 
-    assert isinstance(found, Fit)
-    folder = write_result(found.path, "fit", found.figures(), found.arrays())
+    folder = found.path / "fit"
     drawn = can_draw()
     if drawn:
         draw_fit(folder / "fit.png", found)

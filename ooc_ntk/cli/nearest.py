@@ -63,7 +63,6 @@ def nearest(
             found = api.nearest(run, k, by=by, rows=rows, backend=backend, show=shown, seed=seed, given=given)
         folder = run / "nearest"
         image = folder / "nearest.png"
-        image.unlink(missing_ok=True)  # of an earlier result
         drawn = can_draw() and draw_neighbours(found, image)
         if as_json:
             typer.echo(json.dumps(found.figures, indent=2))

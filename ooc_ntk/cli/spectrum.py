@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RunArgument, complete
+from .options import HostOption, RunArgument, complete
 from .terminal import app, reporting_errors, show, status
 
 
@@ -55,12 +55,7 @@ def spectrum(
     any_data: Annotated[
         bool, typer.Option("--any-data", help="With --compare: also a run whose data differ, such as in its test data.")
     ] = False,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--host-memory", help="Memory to use, as 4GiB. (default: 80% of what is free)", show_default=False
-        ),
-    ] = None,
+    host_memory: HostOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random start.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
@@ -73,7 +68,7 @@ def spectrum(
         from ooc_ntk import api
         from ooc_ntk.report.pictures import can_draw
         from ooc_ntk.report.spectrum import draw_alignment, draw_spectrum, spectrum_table
-        from ooc_ntk.storage.results import read_result, write_result
+        from ooc_ntk.storage.results import read_result
 
         with status("computing the spectrum", quiet), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*eigenpairs are not within the tolerance")  # the table says it
@@ -88,10 +83,10 @@ def spectrum(
                 layers=layers,
                 compare=compare or (),
                 check_data=not any_data,
-                memory=memory,
+                budget=api.Budget(host=host_memory),
                 seed=seed,
             )
-        folder = write_result(run, "spectrum", found.figures(), found.arrays())
+        folder = run / "spectrum"
         drawn = can_draw()
         if drawn:
             draw_spectrum(folder / "spectrum.png", found)

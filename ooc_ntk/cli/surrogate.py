@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -23,6 +23,9 @@ from .options import (
     complete,
 )
 from .terminal import app, reporting_errors, show
+
+if TYPE_CHECKING:
+    from ooc_ntk.api import SurrogateReport
 
 #: Baselines that are run where nobody names others.
 DEFAULT_BASELINES: Final = ("embedding:*", "conjugate")
@@ -116,7 +119,7 @@ def surrogate(
         _report(run, found, quiet=quiet, as_json=as_json)
 
 
-def _report(run: Path, found: Any, *, quiet: bool, as_json: bool) -> None:
+def _report(run: Path, found: SurrogateReport, *, quiet: bool, as_json: bool) -> None:
     """Draw the picture, where that is possible, and print the figures."""
     from ooc_ntk.report.pictures import can_draw
     from ooc_ntk.report.surrogates import draw_surrogates, surrogate_table

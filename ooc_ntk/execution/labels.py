@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ooc_ntk.errors import InputError, RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
-from ooc_ntk.inputs.jobfile import read_job_file
+from ooc_ntk.inputs.jobfile import data_stand_ins, read_job_file
 from ooc_ntk.inputs.samples import SampleSource
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.directory import RunDirectory
@@ -45,7 +45,7 @@ def run_labels(path: str | Path, job: Job | None = None) -> Labels | None:
         job: its job; needed only where it was made from live objects.
 
     Returns:
-        The labels; None where the data have no targets, or others than one whole number from 0 per sample.
+        The labels; None where the data have no targets, or others than :func:`class_labels` takes.
 
     Raises:
         InputError: if the data cannot be read, or were live objects and no job is given.
@@ -63,7 +63,12 @@ def run_labels(path: str | Path, job: Job | None = None) -> Labels | None:
             raise RunConflictError(
                 f"the run in {path} is of {count:,} {what} samples, its data have {there:,} now; give its job as it was"
             )
-        labels = np.empty(0, dtype=np.int64) if source is None else _labels(source)
+        labels: NDArray[np.int64] | None = np.empty(0, dtype=np.int64)
+        if source is not None:
+            try:
+                labels = class_labels(source)
+            finally:
+                source.close()
         if labels is None:
             return None
         found.append(labels)
@@ -76,36 +81,38 @@ def _stored_job(directory: RunDirectory) -> Job:
     Raises:
         InputError: if its data were live objects.
     """
-    stored = read_job_file(directory.job_path).arguments()
-    if LIVE in (stored.get("train"), stored.get("test")):
+    stored = read_job_file(directory.job_path)
+    if LIVE in (stored.train, stored.test):
         raise InputError(
             f"the run in {directory.root} was made from live Python data, so that its labels are not known here; give "
             "targets, or its job"
         )
-    if stored.get("model") == LIVE:  # data are opened without it
-        stored["model"] = "mlp"
-        stored.pop("weights", None)
-    if stored.get("outputs") == LIVE:
-        stored.pop("outputs")
-    return Job.from_spec(stored)
+    return Job.from_spec({**stored.arguments(), **data_stand_ins(stored)})
 
 
-def _labels(source: SampleSource) -> NDArray[np.int64] | None:
-    """One whole number from 0 per sample, or None."""
+def class_labels(source: SampleSource) -> NDArray[np.int64] | None:
+    """Classes of all samples: one whole number from 0 each, or True and False as 1 and 0.
+
+    Args:
+        source: the data; sources that know their targets read nothing else.
+
+    Returns:
+        (samples,); None where targets are none, other numbers, or several a sample.
+
+    Raises:
+        InputError: if a sample cannot be read.
+    """
     parts = []
-    try:
-        for start in range(0, len(source), PIECE):
-            targets = source.targets(start, min(start + PIECE, len(source)))
-            if not _are_labels(targets):
-                return None
-            parts.append(np.asarray(targets, dtype=np.int64))
-    finally:
-        source.close()
+    for start in range(0, len(source), PIECE):
+        targets = source.targets(start, min(start + PIECE, len(source)))
+        if targets is None or not _are_labels(targets):
+            return None
+        parts.append(targets.reshape(-1).to(torch.int64).cpu().numpy())
     return np.concatenate(parts)
 
 
-def _are_labels(targets: torch.Tensor | None) -> bool:
+def _are_labels(targets: torch.Tensor) -> bool:
     """Whether targets are one whole number from 0 per sample."""
-    if targets is None or targets.ndim != 1 or targets.is_floating_point() or targets.is_complex():
+    if targets.is_floating_point() or targets.is_complex() or targets[0].numel() != 1:
         return False
-    return targets.dtype != torch.bool and bool((targets >= 0).all())
+    return targets.dtype == torch.bool or bool((targets >= 0).all())

@@ -1,4 +1,4 @@
-"""Nearest samples of a run: found in its kernel, described by its data, written into its directory."""
+"""Nearest samples of a run: found in its kernel, described by its data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from ooc_ntk.errors import InputError, OocNtkError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.inputs.samples import SampleSource
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.results import write_result
 
 from .driver import check_same_job
+from .labels import class_labels
 from .prepare import data_digest
-from .shown import ShownSample, class_labels, shown_samples
-
-#: Name of the result in the run directory.
-NEAREST: Final = "nearest"
+from .shown import ShownSample, shown_samples
 
 #: Neighbours of a sample that are shown, however many are found (a choice: what fits a page).
 SHOWN_NEIGHBOURS: Final = 10
@@ -91,13 +88,17 @@ class NearestResult:
     shown: tuple[ShownRow, ...]
     figures: dict[str, Any]
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Numbers and values of all neighbours."""
+        return {"indices": self.neighbours.indices, "values": self.neighbours.values}
+
 
 def find_nearest(
     kernel: Kernel, asked: NearestSettings, data: Callable[[], Job], *, required: bool = False
 ) -> NearestResult:
-    """Find the nearest samples and write them into the run directory.
+    """Find the nearest samples.
 
-    Without the data, numbers and values are found and written all the same, and the result says why nothing is shown.
+    Without the data, numbers and values are found all the same, and the result says why nothing is shown.
 
     Args:
         kernel: of a run.
@@ -111,7 +112,7 @@ def find_nearest(
     Raises:
         InputError: for settings that the kernel does not allow.
         BudgetError: if something does not fit in memory.
-        StorageError: if the kernel cannot be read, or the result not written.
+        StorageError: if the kernel cannot be read.
     """
     sources, note = None, ""
     try:
@@ -140,8 +141,6 @@ def find_nearest(
         "seed": asked.seed,
         "shown": [_described(row) for row in shown],
     }
-    arrays: dict[str, NDArray[Any]] = {"indices": found.indices, "values": found.values}
-    write_result(kernel.path, NEAREST, figures, arrays)
     return NearestResult(found, shown, figures)
 
 

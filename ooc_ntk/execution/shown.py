@@ -21,9 +21,6 @@ SMALLEST_SIDE: Final = 4
 #: How far pixels may lie outside [0, 1] once a known normalisation is undone: rounding of float32.
 ROUNDING: Final = 1e-3
 
-#: Samples whose targets are read at once (a choice).
-TARGETS_AT_ONCE: Final = 1024
-
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -123,21 +120,3 @@ def _label(targets: torch.Tensor | None) -> int | float | None:
         return None
     value: bool | int | float = targets.reshape(()).item()
     return value if isinstance(value, float) else int(value)
-
-
-def class_labels(source: SampleSource) -> NDArray[np.int64] | None:
-    """Classes of all samples, (samples,) int64; None where targets are none, no whole numbers, or several a sample.
-
-    Args:
-        source: the data; sources that know their targets read nothing else.
-
-    Raises:
-        InputError: if a sample cannot be read.
-    """
-    found = []
-    for start in range(0, len(source), TARGETS_AT_ONCE):
-        targets = source.targets(start, min(start + TARGETS_AT_ONCE, len(source)))
-        if targets is None or targets.is_floating_point() or targets.is_complex() or targets[0].numel() != 1:
-            return None
-        found.append(targets.reshape(-1).to(torch.int64).cpu().numpy())
-    return np.concatenate(found)

@@ -10,15 +10,17 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ooc_ntk.algebra.dense import budget_bytes
 from ooc_ntk.algebra.eigen import fits_whole
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.operator import KernelOperator
 from ooc_ntk.algebra.summary import SpectrumSummary, label_targets, summarise
-from ooc_ntk.errors import InputError, RunConflictError
+from ooc_ntk.errors import BudgetError, InputError, RunConflictError
 from ooc_ntk.inputs.job import Job
-from ooc_ntk.units import parse_bytes
+from ooc_ntk.planning.budget import Budget
 
 from .labels import run_labels
+from .targets import given_targets
 
 #: Rows up to which all eigenpairs are found unless fewer are asked for, if they fit, so that effective dimensions are
 #: exact. (Measured: 1.9 s for 3,000 rows on two cores.)
@@ -65,51 +67,48 @@ def spectrum_summary(
     layers: bool,
     compare: Sequence[Kernel],
     check_data: bool,
-    memory: str | int | None,
+    budget: Budget | None,
     seed: int,
 ) -> SpectrumSummary:
     """The spectrum of a finished kernel and what follows from it; see :func:`ooc_ntk.api.spectrum`."""
-    wanted = None if every else _default(kernel, method, memory) if k is None else k
-    given, what = _targets(kernel, targets, job)
+    wanted = None if every else _default(kernel, method, budget_bytes(budget)) if k is None else k
+    given, what = _targets(kernel, targets, job, budget_bytes(budget))
     aligned = kernel.layer_cka() if layers else None
     mine = look.scaled(kernel)
     runs = {str(each.path): mine.cka(look.scaled(each), check_data=check_data) for each in compare}
     rows = kernel.shape[1]
     kind = kernel.plan.kernel if kernel.plan is not None else "kernel"
-    found = look.at(kernel).eigh(wanted, method=method, memory=memory, seed=seed)
+    found = look.at(kernel).eigh(wanted, method=method, memory=budget_bytes(budget), seed=seed)
     return summarise(
         f"{kind}, train square {rows:,} × {rows:,} {kernel.dtype}{look}", found, given, what, aligned, runs
     )
 
 
-def _default(kernel: Kernel, method: str, memory: str | int | None) -> int | None:
+def _default(kernel: Kernel, method: str, memory: int | None) -> int | None:
     """Eigenpairs where no number was asked for: all of a small kernel."""
-    allowed = None if memory is None else parse_bytes(memory)
     small = kernel.shape[1] <= WHOLE_ROWS and method in ("auto", "full")
-    return None if small and fits_whole(kernel.entries, allowed) else min(LEADING, kernel.shape[1])
+    return None if small and fits_whole(kernel.entries, memory) else min(LEADING, kernel.shape[1])
 
 
 def _targets(
-    kernel: Kernel, given: str | Path | ArrayLike | None, job: Job | None
+    kernel: Kernel, given: str | Path | ArrayLike | None, job: Job | None, memory: int | None
 ) -> tuple[NDArray[np.float64] | None, str]:
     """Targets of the train rows, and what they are or why there are none.
 
     Raises:
         InputError: if targets were given that cannot be used.
+        StorageError: if their file cannot be read.
+        BudgetError: if labels of a given job do not fit the memory as targets.
     """
-    if isinstance(given, str | Path):
-        try:
-            return np.load(given, allow_pickle=False).astype(np.float64), str(given)
-        except (OSError, ValueError, AttributeError, EOFError) as error:
-            raise InputError(f"targets are a NumPy file (.npy) of numbers; {given} cannot be read: {error}") from error
     if given is not None:
-        return np.asarray(given, dtype=np.float64), "given"
+        what = str(given) if isinstance(given, str | Path) else "given"
+        return given_targets(given, kernel.shape)[: kernel.shape[1]], what
     try:
         labels = run_labels(kernel.path, job)
         if labels is None:
             return None, "none: the data have no whole numbers as labels; give targets (--targets)"
-        found = label_targets(labels.train, kernel.entries_per_sample)
-    except (InputError, RunConflictError) as error:
+        found = label_targets(labels.train, kernel.entries_per_sample, memory)
+    except (InputError, RunConflictError, BudgetError) as error:
         if job is not None:
             raise
         return None, f"none: {error}"

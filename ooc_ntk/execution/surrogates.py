@@ -59,7 +59,7 @@ def fit_surrogates(
         targets: what surrogates are fitted to.
         ridge_ratio: ridge over the mean diagonal of each kernel.
         seed: of the bootstrap.
-        asked: budget of the baselines' runs.
+        asked: budget of the baselines' runs and of the fits.
         progress: whether these show their progress, or an observer.
         advance: told what is being done.
 
@@ -92,7 +92,16 @@ def fit_surrogates(
         for kind in dict.fromkeys(kinds):
             advance(f"fitting a {kind} surrogate by the kernel {name}")
             found.append(
-                fit_surrogate(each, network, kind, name=name, targets=targets, ridge_ratio=ridge_ratio, seed=seed)
+                fit_surrogate(
+                    each,
+                    network,
+                    kind,
+                    name=name,
+                    targets=targets,
+                    ridge_ratio=ridge_ratio,
+                    budget=asked.budget,
+                    seed=seed,
+                )
             )
     return SurrogateReport(tuple(found), network)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+from torch import nn
 
 from ooc_ntk.errors import InputError, StorageError, unknown_name
 
@@ -69,6 +70,25 @@ class JobFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
             for name in self.__struct_fields__
             if name != "budget" and (value := getattr(self, name)) is not None
         }
+
+
+def data_stand_ins(stored: JobFile) -> dict[str, object]:
+    """Arguments over those of a stored job, with which its data are opened wherever they are there.
+
+    Neither the network, where that was a live one, nor the device of the run is needed for them.
+
+    Args:
+        stored: the job as its run stored it.
+
+    Returns:
+        Arguments of :class:`~ooc_ntk.inputs.job.Job`.
+    """
+    found: dict[str, object] = {"device": "cpu"}
+    if stored.model == LIVE:
+        found |= {"model": nn.Identity(), "weights": None}
+    if stored.outputs == LIVE:
+        found["outputs"] = "logits"
+    return found
 
 
 def read_job_file(path: Path | str) -> JobFile:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ooc_ntk.errors import StorageError
+
 from .atomic import write_whole
+from .retries import storage_error
 
 
 def write_result(
     root: Path, name: str, figures: Mapping[str, Any], arrays: Mapping[str, ArrayLike] | None = None
 ) -> Path:
-    """Write a result, whole or not at all; what was there under its name is replaced.
+    """Write a result, whole or not at all; what was there under its name is replaced, and pictures of it are deleted.
 
     Args:
         root: run directory.
@@ -38,9 +43,32 @@ def write_result(
         named: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
         np.savez(file, **named)
         write_whole(root, f"{name}/{name}.npz", file.getvalue())
+    for picture in (root / name).glob("*.png"):
+        try:
+            picture.unlink()
+        except OSError as error:
+            raise storage_error("deleting", picture, error) from error
     text = json.dumps(_plain(figures), indent=2) + "\n"
     write_whole(root, f"{name}/{name}.json", text.encode())
     return root / name
+
+
+def check_writable(root: Path, name: str) -> None:
+    """Refuse a folder that a result cannot be written to, before anything is computed.
+
+    Args:
+        root: run directory; one that is not there is not looked at.
+        name: of the result.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    folder = root / name
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"results are written into the folder {folder}, and a file has its name; move it away")
+    there = folder if folder.exists() else root
+    if there.exists() and not os.access(there, os.W_OK | os.X_OK):
+        raise storage_error("writing into", there, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def read_result(root: Path, name: str) -> dict[str, Any] | None:

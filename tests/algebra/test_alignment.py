@@ -1,5 +1,7 @@
 """Alignment of kernels by its definition: runs, layers, tiles of other sizes, features, views; what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -192,6 +194,38 @@ def test_a_damaged_tile_is_said(folder, rates):
         file.write(b"\xff")
     with pytest.raises(DamagedFileError, match="layers.zarr/c/1/2/0 is not what was committed"):
         kernel.layer_cka()
+
+
+@pytest.fixture
+def damage(folder, rates):
+    """Opens a run, whole or after numbers of one of its tiles were made huge."""
+    kernel = run(folder, "damaged kernel", rates, relu_mlp(), 17)
+
+    def damaged(tile=None):
+        if tile is not None:
+            with (kernel.path / "kernel.zarr" / "c" / tile).open("r+b") as file:
+                file.write(np.full(200, 1e6, dtype=np.float32).tobytes())
+        return ooc_ntk.open(kernel.path)
+
+    yield damaged
+    shutil.rmtree(kernel.path)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("tile", ["2/0", "4/4"])
+@pytest.mark.parametrize("other", ["same tiles", "other tiles", "features"])
+def test_a_damaged_tile_is_said_in_any_tiles_and_order(other, tile, centered, kernels, damage):
+    kernel, sound = damage(tile), kernels[other]
+    for pair in ((kernel, sound), (sound, kernel), (sound.cosine(), kernel.cosine())):
+        with pytest.raises(DamagedFileError, match=f"kernel.zarr/c/{tile} is not what was committed"):
+            pair[0].cka(pair[1], centered=centered)
+
+
+def test_what_is_above_the_diagonal_takes_no_part(kernels, damage):
+    other = kernels["other tiles"]
+    whole, kernel = other.cka(damage()), damage("0/1")
+    assert other.cka(kernel) == whole
+    assert kernel.cka(other) == pytest.approx(whole, rel=1e-12)
 
 
 def test_a_misread_tile_is_read_again(kernels, monkeypatch):

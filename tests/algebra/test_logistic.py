@@ -1,5 +1,7 @@
 """Kernel logistic regression, one pass an iteration: against SciPy on the dense problem, scikit-learn on features."""
 
+import re
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -7,8 +9,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import ooc_ntk
-from ooc_ntk.algebra import logistic
+from ooc_ntk.algebra import dense, logistic
 from ooc_ntk.algebra.kernel import Kernel
+from ooc_ntk.compute.machine import resident_bytes
 from ooc_ntk.errors import BudgetError, InputError
 from tests.cases import digits
 
@@ -226,6 +229,20 @@ def test_bad_inputs(targets, options, message):
 
 
 def test_arrays_that_do_not_fit_are_refused_before_a_pass(monkeypatch):
-    monkeypatch.setattr(logistic, "free_host_bytes", lambda: 1000)
-    with pytest.raises(BudgetError, match=r"80 rows × 4 classes needs 40.0 KiB, 800 B are free"):
-        as_kernel(entries("full rank")).logistic(features()[1], 1.0)
+    kernel, labels = as_kernel(entries("full rank")), features()[1]
+    before = resident_bytes()
+    with pytest.raises(
+        BudgetError, match=r"80 rows × 4 classes needs .*; 0 B were allowed: .* the process holds"
+    ) as refused:
+        kernel.logistic(labels, 1.0, budget=ooc_ntk.Budget(host=before))
+    enough = re.search("a host budget of (.*) would do", str(refused.value)).group(1)
+    assert kernel.logistic(labels, 1.0, budget=ooc_ntk.Budget(host=enough)).converged
+    monkeypatch.setattr(dense, "free_host_bytes", lambda: 1000)
+    with pytest.raises(BudgetError, match="800 B are free to use"):
+        kernel.logistic(labels, 1.0)
+
+
+def test_labels_that_are_numbers_of_something_else_are_refused():
+    labels = np.arange(ROWS) * 10**9
+    with pytest.raises(InputError, match="labels of 79,000,000,001 classes are not made into columns, at most 2,000"):
+        as_kernel(entries("full rank")).logistic(labels, 1.0)

@@ -14,7 +14,7 @@ import ooc_ntk
 from ooc_ntk.algebra import surrogate as surrogate_module
 from ooc_ntk.algebra.faithfulness import ClassOutputs, log_odds
 from ooc_ntk.algebra.surrogate import fit_surrogate
-from ooc_ntk.errors import InputError, RunConflictError, StorageError
+from ooc_ntk.errors import BudgetError, InputError, RunConflictError, StorageError
 from ooc_ntk.execution.predictions import class_outputs
 from ooc_ntk.execution.prepare import prepare
 from ooc_ntk.inputs.text.network import TextNetwork
@@ -144,6 +144,12 @@ def test_standard_errors_are_those_of_shares_and_of_the_seed(kernel, outputs):
     again = fit_surrogate(kernel, outputs, "ridge", name="trace", seed=3)
     other = fit_surrogate(kernel, outputs, "ridge", name="trace", seed=4)
     assert again.kendall_tau == found.kendall_tau != other.kendall_tau
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic"])
+def test_the_budget_bounds_the_fit(kind, kernel, outputs):
+    with pytest.raises(BudgetError, match="host budget"):
+        fit_surrogate(kernel, outputs, kind, name="trace", budget=ooc_ntk.Budget(host="1MiB"))
 
 
 def test_log_odds_do_not_cancel_where_probabilities_are_one():

@@ -71,13 +71,19 @@ def test_of_live_data_with_their_job(compute):
 
 @pytest.mark.parametrize(
     "targets",
-    [None, torch.rand(6), torch.zeros(6, 2, dtype=torch.long), torch.tensor([0, 1, -1, 0, 1, 2]), torch.ones(6).bool()],
-    ids=["none", "numbers", "several", "negative", "bool"],
+    [None, torch.rand(6), torch.zeros(6, 2, dtype=torch.long), torch.tensor([0, 1, -1, 0, 1, 2])],
+    ids=["none", "numbers", "several", "negative"],
 )
 def test_what_are_no_labels(targets, compute):
     images = digits()[0][:6]
     job = ooc_ntk.Job(case("smooth-mlp").module, images if targets is None else (images, targets), device="cpu")
     assert run_labels(compute(job).path, job) is None
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([True, False] * 3), torch.tensor([1, 0] * 3)[:, None]])
+def test_two_classes_as_truth_values_or_as_a_column(targets, compute):
+    job = ooc_ntk.Job(case("smooth-mlp").module, (digits()[0][:6], targets), device="cpu")
+    assert run_labels(compute(job).path, job).train.tolist() == [1, 0] * 3
 
 
 def test_of_a_dataset(compute):

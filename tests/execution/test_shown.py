@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ooc_ntk.errors import InputError
-from ooc_ntk.execution.shown import class_labels, image_of, shown_samples
+from ooc_ntk.execution.labels import class_labels
+from ooc_ntk.execution.shown import image_of, shown_samples
 from ooc_ntk.inputs.builtin import BUILTIN
 from ooc_ntk.inputs.images.source import open_images
 from ooc_ntk.inputs.joined import JoinedSource
@@ -75,6 +76,7 @@ def test_classes_are_read_without_decoding_an_image(tmp_path):
         (torch.tensor([True, False, True]), [1, 0, 1]),
         (torch.rand(3), None),
         (torch.ones(3, 2, dtype=torch.int64), None),
+        (torch.tensor([0, 1, -1]), None),
         (None, None),
     ],
 )
