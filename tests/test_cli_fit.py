@@ -154,7 +154,7 @@ def test_bad_input(given, message, run):
 def test_bad_targets(run, tmp_path):
     for values, message in (
         (np.ones(7), f"targets must have {TRAIN} rows, one per train row of the kernel, or {TRAIN + TEST}"),
-        (np.full(TRAIN, np.nan), "y holds NaN"),
+        (np.full(TRAIN, np.nan), "the targets hold NaN"),
         (np.full(TRAIN + TEST, np.nan), "the targets hold NaN"),
         (np.array(["a"] * TRAIN), "targets must be an array of numbers"),
     ):

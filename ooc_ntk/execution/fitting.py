@@ -10,16 +10,18 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ooc_ntk.algebra.classes import one_hot
 from ooc_ntk.algebra.gcv import GcvCurve
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.operator import KernelOperator
 from ooc_ntk.algebra.path import free_bytes, spectrum_fits
 from ooc_ntk.algebra.ridge import Advance, Solution, SolveOptions
-from ooc_ntk.errors import InputError, StorageError
+from ooc_ntk.errors import InputError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.planning.budget import Budget
 
 from .labels import Labels, run_labels
+from .targets import given_targets
 
 #: Ridges that GCV chooses from, over the mean diagonal: 4 per decade. (A choice: curves are smooth in the logarithm.)
 RIDGE_RATIOS: Final = tuple(float(each) for each in np.logspace(-6, 1, 29))
@@ -212,15 +214,16 @@ def _grid(seen: KernelOperator, settings: FitSettings) -> NDArray[np.float64]:
     return found if settings.method == "spectrum" or (fits and settings.method == "auto") else found[::4]
 
 
-def one_hot(labels: NDArray[np.int64], classes: int, rows_per_sample: int) -> NDArray[np.float64]:
+def class_targets(labels: NDArray[np.int64], classes: int, rows_per_sample: int) -> NDArray[np.float64]:
     """Labels as targets less 1/classes: (samples, classes), or of a full kernel (samples · classes,)."""
-    found = np.eye(classes)[labels] - 1.0 / classes
+    found = one_hot(labels, classes) - 1.0 / classes
     return found.reshape(-1) if rows_per_sample > 1 else found
 
 
 def _targets(kernel: Kernel, given: str | Path | ArrayLike | None, job: Callable[[], Job | None]) -> Targets:
     if given is not None:
-        return _given_targets(kernel, given)
+        values, train = given_targets(given, kernel.shape), kernel.shape[1]
+        return Targets(values[:train], values[train:] if len(values) > train else None)
     labels = run_labels(kernel.path, job())
     if labels is None:
         raise InputError(
@@ -232,34 +235,8 @@ def _targets(kernel: Kernel, given: str | Path | ArrayLike | None, job: Callable
             f"this full kernel has {rows} rows per sample, and the data have {labels.classes} classes; give targets, "
             "one for each row (--targets FILE.npy)"
         )
-    test = one_hot(labels.test, labels.classes, rows) if kernel.test_samples else None
-    return Targets(one_hot(labels.train, labels.classes, rows), test, labels)
-
-
-def _given_targets(kernel: Kernel, given: str | Path | ArrayLike) -> Targets:
-    """Targets of the train rows, or of all rows."""
-    if isinstance(given, str | Path):
-        try:
-            given = np.load(given, allow_pickle=False)
-        except FileNotFoundError as error:
-            raise InputError(f"there is no file of targets {given}") from error
-        except OSError as error:
-            raise StorageError(f"cannot read the targets {given}: {error}") from error
-        except ValueError as error:
-            raise InputError(f"{given} is no NumPy file of numbers: {error}") from error
-    try:
-        values = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"targets must be an array of numbers: {error}") from error
-    rows, train = kernel.shape
-    if values.ndim in (1, 2) and len(values) == rows and rows > train:
-        if not np.isfinite(values).all():
-            raise InputError("the targets hold NaN or infinity")
-        return Targets(values[:train], values[train:])
-    if values.ndim not in (1, 2) or len(values) != train:
-        both = "" if rows == train else f", or {rows:,} with those of the test rows"
-        raise InputError(f"targets must have {train:,} rows, one per train row of the kernel{both}; got {values.shape}")
-    return Targets(values, None)
+    test = class_targets(labels.test, labels.classes, rows) if kernel.test_samples else None
+    return Targets(class_targets(labels.train, labels.classes, rows), test, labels)
 
 
 def _predictions(
