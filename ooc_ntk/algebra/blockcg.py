@@ -74,14 +74,30 @@ class BlockSystem:
         self._begin(targets)
 
     def _begin(self, residual: NDArray[np.float64]) -> None:
-        self._rest, self._weights = np.linalg.qr(self._scaled(residual, -0.5))
-        self._directions = self._rest
-        self._given = self._scaled(self._directions, -0.5)
+        scaled = residual
+        if self._preconditioner is not None:
+            scaled = self._preconditioner.apply(residual, self._shifted, -0.5)
+        self._rest, self._weights = np.linalg.qr(scaled)
+        self._given, _ = self._scaled_rest()
 
-    def _scaled(self, x: NDArray[np.float64], power: float) -> NDArray[np.float64]:
+    @property
+    def _shifted(self) -> float:
+        """Ridge of the preconditioner."""
+        assert self._preconditioner is not None
+        return self.ridge + OUTSIDE * self._preconditioner.outside
+
+    def _scaled_rest(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The residual block scaled by the preconditioner, and norms of the targets' residuals.
+
+        These are of ``M^½ Q W``, Q orthonormal: from its coefficients in the preconditioner's basis and from W alone.
+        """
+        own = np.linalg.norm(self._weights, axis=0)
         if self._preconditioner is None:
-            return x
-        return self._preconditioner.apply(x, self.ridge + OUTSIDE * self._preconditioner.outside, power)
+            return self._rest, own
+        coefficients = self._preconditioner.coefficients(self._rest)
+        given = self._preconditioner.apply_known(self._rest, coefficients, self._shifted, -0.5)
+        inside = self._preconditioner.values @ (coefficients @ self._weights) ** 2
+        return given, np.sqrt(self._shifted * own**2 + inside)
 
     @property
     def rank(self) -> int:
@@ -112,13 +128,14 @@ class BlockSystem:
         except (np.linalg.LinAlgError, ValueError) as error:
             raise NotPositiveDefiniteError(f"K + {self.ridge:g}·I is not positive definite", self.ridge) from error
         self.solution += self._given @ scipy.linalg.cho_solve(factor, self._weights)
-        image = self._scaled(image, -0.5)
+        if self._preconditioner is not None:
+            image = self._preconditioner.apply(image, self._shifted, -0.5)
         inverse = scipy.linalg.cho_solve(factor, np.eye(len(square)))
         self._rest, change = np.linalg.qr(self._rest - image @ inverse)
-        self._directions = self._rest + self._directions @ change.T
         self._weights = change @ self._weights
-        self._given = self._scaled(self._directions, -0.5)
-        left = np.linalg.norm(self._scaled(self._rest @ self._weights, 0.5), axis=0)
+        fresh, left = self._scaled_rest()
+        # Scaling is linear: directions are kept scaled, and never without.
+        self._given = fresh + self._given @ change.T
         self.residuals = np.divide(left, self._norms, out=np.zeros_like(left), where=self._norms > 0)
 
     def is_rounding(self, targets: NDArray[np.float64], largest: float) -> bool:

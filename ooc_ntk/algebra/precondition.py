@@ -66,10 +66,20 @@ class Preconditioner:
         Returns:
             (n, vectors) float64.
         """
+        return self.apply_known(x, self.coefficients(x), ridge, power)
+
+    def coefficients(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``Uᵀ x``, (rank, vectors)."""
+        found: NDArray[np.float64] = self.rotation.T @ (self.basis.T @ x)
+        return found
+
+    def apply_known(
+        self, x: NDArray[np.float64], coefficients: NDArray[np.float64], ridge: float, power: float
+    ) -> NDArray[np.float64]:
+        """:meth:`apply` to vectors whose :meth:`coefficients` are known."""
         outside = ridge**power
         weights = (self.values + ridge) ** power - outside
-        inner = self.rotation @ (weights[:, None] * (self.rotation.T @ (self.basis.T @ x)))
-        found: NDArray[np.float64] = self.basis @ inner
+        found: NDArray[np.float64] = self.basis @ (self.rotation @ (weights[:, None] * coefficients))
         found += outside * x
         return found
 
