@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from .algebra.checkpoints import Checkpoints, Drift, read_index
@@ -23,8 +24,9 @@ from .execution import calibration
 from .execution import checkpoints as execution_checkpoints
 from .execution.audit import AUDITED_SAMPLES, Audit, audit
 from .execution.checkpoints import Weights
+from .execution.cluster.options import Cluster
 from .execution.driver import Observer, check_same_job, run_directory
-from .execution.executors import executor_named
+from .execution.executors import executor_of
 from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
 from .execution.fitting import Fit
@@ -55,6 +57,7 @@ __all__ = [
     "BudgetError",
     "Checkpoints",
     "ClipOutput",
+    "Cluster",
     "Drift",
     "Features",
     "Featurizer",
@@ -140,7 +143,7 @@ def run(
     plan: Plan | None = None,
     budget: Budget | None = None,
     preferences: Preferences | None = None,
-    scheduler: str | None = None,
+    scheduler: str | Cluster | None = None,
     progress: bool | Observer = True,
     watch_disk: str | int | None = None,
     proof: bool = True,
@@ -156,7 +159,8 @@ def run(
         budget: limits for a new plan; an explicit one that a stored plan cannot keep is refused.
         preferences: what to fix by hand in a new plan: dataflow, tile size, passes, representation, or no layer rules;
             refused where a plan that is there does otherwise.
-        scheduler: ``threads`` (default, Dask's threaded scheduler) or ``serial``.
+        scheduler: ``threads`` (default, Dask's threaded scheduler) or ``serial`` in this process; a :class:`Cluster` of
+            worker processes; or the address of a Dask scheduler, ``tcp://host:8786``, or a ``distributed.Client``.
         progress: whether to show progress on the terminal, or an observer.
         watch_disk: disk to be left free, as ``"2GiB"``: the run stops, to go on later, before less is; None lets it
             fill the disk, and stops there.
@@ -178,7 +182,8 @@ def run(
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan must be a Plan, got {type(plan).__name__}; read a saved one with Plan.load(path)")
     asked = Asked(plan=plan, budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk), proof=proof)
-    run_job(job, run_directory(out), asked, executor_named(scheduler), progress)
+    with closing(executor_of(scheduler)) as executor:
+        run_job(job, run_directory(out), asked, executor, progress)
     return Kernel(out)
 
 
@@ -189,7 +194,7 @@ def extend(
     job: Job | None = None,
     budget: Budget | None = None,
     progress: bool | Observer = True,
-    scheduler: str | None = None,
+    scheduler: str | Cluster | None = None,
     watch_disk: str | int | None = None,
     proof: bool = True,
 ) -> Kernel:
@@ -205,7 +210,7 @@ def extend(
         job: the job of the run as it is, needed only where it was made from live objects.
         budget: limits for the new generation.
         progress: whether to show progress on the terminal, or an observer.
-        scheduler: ``threads`` (default) or ``serial``.
+        scheduler: as for :func:`run`.
         watch_disk: disk to be left free, as for :func:`run`.
         proof: whether samples of the grown kernel are proven before it takes the place of the old one, as for
             :func:`run`.
@@ -226,7 +231,8 @@ def extend(
         train = absolute_spec(train, None, "train")
     job = job or describe_job(None, {}, run=path)[0]
     margin = _disk_margin(watch_disk)
-    extend_run(path, train, job, budget, executor_named(scheduler), progress, watch_disk=margin, proof=proof)
+    with closing(executor_of(scheduler)) as executor:
+        extend_run(path, train, job, budget, executor, progress, watch_disk=margin, proof=proof)
     return Kernel(path)
 
 
@@ -281,7 +287,7 @@ def run_checkpoints(
     *,
     budget: Budget | None = None,
     preferences: Preferences | None = None,
-    scheduler: str | None = None,
+    scheduler: str | Cluster | None = None,
     progress: bool | Observer = True,
     watch_disk: str | int | None = None,
     proof: bool = True,
@@ -300,7 +306,7 @@ def run_checkpoints(
             left as it is.
         budget: limits for a new plan.
         preferences: what to fix by hand in a new plan.
-        scheduler: ``threads`` (default) or ``serial``.
+        scheduler: as for :func:`run`.
         progress: whether to show progress on the terminal, or an observer.
         watch_disk: disk to be left free, as for :func:`run`.
         proof: whether samples of every kernel are proven, as :func:`run` does.
@@ -315,9 +321,8 @@ def run_checkpoints(
         OocNtkError: as :func:`run`.
     """
     asked = Asked(budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk), proof=proof)
-    return execution_checkpoints.run_checkpoints(
-        job, Path(out), weights, asked, executor_named(scheduler), progress, announce
-    )
+    with closing(executor_of(scheduler)) as executor:
+        return execution_checkpoints.run_checkpoints(job, Path(out), weights, asked, executor, progress, announce)
 
 
 def _disk_margin(given: str | int | None) -> int:

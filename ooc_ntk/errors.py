@@ -58,6 +58,10 @@ class DamagedFileError(StorageError):
         super().__init__(message)
         self.path = path
 
+    def __reduce__(self) -> tuple[type[DamagedFileError], tuple[str, str]]:
+        """Travel from process to process."""
+        return type(self), (self.path, str(self))
+
 
 class IncompleteRunError(StorageError):
     """The run directory holds a kernel that is not finished yet."""
@@ -74,6 +78,10 @@ class RunInterrupted(OocNtkError):  # noqa: N818 - an outcome, not an error
         """Say what is kept, and which signal asked."""
         super().__init__(message)
         self.signal = signal
+
+
+class ClusterError(OocNtkError):
+    """Workers or the scheduler of a cluster were lost; everything committed so far is kept and the run can go on."""
 
 
 class VerificationError(OocNtkError):

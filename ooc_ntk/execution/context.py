@@ -223,6 +223,7 @@ class RunContext:
         retries_counted: retries of this process that are in a receipt, or were before the run.
         phases: wall-clock of the phases of the task at hand, by name.
         kept: panels that stay in memory while kernel tiles are contracted, by span and row tile.
+        worker: name of this process among the workers of a cluster; empty for the driver itself.
     """
 
     plan: Plan
@@ -242,6 +243,7 @@ class RunContext:
     retries_counted: int = field(default_factory=retries)
     phases: dict[str, float] = field(default_factory=dict)
     kept: dict[tuple[int, int], Tile] = field(default_factory=dict)
+    worker: str = ""
     _buffers: list[Matrix] = field(default_factory=list)
     _sums: torch.Tensor | None = None
     _accumulator: KernelAccumulator | None = None

@@ -19,7 +19,6 @@ from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.plan import Plan
-from ooc_ntk.planning.tasks import Task
 from ooc_ntk.stopping import Stop, stoppable
 from ooc_ntk.storage.arrays import add_attributes
 from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
@@ -29,18 +28,16 @@ from ooc_ntk.units import format_bytes
 
 from .calibration import reads_directly
 from .context import KERNEL, PeakMeter, RunContext, reproducible
-from .executors import Executor
+from .executors import Executor, Work
 from .layers import layers_array
+from .ledger import Advance, Ledger, amount_of
 from .measure import known_structure, structure_of
 from .prepare import PreparedJob, with_head
 from .resume import Remaining, remaining_tasks
 from .stores import FACTORS, FEATURES, JACOBIAN, DiskStore, store_of
-from .work import perform
 
 logger = logging.getLogger(__name__)
 
-#: What an observer is told: phase (``rows`` or ``kernel``), amount done just now.
-Advance = Callable[[str, float], None]
 #: Called once before work starts, with the amount of each phase that was done before and in all.
 Begin = Callable[[Mapping[str, tuple[float, float]], Remaining], None]
 
@@ -281,14 +278,16 @@ class _Session:
         create_arrays(context, manifest)
         waits = remaining.waits(plan)
         observer.begin(_totals(plan, remaining), remaining)
-        started = 0.0
+        ledger, tasks = Ledger(plan, observer.advance), {task.key: task for task in remaining.tasks}
+        last_commit = began = 0.0
 
         def commit(receipt: Receipt) -> None:
-            nonlocal started
-            # Tasks run one after the other: what passed since the last commit is this task, syncing and committing too.
+            nonlocal last_commit
             now = time.perf_counter()
-            receipt, started = replace(receipt, seconds=now - started), now
-            self.seconds += receipt.seconds
+            if not self.executor.processes:
+                # One after the other: what passed since the last commit is this task, syncing and committing too.
+                receipt = replace(receipt, seconds=now - last_commit)
+            last_commit = now
             if receipt.key.startswith("release"):
                 # Forgotten before the release counts: a crash in between leaves the release to be done again.
                 for folder in (JACOBIAN, FACTORS):
@@ -300,20 +299,21 @@ class _Session:
             directory.delete(*receipt.replaces)
             if receipt.key.startswith("release"):
                 _delete_spilled(directory, records)
+            ledger.finished(tasks[receipt.key])
             logger.debug("%s: %.2f s", receipt.key, receipt.seconds)
 
-        def body(task: Task, *upstream: Receipt) -> Receipt:
-            return perform(context, task, *upstream)
-
+        work = Work(context, self.prepared, remaining.tasks, waits.__getitem__, commit, ledger, observer.say)
         with reproducible(plan), meter.watching():
-            started = time.perf_counter()
+            began = last_commit = time.perf_counter()
             try:
-                self.executor(remaining.tasks, waits.__getitem__, body, commit)
+                self.executor.run(work)
             except DamagedFileError as error:
                 manifest.distrust([error.path])
                 if last:
                     raise
                 return _brief(error)
+            finally:
+                self.seconds = last_commit - began
         for path, reason in manifest.damage(thorough=False).reasons.items():  # something else changed it meanwhile
             changed = DamagedFileError(path, f"{directory.root / path} {reason}; run again: it will be computed anew")
             if last:
@@ -377,10 +377,8 @@ def _totals(plan: Plan, remaining: Remaining) -> dict[str, tuple[float, float]]:
     passes = len(plan.passes)
     left = {"rows": 0.0, "kernel": 0.0}
     for task in remaining.tasks:
-        if task.kind == "rows":
-            left["rows"] += len(plan.sample_grid.rows(task.row))
-        elif task.kind == "kernel":
-            left["kernel"] += len(plan.graph.superblock(task).tiles) / passes
+        if task.kind in left:
+            left[task.kind] += amount_of(plan, task)
     tiles = 0 if plan.features_only else plan.sample_grid.kernel_tile_count
     totals = {"rows": float(plan.samples * passes), "kernel": float(tiles)}
     return {phase: (totals[phase] - left[phase], totals[phase]) for phase in totals}

@@ -39,9 +39,10 @@ class Remaining:
 
     def waits(self, plan: Plan) -> dict[Task, tuple[Task, ...]]:
         """Direct dependencies of every remaining task among the remaining ones."""
-        left = set(self.tasks)
+        left = {task: task for task in self.tasks}  # one object each: a run may have a hundred thousand
         return {
-            task: tuple(earlier for earlier in plan.graph.dependencies(task) if earlier in left) for task in self.tasks
+            task: tuple(left[earlier] for earlier in plan.graph.dependencies(task) if earlier in left)
+            for task in self.tasks
         }
 
 

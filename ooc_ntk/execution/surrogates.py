@@ -11,7 +11,7 @@ from ooc_ntk.errors import RunConflictError, unknown_name
 from ooc_ntk.storage.directory import RunDirectory
 
 from .driver import Observer, check_same_job, run_directory
-from .executors import executor_named
+from .executors import executor_of
 from .predictions import class_outputs
 from .prepare import PreparedJob
 from .session import Asked, run_job
@@ -85,7 +85,7 @@ def fit_surrogates(
         _drop_outgrown(RunDirectory(folder), prepared.digests, advance)
         advance(f"running the baseline {name}")
         same = prepared.job.with_model(kernel=name, outputs="logits", parameters=None, projection=None, by=None)
-        run_job(same, run_directory(folder), asked, executor_named(None), progress)
+        run_job(same, run_directory(folder), asked, executor_of(None), progress)
         kernels[name] = Kernel(folder)
     found = []
     for name, each in kernels.items():

@@ -160,6 +160,8 @@ def publish(context: RunContext, task: Task, outcome: Outcome, start: float) -> 
             phases=dict(context.phases),
             retries=tried - context.retries_counted,
             batch_size=context.batch_size if smaller else 0,
+            started=time.time() - (time.perf_counter() - start),
+            worker=context.worker,
         )
         if records:
             context.directory.leave_receipt(receipt)

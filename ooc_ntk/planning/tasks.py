@@ -12,7 +12,7 @@ from .tiles import SampleGrid
 Kind = Literal["rows", "kernel", "release"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One unit of work, named by its coordinates.
 

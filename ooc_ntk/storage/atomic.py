@@ -23,7 +23,7 @@ from .retries import UNWRITTEN, note_retry, retried, storage_error
 TEMPORARY: Final = ".tmp-"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     """What is known of a file that a task wrote.
 

@@ -49,6 +49,8 @@ class Receipt:
         phases: wall-clock of the phases within the task, by name.
         retries: how often something was tried again, the task itself included.
         batch_size: samples derived together where the device had no room for as many as planned; 0 as planned.
+        started: when the task began, in seconds since the epoch by the clock of the machine that ran it.
+        worker: name of the worker process that ran it; empty for the driver itself.
     """
 
     key: str
@@ -63,6 +65,8 @@ class Receipt:
     phases: Mapping[str, float] = field(default_factory=dict)
     retries: int = 0
     batch_size: int = 0
+    started: float = 0.0
+    worker: str = ""
 
     def to_json(self) -> str:
         """Serialise on one line."""

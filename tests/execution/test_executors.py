@@ -9,7 +9,7 @@ import torch
 
 import ooc_ntk
 from ooc_ntk.errors import InputError, RunConflictError, StorageError
-from ooc_ntk.execution.executors import build_graph, executor_named, run_serially, run_threaded
+from ooc_ntk.execution.executors import InProcess, build_graph, executor_of, run_serially, run_threaded
 from ooc_ntk.planning.superblocks import superblocks
 from ooc_ntk.planning.tasks import TaskGraph
 from ooc_ntk.planning.tiles import SampleGrid
@@ -97,12 +97,13 @@ def test_the_graph_holds_coordinates_and_references_only():
 
 
 def test_names():
-    assert executor_named(None) is executor_named("threads") is run_threaded
-    assert executor_named("serial") is run_serially
+    assert executor_of(None) is executor_of("threads")
+    assert executor_of(None) == InProcess(run_threaded)
+    assert executor_of("serial") == InProcess(run_serially)
     with pytest.raises(InputError, match="unknown scheduler 'serail'; did you mean 'serial'"):
-        executor_named("serail")
-    with pytest.raises(InputError, match="cluster is not available in this version"):
-        executor_named("tcp://10.0.0.1:8786")
+        executor_of("serail")
+    with pytest.raises(InputError, match="a Cluster or a Client, got int"):
+        executor_of(3)
 
 
 PREFERENCES = {

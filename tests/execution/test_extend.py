@@ -28,7 +28,7 @@ from ooc_ntk.errors import (
     RunLockedError,
     StorageError,
 )
-from ooc_ntk.execution import calibration, driver, extend
+from ooc_ntk.execution import calibration, executors, extend
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.growth import Grown, kept_rows, kept_tiles
 from ooc_ntk.storage import swap
@@ -121,14 +121,14 @@ def grow(out: Path, job: ooc_ntk.Job, data: object = None, progress=False, **giv
 @contextmanager
 def performed() -> Iterator[list[str]]:
     """Keys of the tasks that are computed in the block."""
-    keys, original = [], driver.perform
+    keys, original = [], executors.perform
 
     def perform(context, task, *upstream):
         keys.append(task.key)
         return original(context, task, *upstream)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "perform", perform)
+        patch.setattr(executors, "perform", perform)
         yield keys
 
 

@@ -23,7 +23,7 @@ from ooc_ntk.cli import EXIT_INPUT, app
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator
 from ooc_ntk.errors import StorageError, TransientStorageError
-from ooc_ntk.execution import calibration, context, devicestore, driver
+from ooc_ntk.execution import calibration, context, devicestore, executors
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.report.tables import info_table
 from ooc_ntk.storage import retries
@@ -287,7 +287,7 @@ def test_a_log_of_receipts_that_cannot_be_written(tmp_path, monkeypatch, expecte
 
 def limited(monkeypatch, samples: int) -> list[int]:
     """A device that has room for so many samples at once; returns the sizes of all batches that were tried."""
-    original, perform, tried, working = Capture.run, driver.perform, [], []
+    original, perform, tried, working = Capture.run, executors.perform, [], []
 
     def run(self, batch, *more):
         if working:  # not the comparison with autograd before the first task
@@ -304,7 +304,7 @@ def limited(monkeypatch, samples: int) -> list[int]:
             working.pop()
 
     monkeypatch.setattr(Capture, "run", run)
-    monkeypatch.setattr(driver, "perform", performing)
+    monkeypatch.setattr(executors, "perform", performing)
     return tried
 
 
@@ -349,14 +349,14 @@ def test_a_later_session_knows_what_did_not_fit(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         limited(patch, 4)
-        original = driver.perform
+        original = executors.perform
 
         def perform(shared, task, *upstream):
             if task.key == "rows-0-2-0":
                 raise ZeroDivisionError
             return original(shared, task, *upstream)
 
-        patch.setattr(driver, "perform", perform)
+        patch.setattr(executors, "perform", perform)
         with pytest.raises(ZeroDivisionError):
             run(out)
     with monkeypatch.context() as patch:

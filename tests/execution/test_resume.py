@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 import ooc_ntk
 from ooc_ntk.errors import DamagedFileError, DataChangedError, IncompleteRunError, OocNtkError, RunLockedError
-from ooc_ntk.execution import calibration, driver, prepare, session
+from ooc_ntk.execution import calibration, driver, executors, prepare, session
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.storage import atomic
@@ -132,14 +132,14 @@ class Watch:
 def watching():
     """Pass the observer of the yielded pair as ``progress``."""
     watch, performed = Watch(), []
-    original = driver.perform
+    original = executors.perform
 
     def perform(context, task, *upstream):
         performed.append(task.key)
         return original(context, task, *upstream)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "perform", perform)
+        patch.setattr(executors, "perform", perform)
         yield watch, Observer(begin=lambda totals, remaining: setattr(watch, "remaining", remaining))
         watch.performed = tuple(performed)
 

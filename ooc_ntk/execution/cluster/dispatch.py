@@ -1,0 +1,390 @@
+"""Handing out the tasks of a pass to workers, a few at a time, and dealing with workers that are lost or slow."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from distributed import Client, Future, KilledWorker
+
+from ooc_ntk.errors import ClusterError, RunInterrupted
+from ooc_ntk.planning.tasks import Task
+
+from .faults import BrokenDeviceError
+from .schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+#: Tasks that a worker has at a time: one at work, one waiting, so that it need not wait for the driver.
+DEPTH: Final = 2
+
+#: Seconds between two looks at which workers there are, and at the wish to stop.
+LOOK_SECONDS: Final = 1.0
+WAKE_SECONDS: Final = 0.2
+
+#: A task that takes longer than so many times the median of its kind, and this many seconds, is started again on a
+#: worker that has nothing else to do (a choice: MapReduce's backup tasks).
+SLOW_TIMES: Final = 2.0
+SLOW_SECONDS: Final = 3.0
+
+#: How often a task may take its workers with it, each time as often as the scheduler allows (four times unless
+#: configured otherwise), before it is blamed.
+MOST_KILLED: Final = 5
+
+#: How often a task is given to another worker because its worker could not use its device.
+MOST_BROKEN: Final = 8
+
+#: Seconds in which tasks stop when they are asked to.
+STOP_SECONDS: Final = 6.0
+
+
+class Job(Protocol):
+    """What a dispatcher needs to know of the work.
+
+    Attributes:
+        session: name of the session, which keys begin with.
+        function: what is submitted; its result is a receipt.
+    """
+
+    session: str
+    function: Callable[..., Any]
+
+    def weight(self, task: Task) -> float:
+        """How much work a task is."""
+
+    def arguments(self, task: Task) -> tuple[Any, ...]:
+        """What the function is called with; its dependencies are committed."""
+
+    def commit(self, task: Task, receipt: Any) -> None:
+        """A task is done."""
+
+    def reached(self, task: Task, done: float) -> None:
+        """A task has got so far."""
+
+    def check_stop(self) -> None:
+        """Raise if the run should stop."""
+
+    def say(self, text: str) -> None:
+        """Tell people what happened to workers."""
+
+    def stop(self, workers: list[str] | None, key: str | None) -> None:
+        """Have a task stop on some workers, or with None everything on all of them."""
+
+
+@dataclass
+class _Attempt:
+    """A task that a worker has."""
+
+    task: Task
+    worker: str
+    future: Future[Any]
+    since: float
+
+
+@dataclass
+class _Flight:
+    """A task that is handed out, perhaps twice."""
+
+    attempts: list[_Attempt] = field(default_factory=list)
+    killed: int = 0
+    broken: int = 0
+    submitted: int = 0
+
+
+class Dispatcher:
+    """Hands tasks to workers and their receipts to the driver. One per session.
+
+    The scheduler holds a few tasks per worker, and none that waits for another: what is next is decided here, after
+    every commit. Its memory therefore does not grow with the run.
+    """
+
+    def __init__(self, client: Client, job: Job, patience: float) -> None:
+        """Begin.
+
+        Args:
+            client: of the cluster.
+            job: the work.
+            patience: seconds to go on without any worker.
+        """
+        self._client, self._job, self._patience = client, job, patience
+        self._inbox: queue.SimpleQueue[_Attempt | dict[str, Any]] = queue.SimpleQueue()
+        self._retired: set[str] = set()
+        self._workers: dict[str, str] = {}  # names by address
+        self._held: dict[str, list[Task]] = {}
+        self._flights: dict[Task, _Flight] = {}
+        self._seconds: dict[str, list[float]] = {"rows": [], "kernel": []}
+        self._looked = self._alone_since = 0.0
+        self._schedule: Schedule | None = None
+        self._by_key: dict[str, Task] = {}
+        self._client.subscribe_topic(job.session, lambda event: self._inbox.put(event[1]))
+
+    def run(self, tasks: Sequence[Task], waits: Callable[[Task], Sequence[Task]]) -> None:
+        """Run the tasks of one pass.
+
+        Args:
+            tasks: in the plan's order.
+            waits: what each waits for.
+
+        Raises:
+            ClusterError: if the scheduler or all workers are lost, or a task kills every worker.
+            RunInterrupted: if the run should stop.
+            OocNtkError: whatever a task raises.
+        """
+        if not tasks:
+            return
+        try:
+            self._wait_for_workers()
+            self._schedule = schedule = Schedule(tasks, waits, self._job.weight, list(self._workers))
+            self._by_key = {task.key: task for task in tasks}
+            while schedule.left:
+                self._look()
+                self._hand_out()
+                self._receive()
+                self._job.check_stop()
+        except BaseException as error:
+            self._stop(commit=isinstance(error, RunInterrupted))
+            raise
+        finally:
+            self._schedule = None
+            self._flights.clear()
+            self._held.clear()
+
+    # Workers that come and go
+
+    def _wait_for_workers(self) -> None:
+        """Wait until there is a worker, and say so."""
+        said = False
+        while True:
+            self._look(now=True)
+            if self._workers:
+                return
+            if not said:
+                self._job.say("waiting for a worker to join the cluster")
+                said = True
+            self._job.check_stop()
+            time.sleep(WAKE_SECONDS)
+
+    def _look(self, *, now: bool = False) -> None:
+        """See which workers there are, if it is time to.
+
+        Raises:
+            ClusterError: if the scheduler is lost, or no worker was there for too long.
+        """
+        present = time.monotonic()
+        if not now and present - self._looked < LOOK_SECONDS:
+            return
+        self._looked = present
+        try:
+            found = self._client.scheduler_info()["workers"]
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise self._scheduler_lost() from error
+        if self._client.status != "running":
+            raise self._scheduler_lost()
+        here = {address: str(each["name"]) for address, each in found.items() if address not in self._retired}
+        for address in [address for address in self._workers if address not in here]:
+            if self._schedule is not None:
+                self._schedule.gone(address)
+                self._job.say(f"worker {self._workers[address]} ({address}) is gone; others do what it had")
+            # What it had, the scheduler gives to others; here it does not count as anyone's.
+            self._held.pop(address, None)
+        for address in here:
+            if address not in self._workers and self._schedule is not None:
+                self._schedule.joined(address)
+        self._workers = here
+        if here or self._schedule is None:
+            self._alone_since = present
+        elif present - self._alone_since > self._patience:
+            raise ClusterError(
+                f"there has been no worker for {self._patience:.0f} s; finished tiles are kept: start workers and run "
+                "the same command again"
+            )
+
+    def _scheduler_lost(self) -> ClusterError:
+        return ClusterError(
+            "the connection to the scheduler was lost; finished tiles are kept: start it and its workers and run the "
+            "same command again"
+        )
+
+    # Handing out
+
+    def _hand_out(self) -> None:
+        """Give every worker a task, then a second one; those with none left take over what others are slow with."""
+        assert self._schedule is not None
+        for depth in range(1, DEPTH + 1):
+            for worker in self._workers:
+                if len(self._held.setdefault(worker, [])) < depth:
+                    task = self._schedule.take(worker)
+                    if task is not None:
+                        self._submit(task, worker)
+        for worker in self._workers:
+            if not self._held[worker]:
+                self._take_over(worker)
+
+    def _submit(self, task: Task, worker: str) -> None:
+        flight = self._flights.setdefault(task, _Flight())
+        flight.submitted += 1
+        future = self._client.submit(
+            self._job.function,
+            *self._job.arguments(task),
+            key=f"{task.key}~{self._job.session}~{flight.submitted}",
+            workers=[worker],
+            allow_other_workers=True,
+            pure=False,
+        )
+        attempt = _Attempt(task, worker, future, time.monotonic())
+        flight.attempts.append(attempt)
+        self._held[worker].append(task)
+        future.add_done_callback(lambda _: self._inbox.put(attempt))
+
+    def _take_over(self, worker: str) -> None:
+        """A worker that has nothing to do takes what waits behind another task, or does again what takes too long."""
+        waiting = [held[-1] for held in self._held.values() if len(held) > 1 and self._single(held[-1])]
+        if waiting:
+            task = waiting[0]
+            (attempt,) = self._flights[task].attempts
+            self._drop(attempt)
+            self._submit(task, worker)
+            return
+        now = time.monotonic()
+        for task, flight in self._flights.items():
+            taken = self._seconds.get(task.kind) or [0.0]
+            limit = max(SLOW_SECONDS, SLOW_TIMES * statistics.median(taken))
+            if self._single(task) and now - flight.attempts[0].since > limit and flight.attempts[0].worker != worker:
+                logger.info("%s takes long on %s; starting it on %s too", task.key, flight.attempts[0].worker, worker)
+                self._submit(task, worker)
+                return
+
+    def _single(self, task: Task) -> bool:
+        return task in self._flights and len(self._flights[task].attempts) == 1
+
+    def _drop(self, attempt: _Attempt) -> None:
+        """Forget an attempt; one that is at work goes on and comes to nothing."""
+        self._flights[attempt.task].attempts.remove(attempt)
+        held = self._held.get(attempt.worker, [])
+        if attempt.task in held:
+            held.remove(attempt.task)
+        attempt.future.cancel(reason="another worker does it", msg="another worker does it")
+
+    # What comes back
+
+    def _receive(self) -> None:
+        """Wait a moment for news, and take all there are."""
+        try:
+            news = self._inbox.get(timeout=WAKE_SECONDS)
+            while True:
+                if isinstance(news, _Attempt):
+                    self._done(news)
+                else:
+                    self._told(news)
+                news = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _told(self, event: dict[str, Any]) -> None:
+        """How a task gets on, or a warning of a worker."""
+        if "warning" in event:
+            logger.warning("%s (worker %s)", event["warning"], event["worker"])
+        elif event["task"] in self._by_key:
+            self._job.reached(self._by_key[event["task"]], event["done"])
+
+    def _done(self, attempt: _Attempt) -> None:
+        """An attempt has ended, well or not."""
+        assert self._schedule is not None
+        task, flight = attempt.task, self._flights.get(attempt.task)
+        if flight is None or attempt not in flight.attempts:
+            return  # another one was faster
+        held = self._held.get(attempt.worker, [])
+        if task in held:
+            held.remove(task)
+        flight.attempts.remove(attempt)
+        status = attempt.future.status
+        if status == "finished":
+            receipt = attempt.future.result()
+            others = list(flight.attempts)
+            for other in others:
+                self._drop(other)
+            del self._flights[task]
+            if others:
+                self._job.stop([other.worker for other in others], task.key)
+            self._job.commit(task, receipt)
+            self._seconds[task.kind].append(receipt.seconds)
+            self._schedule.finished(task)
+            return
+        if status in ("cancelled", "lost"):
+            raise self._scheduler_lost()
+        self._failed(attempt, flight, attempt.future.exception())
+
+    def _failed(self, attempt: _Attempt, flight: _Flight, error: BaseException) -> None:
+        """Give a task to another worker where that helps."""
+        task = attempt.task
+        if isinstance(error, KilledWorker):
+            flight.killed += 1
+            if flight.killed >= MOST_KILLED:
+                raise ClusterError(
+                    f"task {task.key} took every worker with it that tried it; most likely the machine has less memory "
+                    "than the plan promises to need: plan with a smaller --host-memory in another --out"
+                ) from error
+            self._job.say(f"workers died with task {task.key}; trying it again")
+        elif isinstance(error, BrokenDeviceError):
+            flight.broken += 1
+            if flight.broken >= MOST_BROKEN:
+                raise error
+            self._retire(attempt.worker, error)
+        elif isinstance(error, ClusterError) and "does not know of session" in str(error):
+            time.sleep(WAKE_SECONDS)  # it has only just joined
+        else:
+            raise error
+        if not flight.attempts:
+            worker = self._other(attempt.worker)
+            if worker is None:
+                raise ClusterError(
+                    f"no worker is left for task {task.key} ({error}); finished tiles are kept: start workers and run "
+                    "the same command again"
+                ) from error
+            self._submit(task, worker)
+
+    def _other(self, worker: str) -> str | None:
+        """The worker with least to do, another one if there is one."""
+        there = sorted(self._workers, key=lambda each: (each == worker, len(self._held.get(each, []))))
+        for each in there:
+            self._held.setdefault(each, [])
+            return each
+        return None
+
+    def _retire(self, address: str, error: BaseException) -> None:
+        """Let a worker go whose device is broken, and with it its process."""
+        if address in self._retired:
+            return
+        self._job.say(f"{error}; it is retired, others go on")
+        self._retired.add(address)
+        if self._workers.pop(address, None) is not None and self._schedule is not None:
+            self._schedule.gone(address)
+        self._held.pop(address, None)
+        self._client.retire_workers([address], close_workers=True)
+
+    # Stopping
+
+    def _stop(self, *, commit: bool) -> None:
+        """Have everything stop; receipts that come meanwhile are committed if the run may go on from them."""
+        flights = {task: list(flight.attempts) for task, flight in self._flights.items()}
+        if self._client.status != "running" or not flights:
+            return
+        try:
+            waiting = [attempt.future for attempts in flights.values() for attempt in attempts]
+            self._job.stop(None, None)
+            until = time.monotonic() + STOP_SECONDS
+            while any(not future.done() for future in waiting) and time.monotonic() < until:
+                time.sleep(0.05)
+            for task, attempts in flights.items():
+                for attempt in attempts:
+                    if commit and attempt.future.status == "finished":
+                        self._job.commit(task, attempt.future.result())
+                        break
+            self._client.cancel(waiting, force=True)
+        except Exception as error:  # noqa: BLE001 - what stopped the run is what should be said
+            logger.info("stopping the workers: %s", error)

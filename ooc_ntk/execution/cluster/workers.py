@@ -1,0 +1,311 @@
+"""The worker's side: a process loads the job once, by what the driver sent it, then performs tasks and reports."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from distributed import Worker, get_worker
+from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.protocol.pickle import dumps, loads
+
+from ooc_ntk.compute.machine import return_device_memory, return_free_memory
+from ooc_ntk.compute.rules.table import layer_rule, registered_rules
+from ooc_ntk.compute.structure import Structure
+from ooc_ntk.errors import ClusterError, InputError, OocNtkError, RunConflictError
+from ooc_ntk.execution.context import PeakMeter, RunContext, reproducible
+from ooc_ntk.execution.executors import Work
+from ooc_ntk.execution.prepare import PreparedJob, prepare, with_head
+from ooc_ntk.execution.stores import store_of
+from ooc_ntk.execution.work import perform
+from ooc_ntk.inputs.job import Job
+from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.tasks import Task
+from ooc_ntk.stopping import Stop
+from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.manifest import Receipt
+
+from .faults import BrokenDeviceError, breaks_device
+
+#: Seconds between two reports of how a task gets on (a choice: a bar that moves, and few messages).
+REPORT_SECONDS: Final = 0.5
+
+#: Parts of a job's digest that a worker must find as the driver did; kernel settings come with the plan.
+_COMPARED: Final = {"model": "model", "data": "data"}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a worker is sent once, when it joins a session.
+
+    Attributes:
+        session: name of the session.
+        plan: the plan, as JSON.
+        root: the run directory.
+        direct: whether tiles are read past the page cache.
+        job: description of the job, or the pickled job with the user's layer rules where it holds live objects.
+        digests: the job's digests as the driver found them.
+        structure: what layer rules derive.
+        disk_margin: free bytes of disk below which tasks stop.
+        batch_size: samples derived together, 0 as planned.
+    """
+
+    session: str
+    plan: str
+    root: str
+    direct: bool
+    job: Mapping[str, object] | bytes
+    digests: Mapping[str, str]
+    structure: Structure
+    disk_margin: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, session: str, work: Work, *, direct: bool) -> Sent:
+        """What workers need for a session.
+
+        Raises:
+            InputError: if live objects of the job cannot be sent.
+        """
+        context, job = work.context, work.prepared.job
+        return cls(
+            session,
+            context.plan.to_json(),
+            str(context.directory.root.absolute()),
+            direct,
+            _described(job),
+            work.prepared.digests,
+            context.structure,
+            context.disk_margin,
+            context.batch_size if context.batch_size != context.plan.batch_size else 0,
+        )
+
+
+def _described(job: Job) -> Mapping[str, object] | bytes:
+    """A job in values, or with its live objects pickled; what it has opened stays here."""
+    if not job.is_live:
+        return job.spec()
+    try:
+        return bytes(dumps((replace(job), registered_rules())))
+    except Exception as error:  # whatever a user's object raises
+        raise InputError(
+            f"the job's live objects cannot be sent to worker processes ({type(error).__name__}: {error}); give model "
+            "and data as specs such as 'file.py:factory', which workers load themselves"
+        ) from error
+
+
+def _job_of(sent: Sent, plan: Plan) -> Job:
+    """The job as it was sent, on this process's device."""
+    if isinstance(sent.job, bytes):
+        found: tuple[Job, dict[Any, Any]] = loads(sent.job)
+        job, rules = found
+        for kind, rule in rules.items():
+            layer_rule(kind)(rule)
+        return replace(job, device=plan.device)
+    return Job.from_spec({**sent.job, "device": plan.device})
+
+
+class Session(WorkerPlugin):
+    """One session in one worker: loaded at its first task, in the thread that performs tasks."""
+
+    def __init__(self, sent: Sent) -> None:
+        """Made by the driver; nothing is loaded before it has travelled."""
+        self.sent = sent
+        self.name = sent.session
+
+    def setup(self, worker: Worker) -> None:
+        """Called by the worker when the session reaches it."""
+        self._worker = worker
+        self._stop = Stop()
+        self._stopped = False
+        self._task: Task | None = None
+        self._lock = threading.Lock()
+        self._opened = ExitStack()
+        self._context: RunContext | None = None
+        self._reported = 0.0
+        self._log = _Forward(worker, self.name)
+        self._log.install()
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
+        """Called when the session ends: memory goes back, whatever task is at work stops."""
+        self.stop(None)
+        self._log.remove()
+        self._opened.close()
+        context, self._context = self._context, None
+        if context is not None and self._task is None:  # otherwise it goes when the task has stopped
+            context.reader.close()
+            context.drop_buffers()
+            device = context.plan.device
+            del context
+            return_free_memory()
+            return_device_memory(device)
+
+    def stop(self, key: str | None) -> None:
+        """Have a task stop at its next step; None is whatever comes, and all that follow."""
+        with self._lock:
+            self._stopped = self._stopped or key is None
+            if self._stopped or (self._task is not None and self._task.key == key):
+                self._stop.event.set()
+
+    def perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> Receipt:
+        """Perform a task here. Arguments as for :func:`perform_there`."""
+        with self._lock:
+            self._task, self._stop = task, Stop()
+            if self._stopped:
+                self._stop.event.set()
+        try:
+            context = self._loaded()
+            context.stop = self._stop
+            assert isinstance(context.records, dict)
+            context.records.clear()
+            context.records.update(records)
+            context.tiles_only.clear()
+            if tiles_only:
+                context.tiles_only.add(task.key)
+            if digest is not None:
+                context.digests[task.row] = digest
+            done = 0.0
+
+            def advance(phase: str, amount: float) -> None:  # noqa: ARG001 - as everywhere
+                nonlocal done
+                done += amount
+                now = time.monotonic()
+                if now - self._reported >= REPORT_SECONDS:
+                    self._reported = now
+                    self._worker.log_event(self.name, {"task": task.key, "done": done})
+
+            context.advance = advance
+            with reproducible(context.plan):
+                return perform(context, task)
+        except OocNtkError as error:
+            raise _said(error) from error
+        finally:
+            with self._lock:
+                self._task = None
+
+    def _loaded(self) -> RunContext:
+        """The context of this process, made at the first task."""
+        if self._context is None:
+            plan = Plan.from_json(self.sent.plan)
+            job = _job_of(self.sent, plan)
+            try:
+                prepared = prepare(job)
+            except OocNtkError as error:
+                raise InputError(
+                    f"worker {self._worker.address} cannot load the job: {error}; model and data must be where they "
+                    "are on the driver's machine, on a shared file system or copied there"
+                ) from error
+            if plan.head is not None:
+                prepared = with_head(prepared, plan.head.name)
+            self._compare(prepared)
+            meter = PeakMeter()
+            self._opened.enter_context(meter.watching())
+            records: dict[str, FileRecord] = {}
+            directory = RunDirectory(self.sent.root)
+            self._context = RunContext(
+                plan,
+                directory,
+                prepared.function,
+                prepared.reader,
+                store_of(plan, directory.root, records, direct=self.sent.direct),
+                self._stop,
+                meter,
+                lambda phase, amount: None,  # noqa: ARG005 - set for every task
+                {},
+                records,
+                structure=self.sent.structure,
+                disk_margin=self.sent.disk_margin,
+                batch_size=self.sent.batch_size,
+                worker=str(self._worker.name),
+            )
+        return self._context
+
+    def _compare(self, prepared: PreparedJob) -> None:
+        """Refuse a job that is another one here than at the driver."""
+        differing = [what for part, what in _COMPARED.items() if prepared.digests[part] != self.sent.digests[part]]
+        if differing:
+            raise RunConflictError(
+                f"worker {self._worker.address} finds another {' and other '.join(differing)} than the driver: files "
+                "differ from machine to machine; put them on a shared file system, or copy them anew"
+            )
+
+
+def perform_there(
+    session: str, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool
+) -> Receipt:
+    """Perform a task in a worker. What the scheduler hands out: coordinates and records in, a receipt out.
+
+    Args:
+        session: name of the session.
+        task: the task.
+        records: committed files that it reads, by path.
+        digest: digest of its samples as they were read before, or None.
+        tiles_only: whether it is finished but for its tiles.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        BrokenDeviceError: if the worker can no longer use its device.
+        ClusterError: if the session has not reached this worker.
+        OocNtkError: as the task body does.
+    """
+    worker = get_worker()
+    plugin = worker.plugins.get(session)
+    if not isinstance(plugin, Session):
+        raise ClusterError(f"worker {worker.address} does not know of session {session}")
+    try:
+        receipt = plugin.perform(task, records, digest, tiles_only)
+    except Exception as error:
+        if breaks_device(error):
+            raise BrokenDeviceError(f"worker {worker.address} cannot use its device any more: {error}") from None
+        raise
+    return receipt
+
+
+def stop_there(session: str, key: str | None, dask_worker: Worker) -> None:
+    """Have a task of a session stop in a worker, or with None the whole session; run on its event loop."""
+    plugin = dask_worker.plugins.get(session)
+    if isinstance(plugin, Session):
+        plugin.stop(key)
+
+
+def versions_there() -> dict[str, str]:
+    """What computes in a worker."""
+    from importlib.metadata import version
+
+    names = ("ooc-ntk", "torch", "numpy", "zarr", "distributed")
+    return {name: version(name) for name in names}
+
+
+def _said(error: OocNtkError) -> OocNtkError:
+    """An error as it travels: without what only this process can read."""
+    error.__cause__ = error.__context__ = None
+    return error
+
+
+class _Forward(logging.Handler):
+    """Sends this package's warnings in a worker to the driver, where people look."""
+
+    def __init__(self, worker: Worker, topic: str) -> None:
+        super().__init__(logging.WARNING)
+        self._worker, self._topic = worker, topic
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._worker.log_event(self._topic, {"warning": record.getMessage(), "worker": str(self._worker.name)})
+
+    def install(self) -> None:
+        root = logging.getLogger("ooc_ntk")
+        root.addHandler(self)
+        root.propagate = False
+
+    def remove(self) -> None:
+        root = logging.getLogger("ooc_ntk")
+        root.removeHandler(self)
+        root.propagate = True
