@@ -14,6 +14,7 @@ from .options import (
     DataDirOption,
     DeviceMemoryOption,
     DeviceOption,
+    DevicesOption,
     DiskOption,
     HostOption,
     ManyWeights,
@@ -21,6 +22,8 @@ from .options import (
     MoreOption,
     NoProofOption,
     OutputsOption,
+    PerformanceOption,
+    ProcessesOption,
     ProfileOption,
     RunArgument,
     SchedulerOption,
@@ -70,6 +73,7 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run in it goes on.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan written by 'ooc-ntk plan --save'.")] = None,
     scheduler: SchedulerOption = None,
+    performance_report: PerformanceOption = None,
     watch_disk: WatchDiskOption = None,
     profile: ProfileOption = False,
     no_proof: NoProofOption = False,
@@ -92,15 +96,16 @@ def run(
         from ooc_ntk import api
         from ooc_ntk.report.tables import info_table, phases_table, plan_table
 
+        cluster = flags.scheduler(scheduler, performance_report)
         if flags.checkpoints:
-            given = {"scheduler": scheduler, "watch_disk": watch_disk, "proof": not no_proof}
+            given = {"scheduler": cluster, "watch_disk": watch_disk, "proof": not no_proof}
             _run_checkpoints(flags, out, plan_file, given, quiet)
             return
         wanted, budget = flags.describe(out)
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
         if not (out / "plan.json").exists() and chosen is None:
             with status("measuring the model", quiet):
-                chosen = api.plan(wanted, budget, preferences=flags.preferences(), out=out)
+                chosen = api.plan(wanted, budget, preferences=flags.preferences(cluster), out=out)
         if chosen is not None and not quiet:
             show(plan_table(chosen))
         api.run(
@@ -108,8 +113,8 @@ def run(
             out,
             plan=chosen,
             budget=budget,
-            preferences=flags.preferences(),
-            scheduler=scheduler,
+            preferences=flags.preferences(cluster),
+            scheduler=cluster,
             progress=not quiet,
             watch_disk=watch_disk,
             proof=not no_proof,
@@ -145,7 +150,7 @@ def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, given: 
         out,
         flags.checkpoints,
         budget=budget,
-        preferences=flags.preferences(),
+        preferences=flags.preferences(given["scheduler"]),
         progress=not quiet,
         **given,
         announce=announce,
@@ -168,7 +173,10 @@ def extend(
     host_memory: HostOption = None,
     device_memory: DeviceMemoryOption = None,
     disk: DiskOption = None,
+    workers: ProcessesOption = None,
+    devices: DevicesOption = None,
     scheduler: SchedulerOption = None,
+    performance_report: PerformanceOption = None,
     watch_disk: WatchDiskOption = None,
     no_proof: NoProofOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
@@ -187,7 +195,10 @@ def extend(
             host_memory=host_memory,
             device_memory=device_memory,
             disk=disk,
+            workers=workers,
+            devices=devices,
         )
+        cluster = given.scheduler(scheduler, performance_report)
         api.check_extendable(run)
         if given.checkpoints:
             raise InputError(f"a run has one set of weights, got {len(given.checkpoints)}; give one with --weights")
@@ -197,7 +208,7 @@ def extend(
             train,
             job=wanted,
             budget=budget,
-            scheduler=scheduler,
+            scheduler=cluster,
             progress=not quiet,
             watch_disk=watch_disk,
             proof=not no_proof,

@@ -19,6 +19,7 @@ from .options import (
     DataflowOption,
     DeviceMemoryOption,
     DeviceOption,
+    DevicesOption,
     DiskOption,
     DownloadOption,
     EveryOutputOption,
@@ -35,6 +36,7 @@ from .options import (
     OutputsOption,
     ParametersOption,
     PrecisionOption,
+    ProcessesOption,
     ProjectionOption,
     ProjectionSeedOption,
     RepresentationOption,
@@ -49,7 +51,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ooc_ntk.api import Budget, Job, Preferences
+    from ooc_ntk.api import Budget, Cluster, Job, Preferences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class JobFlags:
     host_memory: HostOption = None
     device_memory: DeviceMemoryOption = None
     disk: DiskOption = None
+    workers: ProcessesOption = None
+    devices: DevicesOption = None
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -126,10 +130,20 @@ class JobFlags:
         found = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {**found, "folder": str(Path.cwd()), "data": os.environ.get("OOC_NTK_DATA", "")}
 
-    def preferences(self) -> Preferences:
-        """What is fixed by hand of how it is computed."""
+    def scheduler(self, named: str | None = None, report: Path | None = None) -> str | Cluster | None:
+        """Where tasks are run.
+
+        Args:
+            named: name of an executor, or address of a scheduler.
+            report: file of Dask's performance report.
+        """
+        return scheduler_of(named, self.workers, self.devices, report)
+
+    def preferences(self, scheduler: str | Cluster | None = None) -> Preferences:
+        """What is fixed by hand of how it is computed, by workers if ``scheduler`` is a cluster."""
         from ooc_ntk import api
 
+        scheduler = scheduler or self.scheduler()
         return api.Preferences(
             dataflow=self.dataflow,
             order=self.order,
@@ -138,7 +152,32 @@ class JobFlags:
             layer_rules=not self.no_layer_rules,
             features_only=self.features_only,
             every_output=self.every_output,
+            workers=scheduler.processes if isinstance(scheduler, api.Cluster) else None,
         )
+
+
+def scheduler_of(
+    named: str | None, workers: int | None, devices: str | None, report: Path | None
+) -> str | Cluster | None:
+    """Where tasks are run: an executor of this process by name, or a cluster."""
+    from ooc_ntk import api
+    from ooc_ntk.errors import InputError
+
+    if named is not None and "://" not in named:
+        if workers is not None or devices is not None:
+            raise InputError(
+                f"--scheduler {named} runs tasks in this process; leave it out with --workers or --devices"
+            )
+        address = None
+    else:
+        address = named
+    if address is None and workers is None and devices is None:
+        if report is not None:
+            raise InputError(
+                "--performance-report is of worker processes; give --workers, --devices or --scheduler tcp://…"
+            )
+        return named
+    return api.Cluster(scheduler=address, workers=workers, devices=devices, performance_report=report)
 
 
 _KEYWORD: Final = inspect.Parameter.KEYWORD_ONLY

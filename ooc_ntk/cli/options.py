@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand
 
-_WHAT, _HOW, _BUDGET = "What is computed", "How it is computed", "Budget"
+_WHAT, _HOW, _WHERE, _BUDGET = "What is computed", "How it is computed", "Where it is computed", "Budget"
 
 #: Endings of files of weights, by which those after the first are told from other arguments.
 WEIGHT_FILES: Final = (".pt", ".pth", ".bin", ".safetensors")
@@ -372,7 +372,40 @@ DiskOption = Annotated[
 SchedulerOption = Annotated[
     str | None,
     typer.Option(
-        "--scheduler", help="threads or serial. (default: threads)", autocompletion=complete("threads", "serial")
+        "--scheduler",
+        help="threads or serial in this process; or the address of a Dask scheduler, as tcp://host:8786. "
+        "(default: threads)",
+        autocompletion=complete("threads", "serial", "tcp://"),
+        rich_help_panel=_WHERE,
+        show_default=False,
+    ),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        help="Worker processes on this machine, which share its cores and its memory. (default: none)",
+        rich_help_panel=_WHERE,
+        show_default=False,
+    ),
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        help="GPUs of this machine that get a worker process each: all, or numbers as 0,2.",
+        autocompletion=complete("all", "0", "0,1"),
+        rich_help_panel=_WHERE,
+        show_default=False,
+    ),
+]
+PerformanceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--performance-report",
+        help="Write Dask's performance report of the workers to this file (HTML).",
+        rich_help_panel=_WHERE,
+        show_default=False,
     ),
 ]
 MoreOption = Annotated[

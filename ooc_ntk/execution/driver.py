@@ -95,14 +95,19 @@ def check_same_job(
         raise RunConflictError(f"{directory.root} holds a run of another job: {details} differ; {advice}")
 
 
-def check_budget(plan: Plan, budget: Budget | None) -> None:
+def check_budget(plan: Plan, budget: Budget | None, processes: int = 0) -> None:
     """Refuse to resume under an explicit budget that the stored plan cannot keep.
+
+    Args:
+        plan: the plan.
+        budget: limits, if any are asked for.
+        processes: worker processes that share the host memory; 0 where this one does all.
 
     Raises:
         BudgetError: naming promise and budget.
     """
     promises = {
-        "host": plan.promised.host_bytes,
+        "host": plan.host_bytes(processes),
         "device": plan.promised.device_bytes,
         "disk": plan.promised.disk_bytes,
     }
@@ -110,8 +115,9 @@ def check_budget(plan: Plan, budget: Budget | None) -> None:
         limit = getattr(budget, name) if budget is not None else None
         if limit is not None and promised > int(limit):
             raise BudgetError(
-                f"the stored plan of this run promises a peak of {format_bytes(promised)} of {name} memory, the budget "
-                f"is {format_bytes(int(limit))}; raise the budget, or start anew in another --out"
+                f"the stored plan of this run promises a peak of {format_bytes(promised)} of {name} memory"
+                f"{f' with {processes} worker processes' if processes > 1 and name == 'host' else ''}, the budget is "
+                f" {format_bytes(int(limit))}; raise the budget, or start anew in another --out"
             )
 
 
@@ -195,6 +201,7 @@ def execute(
         OocNtkError: whatever a task raises; finished tiles stay committed.
     """
     observer = observer or Observer()
+    executor.check(plan)
     if plan.head is not None:
         prepared = with_head(prepared, plan.head.name)
     manifest = Manifest(directory.root)

@@ -13,6 +13,7 @@ from dask.task_spec import TaskRef
 from dask.threaded import get as threaded_get
 
 from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.manifest import Receipt
 
@@ -68,6 +69,13 @@ class Executor(Protocol):
     def run(self, work: Work) -> None:
         """Run every task; the first exception of a task ends the run and is raised."""
 
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that cannot be followed this way.
+
+        Raises:
+            RunConflictError: saying what to do.
+        """
+
     def close(self) -> None:
         """End what was started; nothing is run any more."""
 
@@ -97,6 +105,9 @@ class InProcess:
             return perform(context, task, *upstream)
 
         self.loop(work.tasks, work.waits, body, work.commit)
+
+    def check(self, plan: Plan) -> None:
+        """See :meth:`Executor.check`; any plan can."""
 
     def close(self) -> None:
         """See :meth:`Executor.close`."""

@@ -123,7 +123,7 @@ def extend_run(
                 "can be kept; run the job with all samples in another --out"
             )
         _check_next(places)
-        plan = _plan_of(places, new, budget, before)
+        plan = _plan_of(places, new, budget, before, executor.processes)
         with coming.locked():
             if not coming.holds_run:
                 write_new_run(coming, plan, new, places.run, _notes(run, old, more))
@@ -182,7 +182,7 @@ def _check_next(places: Generations) -> None:
         ) from error
 
 
-def _plan_of(places: Generations, new: PreparedJob, budget: Budget | None, before: int) -> Plan:
+def _plan_of(places: Generations, new: PreparedJob, budget: Budget | None, before: int, processes: int) -> Plan:
     """The plan of an extension that was begun, or a new one."""
     run, coming = RunDirectory(places.run), RunDirectory(places.next)
     stored = Plan.load(run.plan_path)
@@ -198,9 +198,9 @@ def _plan_of(places: Generations, new: PreparedJob, budget: Budget | None, befor
                 f"the extension of {places.run} was begun on {plan.device}, the job is for {new.device} now; give the "
                 f"job device={plan.device!r}, or delete {places.next} to begin anew"
             )
-        check_budget(plan, budget)
+        check_budget(plan, budget, processes)
         return plan
-    return _grown_plan(places, stored, new, budget, before)
+    return _grown_plan(places, stored, new, budget, before, processes)
 
 
 def _notes(run: RunDirectory, old: dict[str, str], more: str) -> dict[str, str]:
@@ -220,7 +220,9 @@ def _notes(run: RunDirectory, old: dict[str, str], more: str) -> dict[str, str]:
     return {HISTORY: json.dumps([*read_history(run.root), entry]), APPENDED: more}
 
 
-def _grown_plan(places: Generations, stored: Plan, new: PreparedJob, budget: Budget | None, before: int) -> Plan:
+def _grown_plan(
+    places: Generations, stored: Plan, new: PreparedJob, budget: Budget | None, before: int, processes: int
+) -> Plan:
     """Plan the new generation: the same kernel, and tiles of which almost all that are there are whole ones."""
     taken = RunDirectory(places.run).size_bytes()
     train, test = len(new.reader.train), len(new.reader) - len(new.reader.train)
@@ -237,6 +239,7 @@ def _grown_plan(places: Generations, stored: Plan, new: PreparedJob, budget: Bud
         layer_rules=any(block.source == "rule" for block in stored.blocks),
         features_only=stored.features_only,
         every_output=stored.head is None,
+        workers=processes or None,
     )
     workload, limits, rates = measured(measuring, before, budget, preferences, places.next, None)
     if stored.projection is not None:

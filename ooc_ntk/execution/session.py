@@ -9,7 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ooc_ntk.compute.machine import peak_resident_bytes
+import torch
+
+from ooc_ntk.compute.machine import limited_threads, peak_resident_bytes
 from ooc_ntk.compute.rates import cached_rates
 from ooc_ntk.errors import RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
@@ -97,14 +99,17 @@ def measured(
     Returns:
         The workload, the limits in bytes and the machine's rates: all that a plan is made of.
     """
-    rates = rates or cached_rates(prepared.device)
-    if not rates.measured:
-        logger.info("first plan on this machine: calibrating for a few seconds")
-        rates = calibration.calibrate(prepared.device, existing_folder(out))
-    limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
-    layer_rules = preferences is None or preferences.layer_rules
-    every_output = preferences is not None and preferences.every_output
-    workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
+    workers = preferences.workers if preferences is not None else None
+    # Workers of one processor share its cores; each of several devices is fed by a process with its share of them.
+    with limited_threads(max(1, torch.get_num_threads() // (workers or 1))):
+        rates = rates or cached_rates(prepared.device)
+        if not rates.measured:
+            logger.info("first plan on this machine: calibrating for a few seconds")
+            rates = calibration.calibrate(prepared.device, existing_folder(out))
+        limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
+        layer_rules = preferences is None or preferences.layer_rules
+        every_output = preferences is not None and preferences.every_output
+        workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
     after = peak_resident_bytes()
     return replace(workload, planning_bytes=after if after > before else 0), limits, rates
 
@@ -133,8 +138,12 @@ def run_job(
     """
     before = peak_resident_bytes()
     prepared = prepare(job)
+    if asked.plan is not None:
+        executor.check(asked.plan)
+    elif executor.processes:
+        asked = replace(asked, preferences=replace(asked.preferences or Preferences(), workers=executor.processes))
     with directory.locked():
-        chosen = _plan_of(directory, prepared, asked, before)
+        chosen = _plan_of(directory, prepared, asked, before, executor.processes)
         if chosen.device != prepared.device:
             raise RunConflictError(
                 f"the plan of this run is for {chosen.device}, the job is for {prepared.device}; "
@@ -151,13 +160,13 @@ def run_job(
     return chosen
 
 
-def _plan_of(directory: RunDirectory, prepared: PreparedJob, asked: Asked, before: int) -> Plan:
+def _plan_of(directory: RunDirectory, prepared: PreparedJob, asked: Asked, before: int, processes: int) -> Plan:
     """The plan that a locked directory holds, or a new one written into it."""
     job, plan, budget, preferences = prepared.job, asked.plan, asked.budget, asked.preferences
     if directory.holds_run:
         stored = Plan.load(directory.plan_path)
         check_same_job(directory, prepared.digests)
-        check_budget(stored, budget)
+        check_budget(stored, budget, processes)
         if plan is not None and plan.digest != stored.digest:
             raise RunConflictError(
                 f"{directory.root} holds a run of another plan (there {stored.digest[:8]}, "
@@ -176,7 +185,7 @@ def _plan_of(directory: RunDirectory, prepared: PreparedJob, asked: Asked, befor
             f"the plan was made for another job (plan {chosen.job_digest[:8]}, "
             f"this job {prepared.digest[:8]}); make a new plan"
         )
-    check_budget(chosen, budget)
+    check_budget(chosen, budget, processes)
     _check_preferences(chosen, preferences if plan is not None else None)
     _check_batches(chosen, job)
     _check_backend(chosen, job)

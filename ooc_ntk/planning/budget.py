@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ooc_ntk.units import format_bytes, parse_bytes
 
 #: Share of the free memory or disk that an automatic budget takes (a choice: the rest is left to other programs).
 AUTOMATIC_SHARE: Final = 0.8
+
+#: Resident bytes of a worker process beyond those of a process that runs tasks itself: Dask's worker and its libraries.
+WORKER_BYTES: Final = 96 * 2**20
+
+#: Resident bytes of the driver's process for its scheduler, and for what starts worker processes.
+DRIVER_BYTES: Final = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,36 @@ class Limits:
         device: bytes on the device (0 on a CPU).
         disk: bytes of the run directory.
         automatic: names of the limits that were drawn from what is free.
+        workers: worker processes that share the host memory; 0 where one process does all.
+        driver: bytes of host memory that the process takes which hands out their tasks.
     """
 
     host: int
     device: int
     disk: int
     automatic: tuple[str, ...] = ()
+    workers: int = 0
+    driver: int = 0
+
+    def of_one_worker(self, workers: int, driver: int) -> Limits:
+        """What is left to each of several worker processes; every one has a device of its own, and all share the disk.
+
+        Args:
+            workers: how many.
+            driver: bytes of host memory of the process that hands out their tasks.
+
+        >>> Limits(host=10, device=5, disk=7).of_one_worker(2, 4).host
+        3
+        """
+        return replace(self, host=max(0, self.host - driver) // workers, workers=workers, driver=driver)
+
+    def all_bytes(self, name: str, count: int) -> int:
+        """What all processes take together of a memory, of which one takes so many bytes.
+
+        >>> Limits(host=3, device=5, disk=7, workers=2, driver=4).all_bytes("host", 3)
+        10
+        """
+        return self.workers * count + self.driver if self.workers and name == "host" else count
 
     def describe(self, name: str) -> str:
         """Print one limit, with a mark if it was automatic.
@@ -95,4 +125,5 @@ class Limits:
         >>> Limits(host=2**30, device=0, disk=0, automatic=("host",)).describe("host")
         '1.0 GiB (automatic)'
         """
-        return format_bytes(getattr(self, name)) + (" (automatic)" if name in self.automatic else "")
+        size = self.all_bytes(name, getattr(self, name))
+        return format_bytes(size) + (" (automatic)" if name in self.automatic else "")

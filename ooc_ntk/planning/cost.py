@@ -109,6 +109,15 @@ def _kernel_tile_classes(grid: SampleGrid) -> Counter[_TileClass]:
     return classes
 
 
+def spread(tasks: int, workers: int) -> float:
+    """Share of the time of so many equal tasks that several workers need, who each do whole ones.
+
+    >>> spread(10, 4), spread(3, 1), spread(0, 2)
+    (0.3, 1.0, 1.0)
+    """
+    return math.ceil(tasks / workers) / tasks if tasks and workers > 1 else 1.0
+
+
 def block_flops(workload: Workload, block: ParameterBlock, choice: Choice, panels: float | None = None) -> int:
     """FLOPs to contract one block, the symmetric part counted once.
 
@@ -374,9 +383,19 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
     moved, bound = 0, 0.0
     if not layout.in_memory:
         moved, bound = read + written, _bound(workload, layout, host_limit)
-        written += grid.row_tiles * layout.tile_samples * sum(layout.cut(workload).stored)
+    rows_seconds = _rows_seconds(workload, layout, rates, blocks)
+    if workload.workers > 1:
+        # They share the work, in whole tasks, and the disk.
+        rows_seconds = max(
+            spread(grid.row_tiles, workload.workers) * rows_seconds, _stored(workload, layout) / rates.disk_write
+        )
+        tasks = loads.tasks if not layout.in_memory else sum(tiles.values())
+        through_disk = read / rates.disk_read + written / rates.disk_write
+        kernel_seconds = max(spread(tasks, workload.workers) * kernel_seconds, through_disk)
+    if not layout.in_memory:
+        written += _stored(workload, layout)
     return Cost(
-        rows_seconds=_rows_seconds(workload, layout, rates, blocks),
+        rows_seconds=rows_seconds,
         kernel_seconds=kernel_seconds,
         longest_task_seconds=longest,
         flops=contraction_flops(workload, layout),
@@ -385,6 +404,12 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
         moved_bytes=moved,
         bound_bytes=bound,
     )
+
+
+def _stored(workload: Workload, layout: Layout) -> int:
+    """Bytes of all tiles as they are stored."""
+    grid = layout.sample_grid(workload)
+    return grid.row_tiles * layout.tile_samples * sum(layout.cut(workload).stored)
 
 
 def _bound(workload: Workload, layout: Layout, host_limit: int) -> float:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Dataflow = Literal["resident", "recompute", "spill"]
 DATAFLOWS: Final[tuple[Dataflow, ...]] = ("resident", "recompute", "spill")
 
+#: Those that keep tiles in the memory of one process.
+IN_MEMORY: Final[tuple[Dataflow, ...]] = ("resident", "recompute")
+
 #: Columns contracted in float32 before the partial sum moves to the float64 accumulator. Measured: at 2e6 columns the
 #: float32-only accumulator is off by 8e-8 and grows as the square root; with the float64 one 3e-8 at any length.
 CONTRACTION_COLUMNS: Final = 65_536
@@ -68,7 +71,7 @@ class Layout:
     @property
     def in_memory(self) -> bool:
         """Whether tiles are held in the memory of the process."""
-        return self.dataflow != "spill"
+        return self.dataflow in IN_MEMORY
 
     def sample_grid(self, workload: Workload) -> SampleGrid:
         """The grid of sample tiles."""

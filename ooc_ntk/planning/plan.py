@@ -13,7 +13,7 @@ from typing import Any, Final
 from ooc_ntk.errors import StorageError
 from ooc_ntk.units import format_bytes, format_count, format_seconds, held_item_bytes
 
-from .budget import Limits
+from .budget import DRIVER_BYTES, WORKER_BYTES, Limits
 from .factors import LayerFactors, Window
 from .growth import Grown, kept_tiles
 from .layers import layer_names
@@ -144,7 +144,9 @@ class Plan:
     kernel tiles are grouped, and ``kept_bytes`` what memory is for panels that stay in it; ``moved_bytes`` (Q) and
     ``bound_bytes`` (LB) are what crosses the level from disk to host while contracting, promised and at least.
     ``saves_sums`` says that the sums of a superblock are saved while it is contracted, as it takes long.
-    ``grown`` is the finished run whose entries are copied and not computed, if there is one.
+    ``grown`` is the finished run whose entries are copied and not computed, if there is one. ``workers`` is the number
+    of worker processes that the promises are for, each of which takes ``process_bytes`` of host memory; 0 where one
+    process does all.
     """
 
     kernel: str
@@ -200,6 +202,8 @@ class Plan:
     bound_bytes: float = 0.0
     saves_sums: bool = False
     grown: Grown | None = None
+    workers: int = 0
+    process_bytes: int = 0
 
     @cached_property
     def superblocks(self) -> tuple[Superblock, ...]:
@@ -264,6 +268,17 @@ class Plan:
             self.superblock_tiles,
             self.kept_bytes,
         )
+
+    def host_bytes(self, workers: int) -> int:
+        """Host memory that is promised for a number of worker processes; with 0 one process does all.
+
+        A plan for one process counts what planning took in that process; workers are begun afresh and have Dask beside.
+        """
+        if workers == self.workers or not workers:
+            return self.promised.host_bytes
+        if self.workers:
+            return self.promised.host_bytes + (workers - self.workers) * self.process_bytes
+        return workers * (self.promised.host_bytes + WORKER_BYTES) + self.promised.host_bytes + DRIVER_BYTES
 
     @property
     def held_shapes(self) -> list[BlockShape]:
@@ -446,6 +461,11 @@ class Plan:
             (
                 "host memory",
                 f"{format_bytes(promised.host_bytes)} of {limits.describe('host')}"
+                + (
+                    f", {format_bytes(self.process_bytes)} in each of {self.workers} worker processes"
+                    if self.workers > 1
+                    else ""
+                )
                 + (f", {format_bytes(promised.pinned_bytes)} of it pinned" if promised.pinned_bytes else ""),
             ),
         ]
@@ -516,6 +536,10 @@ class Plan:
             [f"{self.method} ({others} block{'s' if others != 1 else ''})" if ruled else self.method] if others else []
         )
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+        if self.workers:
+            threads += (
+                f" in {'each of ' if self.workers > 1 else ''}{self.workers} worker process{'es' * (self.workers > 1)}"
+            )
         return f"{' and '.join(by)}, batch of {self.batch_size}, on {self.device} with {threads}"
 
     def __str__(self) -> str:

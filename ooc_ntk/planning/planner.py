@@ -12,7 +12,7 @@ from ooc_ntk.units import format_bytes, format_seconds
 from .budget import Limits
 from .cost import Cost, block_flops, price
 from .grouping import check_superblocks, grouped, keeping
-from .layout import DATAFLOWS, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
+from .layout import DATAFLOWS, IN_MEMORY, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
 from .memory import ALLOCATOR_SHARE, memory_need, superblock_bytes
 from .need import MemoryNeed
 from .plan import Alternative, Plan, PlannedBlock, Promise
@@ -24,6 +24,7 @@ from .sketched import features_workload, from_factors
 from .spans import DENSE, PROJECTED, TENSOR_SKETCHED, Choice
 from .superblocks import ORDERS
 from .tiles import Range, SampleGrid, even_ranges
+from .workers import one_worker
 from .workload import ParameterBlock, Workload
 
 #: A kernel task should not run longer than this, so that stopping and resuming lose little (DESIGN: 5–60 s).
@@ -80,6 +81,7 @@ class Preferences:
         every_output: derives a row for every output, even where a linear head allows fewer.
         order: ``square`` or ``triangle``: how kernel tiles are grouped where tiles are read from disk.
         superblock_tiles: most kernel tiles that are contracted together there; 1 contracts them one by one.
+        workers: worker processes that do the tasks and share this machine's memory; None does them in one process.
     """
 
     dataflow: str | None = None
@@ -92,6 +94,7 @@ class Preferences:
     every_output: bool = False
     order: str | None = None
     superblock_tiles: int | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         """Check names and signs."""
@@ -101,7 +104,7 @@ class Preferences:
             raise unknown_name("representation", self.representation, REPRESENTATIONS)
         if self.order is not None and self.order not in ORDERS:
             raise unknown_name("order", self.order, ORDERS)
-        for field in ("tile_samples", "span_columns", "passes", "superblock_tiles"):
+        for field in ("tile_samples", "span_columns", "passes", "superblock_tiles", "workers"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"{field} must be at least 1, got {value}")
@@ -154,6 +157,9 @@ def make_plan(
         )
     if preferences.superblock_tiles not in (None, 1) or preferences.order is not None:
         check_superblocks(workload, preferences.order)
+    budget = limits
+    if preferences.workers is not None:
+        workload, limits = one_worker(workload, limits, preferences.workers, preferences.dataflow)
     job = workload
     if workload.sketch is not None:
         preferences = _for_features(preferences)
@@ -223,7 +229,7 @@ def make_plan(
         task_count=layout.task_count(workload),
         tolerance=tolerance(workload),
         promised=Promise(
-            host_bytes=need.total("host"),
+            host_bytes=limits.all_bytes("host", need.total("host")),
             device_bytes=need.total("device"),
             disk_bytes=need.total("disk") + saved,
             pinned_bytes=need.total("pinned"),
@@ -231,7 +237,7 @@ def make_plan(
             rows_seconds=cost.rows_seconds,
             kernel_seconds=cost.kernel_seconds,
         ),
-        limits=limits,
+        limits=budget,
         host_terms=dict(need.host),
         calibrated=rates.measured,
         reason=reason,
@@ -248,6 +254,8 @@ def make_plan(
         head=workload.head,
         by_layer=workload.by_layer,
         by_length=workload.by_length,
+        workers=workload.workers,
+        process_bytes=need.total("host") if workload.workers else 0,
     )
 
 
@@ -420,6 +428,8 @@ def _candidates(
             continue
         if preferences.passes not in (None, 1) and dataflow != "recompute":
             continue
+        if workload.workers and dataflow in IN_MEMORY:
+            continue
         if workload.by_layer and dataflow == "recompute":
             continue  # a layer's kernel would have to be put together from several passes
         more = [points * each for points in PLANES for each in (1, 2, 4)] if dataflow == "spill" else ()
@@ -537,14 +547,15 @@ def _explain(candidates: list[_Candidate], best: _Candidate, limits: Limits) -> 
         else:
             shown = min(group, key=lambda c: sum(max(0, c.need.total(m) - getattr(limits, m)) for m in _MEMORIES))
             memory = shown.over(limits) or "host"
-            verdict = f"needs {format_bytes(shown.need.total(memory))} {memory}, limit {limits.describe(memory)}"
+            short = limits.all_bytes(memory, shown.need.total(memory))
+            verdict = f"needs {format_bytes(short)} {memory}, limit {limits.describe(memory)}"
             too_large.append(f"{dataflow} {verdict}")
         alternatives.append(
             Alternative(
                 dataflow=dataflow,
                 layout=shown.layout.describe(),
                 seconds=shown.cost.seconds if fitting else None,
-                host_bytes=shown.need.total("host"),
+                host_bytes=limits.all_bytes("host", shown.need.total("host")),
                 disk_bytes=shown.need.total("disk"),
                 verdict=verdict,
             )
@@ -574,15 +585,14 @@ def _short_of(memory: str, candidate: _Candidate, limits: Limits) -> BudgetError
     need = candidate.need
     short = [m for m in _MEMORIES if need.total(m) > getattr(limits, m)]
     apart = {"host": RESTART_BYTES}
-    flags = " and ".join(f"{_FLAGS[m]} to {format_up(need.total(m) + apart.get(m, 0))}" for m in short)
+    flags = " and ".join(
+        f"{_FLAGS[m]} to {format_up(limits.all_bytes(m, need.total(m) + apart.get(m, 0)))}" for m in short
+    )
+    share = f" for {limits.workers} worker process{'es' * (limits.workers > 1)}" if limits.workers else ""
     return BudgetError(
-        f"no plan fits: the smallest one needs {format_bytes(need.total(memory))} of {memory} memory "
-        f"({candidate.layout.describe()}), the budget is {limits.describe(memory)}; "
-        f"its largest term is {need.largest(memory)}. Raise {flags} or more."
-        if memory != "disk"
-        else f"no plan fits: the smallest one needs {format_bytes(need.total(memory))} of disk "
-        f"({candidate.layout.describe()}), the budget is {limits.describe(memory)}; "
-        f"its largest term is {need.largest(memory)}. Raise {flags} or more."
+        f"no plan fits{share}: the smallest one needs {format_bytes(limits.all_bytes(memory, need.total(memory)))} of "
+        f"{'disk' if memory == 'disk' else f'{memory} memory'} ({candidate.layout.describe()}), the budget is "
+        f"{limits.describe(memory)}; its largest term is {need.largest(memory)}. Raise {flags} or more."
     )
 
 

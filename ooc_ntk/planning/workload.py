@@ -183,6 +183,7 @@ class Workload:
         by_length: whether the texts of a tile are derived from short to long, each batch cut at its longest.
         loader_bytes: resident memory of the processes that decode images, in bytes.
         saved_bytes: bytes of the weights that are kept in the run directory, 0 where the job names what they are.
+        workers: worker processes that do the tasks, each with so many threads; 0 where one process does all.
     """
 
     kernel: str
@@ -212,6 +213,7 @@ class Workload:
     by_length: bool = False
     loader_bytes: int = 0
     saved_bytes: int = 0
+    workers: int = 0
 
     def __post_init__(self) -> None:
         """Check what a caller could get wrong."""

@@ -48,6 +48,19 @@ class ClusterExecutor:
         """See :class:`ooc_ntk.execution.executors.Executor`."""
         return self.options.processes
 
+    def check(self, plan: Plan) -> None:
+        """See :meth:`ooc_ntk.execution.executors.Executor.check`.
+
+        Raises:
+            RunConflictError: if the plan keeps tiles in the memory of one process.
+        """
+        if plan.layout.in_memory:
+            raise RunConflictError(
+                f"the plan keeps tiles in the memory of one process (dataflow {plan.dataflow}), and workers share "
+                "tiles on disk; leave --workers, --devices or --scheduler out to go on in one process, or start anew "
+                "in another --out"
+            )
+
     def close(self) -> None:
         """End what was started."""
         self._client = None
@@ -59,13 +72,11 @@ class ClusterExecutor:
         Tasks of a pass are submitted when all of the pass before is committed, a few at a time.
 
         Raises:
-            RunConflictError: if the plan keeps tiles in the memory of one process.
             InputError: if there is no cluster, or live objects cannot be sent to it.
             ClusterError: if the scheduler or all workers are lost.
             RunInterrupted: if the run should stop.
         """
         plan = work.context.plan
-        check_plan(plan)
         client = self._connected(plan, work)
         sent = Sent.of(
             f"ooc-ntk-{uuid.uuid4().hex[:12]}", work, direct=reads_directly(plan.device, plan.promised.disk_bytes)
@@ -95,20 +106,6 @@ class ClusterExecutor:
             for difference in check_versions(self._client, versions_there()):
                 work.say(difference)
         return self._client
-
-
-def check_plan(plan: Plan) -> None:
-    """Refuse a plan that cannot be followed by several processes.
-
-    Raises:
-        RunConflictError: if it keeps tiles in the memory of one process.
-    """
-    if plan.layout.in_memory and plan.projection is None:
-        raise RunConflictError(
-            f"this plan keeps its tiles in the memory of one process (dataflow {plan.dataflow}), and "
-            "workers share tiles on disk; leave --workers, --devices or --scheduler out to go on in one process, or start "
-            "anew in another --out"
-        )
 
 
 class _Job:
