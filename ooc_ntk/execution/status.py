@@ -18,6 +18,7 @@ from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import HISTORY
 
 from .audit import Audit
+from .concurrent import peak_host_bytes, wall_seconds
 from .proof import Proof
 
 
@@ -150,7 +151,7 @@ def run_info(path: str | Path) -> RunInfo:
     finally:
         manifest.close()
     seconds = {
-        kind: sum(receipt.seconds for key, receipt in receipts.items() if key.startswith(kind))
+        kind: wall_seconds(receipt for key, receipt in receipts.items() if key.startswith(kind))
         for kind in ("rows", "kernel")
     }
     phases: Counter[str] = Counter()
@@ -171,7 +172,7 @@ def run_info(path: str | Path) -> RunInfo:
         kernel_tiles=tiles,
         rows_seconds=seconds["rows"],
         kernel_seconds=seconds["kernel"],
-        host_bytes=max((receipt.peak_host_bytes for receipt in receipts.values()), default=0),
+        host_bytes=peak_host_bytes(receipts.values()),
         device_bytes=max((receipt.peak_device_bytes for receipt in receipts.values()), default=0),
         disk_bytes=directory.size_bytes(),
         bytes_read=sum(receipt.bytes_read for receipt in receipts.values()),

@@ -65,8 +65,12 @@ def grouped(
 
 
 def keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
-    """The same layout with the host memory that is left for panels that stay; on a device none do."""
-    if layout.in_memory or workload.device != "cpu":
+    """The same layout with the host memory that is left for panels that stay.
+
+    On a device none do, nor in several
+    processes, each of which contracts some of the tiles.
+    """
+    if layout.in_memory or workload.device != "cpu" or workload.workers > 1:
         return layout
     loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
     sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
