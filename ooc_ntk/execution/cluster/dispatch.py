@@ -7,16 +7,19 @@ import queue
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from distributed import Client, Future, KilledWorker
 
-from ooc_ntk.errors import ClusterError, RunInterrupted
+from ooc_ntk.errors import ClusterError
 from ooc_ntk.planning.tasks import Task
+from ooc_ntk.storage.manifest import Receipt
 
-from .faults import BrokenDeviceError
+from .faults import BrokenDeviceError, UnknownSessionError
 from .schedule import Schedule
+from .start import Own
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +30,17 @@ DEPTH: Final = 2
 LOOK_SECONDS: Final = 1.0
 WAKE_SECONDS: Final = 0.2
 
+#: Seconds after which worker processes of this machine that are missing are begun again (chosen: a nanny that restarts
+#: one needs five).
+REVIVE_SECONDS: Final = 8.0
+
 #: A task that takes longer than so many times the median of its kind, and this many seconds, is started again on a
 #: worker that has nothing else to do (a choice: MapReduce's backup tasks).
 SLOW_TIMES: Final = 2.0
 SLOW_SECONDS: Final = 3.0
 
-#: How often a task may take its workers with it, each time as often as the scheduler allows (four times unless
-#: configured otherwise), before it is blamed.
-MOST_KILLED: Final = 5
+#: How many workers may be lost while a task is at work on them, before it is blamed.
+MOST_KILLED: Final = 6
 
 #: How often a task is given to another worker because its worker could not use its device.
 MOST_BROKEN: Final = 8
@@ -103,15 +109,18 @@ class Dispatcher:
     every commit. Its memory therefore does not grow with the run.
     """
 
-    def __init__(self, client: Client, job: Job, patience: float) -> None:
+    def __init__(self, client: Client, job: Job, patience: float, own: Own | None = None) -> None:
         """Begin.
 
         Args:
             client: of the cluster.
             job: the work.
             patience: seconds to go on without any worker.
+            own: looks after worker processes that this one has begun.
         """
         self._client, self._job, self._patience = client, job, patience
+        self._own = own or Own(client)
+        self._complete_at = time.monotonic()
         self._inbox: queue.SimpleQueue[_Attempt | dict[str, Any]] = queue.SimpleQueue()
         self._retired: set[str] = set()
         self._workers: dict[str, str] = {}  # names by address
@@ -146,8 +155,8 @@ class Dispatcher:
                 self._hand_out()
                 self._receive()
                 self._job.check_stop()
-        except BaseException as error:
-            self._stop(commit=isinstance(error, RunInterrupted))
+        except BaseException:
+            self._stop()
             raise
         finally:
             self._schedule = None
@@ -188,14 +197,17 @@ class Dispatcher:
         here = {address: str(each["name"]) for address, each in found.items() if address not in self._retired}
         for address in [address for address in self._workers if address not in here]:
             if self._schedule is not None:
-                self._schedule.gone(address)
                 self._job.say(f"worker {self._workers[address]} ({address}) is gone; others do what it had")
-            # What it had, the scheduler gives to others; here it does not count as anyone's.
-            self._held.pop(address, None)
+                self._gone(address)
         for address in here:
             if address not in self._workers and self._schedule is not None:
                 self._schedule.joined(address)
         self._workers = here
+        if len(here) >= self._own.wanted:
+            self._complete_at = present
+        elif present - self._complete_at > REVIVE_SECONDS:
+            self._complete_at = present
+            self._own.revive()
         if here or self._schedule is None:
             self._alone_since = present
         elif present - self._alone_since > self._patience:
@@ -203,6 +215,19 @@ class Dispatcher:
                 f"there has been no worker for {self._patience:.0f} s; finished tiles are kept: start workers and run "
                 "the same command again"
             )
+
+    def _gone(self, address: str) -> None:
+        """Let others do what a worker had. The scheduler would only wait for that very worker."""
+        assert self._schedule is not None
+        self._schedule.gone(address)
+        held = self._held.pop(address, [])
+        for task in held:
+            flight = self._flights[task]
+            for attempt in [attempt for attempt in flight.attempts if attempt.worker == address]:
+                self._drop(attempt)
+            if task == held[0]:  # it was at work
+                self._killed(task, flight)
+            self._again(task, flight)
 
     def _scheduler_lost(self) -> ClusterError:
         return ClusterError(
@@ -233,7 +258,6 @@ class Dispatcher:
             *self._job.arguments(task),
             key=f"{task.key}~{self._job.session}~{flight.submitted}",
             workers=[worker],
-            allow_other_workers=True,
             pure=False,
         )
         attempt = _Attempt(task, worker, future, time.monotonic())
@@ -260,15 +284,20 @@ class Dispatcher:
                 return
 
     def _single(self, task: Task) -> bool:
+        """Whether one worker has a task."""
         return task in self._flights and len(self._flights[task].attempts) == 1
 
     def _drop(self, attempt: _Attempt) -> None:
-        """Forget an attempt; one that is at work goes on and comes to nothing."""
+        """Take a task from a worker; one that is at work goes on and comes to nothing."""
+        self._forget(attempt)
+        attempt.future.cancel(reason="another worker does it", msg="another worker does it")
+
+    def _forget(self, attempt: _Attempt) -> None:
+        """An attempt is no longer waited for."""
         self._flights[attempt.task].attempts.remove(attempt)
         held = self._held.get(attempt.worker, [])
         if attempt.task in held:
             held.remove(attempt.task)
-        attempt.future.cancel(reason="another worker does it", msg="another worker does it")
 
     # What comes back
 
@@ -286,75 +315,68 @@ class Dispatcher:
             return
 
     def _told(self, event: dict[str, Any]) -> None:
-        """How a task gets on, or a warning of a worker."""
+        """What a worker says: a receipt, how a task gets on, or a warning."""
         if "warning" in event:
             logger.warning("%s (worker %s)", event["warning"], event["worker"])
-        elif event["task"] in self._by_key:
-            self._job.reached(self._by_key[event["task"]], event["done"])
+            return
+        task = self._by_key.get(event["task"])
+        if task is None or task not in self._flights:
+            return
+        if "receipt" not in event:
+            self._job.reached(task, event["done"])
+            return
+        others = [attempt for attempt in self._flights[task].attempts if not attempt.future.done()]
+        for attempt in list(self._flights[task].attempts):
+            self._forget(attempt)
+        del self._flights[task]
+        receipt = Receipt.from_json(event["receipt"])
+        if len(others) > 1:  # one of them has just ended
+            self._job.stop([attempt.worker for attempt in others], task.key)
+        self._job.commit(task, receipt)
+        self._seconds[task.kind].append(receipt.seconds)
+        if self._schedule is not None:
+            self._schedule.finished(task)
 
     def _done(self, attempt: _Attempt) -> None:
-        """An attempt has ended, well or not."""
-        assert self._schedule is not None
-        task, flight = attempt.task, self._flights.get(attempt.task)
+        """An attempt has ended without a receipt that came before, or was lost."""
+        flight = self._flights.get(attempt.task)
         if flight is None or attempt not in flight.attempts:
-            return  # another one was faster
-        held = self._held.get(attempt.worker, [])
-        if task in held:
-            held.remove(task)
-        flight.attempts.remove(attempt)
-        status = attempt.future.status
-        if status == "finished":
-            receipt = attempt.future.result()
-            others = list(flight.attempts)
-            for other in others:
-                self._drop(other)
-            del self._flights[task]
-            if others:
-                self._job.stop([other.worker for other in others], task.key)
-            self._job.commit(task, receipt)
-            self._seconds[task.kind].append(receipt.seconds)
-            self._schedule.finished(task)
             return
-        if status in ("cancelled", "lost"):
-            raise self._scheduler_lost()
-        self._failed(attempt, flight, attempt.future.exception())
+        self._forget(attempt)
+        if attempt.future.status == "error":
+            self._failed(attempt, flight, attempt.future.exception())
+        else:
+            self._look(now=True)  # cancelled: perhaps the scheduler is gone
+        self._again(attempt.task, flight)
 
     def _failed(self, attempt: _Attempt, flight: _Flight, error: BaseException) -> None:
-        """Give a task to another worker where that helps."""
-        task = attempt.task
+        """Raise what no other worker would do better."""
         if isinstance(error, KilledWorker):
-            flight.killed += 1
-            if flight.killed >= MOST_KILLED:
-                raise ClusterError(
-                    f"task {task.key} took every worker with it that tried it; most likely the machine has less memory "
-                    "than the plan promises to need: plan with a smaller --host-memory in another --out"
-                ) from error
-            self._job.say(f"workers died with task {task.key}; trying it again")
+            self._killed(attempt.task, flight)
         elif isinstance(error, BrokenDeviceError):
             flight.broken += 1
             if flight.broken >= MOST_BROKEN:
                 raise error
             self._retire(attempt.worker, error)
-        elif isinstance(error, ClusterError) and "does not know of session" in str(error):
+        elif isinstance(error, UnknownSessionError):
             time.sleep(WAKE_SECONDS)  # it has only just joined
         else:
             raise error
-        if not flight.attempts:
-            worker = self._other(attempt.worker)
-            if worker is None:
-                raise ClusterError(
-                    f"no worker is left for task {task.key} ({error}); finished tiles are kept: start workers and run "
-                    "the same command again"
-                ) from error
-            self._submit(task, worker)
 
-    def _other(self, worker: str) -> str | None:
-        """The worker with least to do, another one if there is one."""
-        there = sorted(self._workers, key=lambda each: (each == worker, len(self._held.get(each, []))))
-        for each in there:
-            self._held.setdefault(each, [])
-            return each
-        return None
+    def _killed(self, task: Task, flight: _Flight) -> None:
+        """Count a worker that was lost with a task at work."""
+        flight.killed += 1
+        if flight.killed >= MOST_KILLED:
+            raise ClusterError(
+                f"task {task.key} took {flight.killed} workers with it, one after the other; most likely the machine "
+                "has less memory than the plan promises to need: plan with a smaller --host-memory in another --out"
+            )
+
+    def _again(self, task: Task, flight: _Flight) -> None:
+        """Give a task that no worker has any more to whoever is free."""
+        assert self._schedule is not None
+        if not flight.attempts:
+            self._schedule.put_back(task)
 
     def _retire(self, address: str, error: BaseException) -> None:
         """Let a worker go whose device is broken, and with it its process."""
@@ -362,29 +384,27 @@ class Dispatcher:
             return
         self._job.say(f"{error}; it is retired, others go on")
         self._retired.add(address)
-        if self._workers.pop(address, None) is not None and self._schedule is not None:
-            self._schedule.gone(address)
-        self._held.pop(address, None)
+        self._own.retire(self._workers.pop(address, address))
+        self._gone(address)
         self._client.retire_workers([address], close_workers=True)
 
     # Stopping
 
-    def _stop(self, *, commit: bool) -> None:
-        """Have everything stop; receipts that come meanwhile are committed if the run may go on from them."""
-        flights = {task: list(flight.attempts) for task, flight in self._flights.items()}
-        if self._client.status != "running" or not flights:
+    def _stop(self) -> None:
+        """Have everything stop, and commit what is finished nevertheless."""
+        waiting = [attempt.future for flight in self._flights.values() for attempt in flight.attempts]
+        if self._client.status != "running" or not waiting:
             return
         try:
-            waiting = [attempt.future for attempts in flights.values() for attempt in attempts]
             self._job.stop(None, None)
             until = time.monotonic() + STOP_SECONDS
             while any(not future.done() for future in waiting) and time.monotonic() < until:
                 time.sleep(0.05)
-            for task, attempts in flights.items():
-                for attempt in attempts:
-                    if commit and attempt.future.status == "finished":
-                        self._job.commit(task, attempt.future.result())
-                        break
+            with suppress(queue.Empty):
+                while True:
+                    news = self._inbox.get_nowait()
+                    if isinstance(news, dict):
+                        self._told(news)
             self._client.cancel(waiting, force=True)
         except Exception as error:  # noqa: BLE001 - what stopped the run is what should be said
             logger.info("stopping the workers: %s", error)

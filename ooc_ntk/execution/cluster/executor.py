@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections import defaultdict
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Final
 
 from distributed import Client
 
@@ -20,10 +20,13 @@ from ooc_ntk.planning.tasks import Task
 from .dispatch import Dispatcher
 from .inputs import records_of
 from .options import Cluster
-from .start import check_versions, client_of, reported
-from .workers import Sent, Session, perform_there, stop_there, versions_there
+from .start import client_of, register, reported, tell
+from .workers import Sent, Session, perform_there, stop_there
 
 logger = logging.getLogger(__name__)
+
+#: Seconds to wait for workers to forget a session; those that do not answer are lost or hung.
+FORGET_SECONDS: Final = 5.0
 
 
 class ClusterExecutor:
@@ -85,7 +88,7 @@ class ClusterExecutor:
         for task in work.tasks:
             passes[task.generation].append(task)
         with reported(self.options, client):
-            client.register_plugin(Session(sent), name=sent.session)
+            register(client, Session(sent), sent.session)
             try:
                 dispatcher = Dispatcher(client, _Job(client, sent.session, work), self.options.patience)
                 for generation in sorted(passes):
@@ -96,15 +99,13 @@ class ClusterExecutor:
                             work.commit(perform(work.context, task))
             finally:
                 with suppress(Exception):  # whatever is lost, that is not what should be said
-                    client.unregister_worker_plugin(sent.session)
+                    tell(client.loop, client._unregister_worker_plugin(sent.session)).result(FORGET_SECONDS)
 
     def _connected(self, plan: Plan, work: Work) -> Client:
         if self._client is None:
             self._client = self._opened.enter_context(client_of(self.options, plan.threads))
             if self._client.dashboard_link:
                 work.say(f"dashboard: {self._client.dashboard_link}")
-            for difference in check_versions(self._client, versions_there()):
-                work.say(difference)
         return self._client
 
 
@@ -145,4 +146,5 @@ class _Job:
         logger.warning("%s", text)
 
     def stop(self, workers: list[str] | None, key: str | None) -> None:
-        self._client.run(stop_there, self.session, key, workers=workers, on_error="ignore")
+        # Not waited for: one that is dead or hung does not answer.
+        tell(self._client.loop, self._client._run(stop_there, self.session, key, workers=workers, on_error="ignore"))

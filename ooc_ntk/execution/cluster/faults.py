@@ -22,6 +22,10 @@ class BrokenDeviceError(ClusterError):
     """A worker can no longer use its device; the task is done by another one."""
 
 
+class UnknownSessionError(ClusterError):
+    """A worker has not been told of a session yet."""
+
+
 def breaks_device(error: BaseException) -> bool:
     """Whether an error leaves a process unable to use its device, so that its worker must go.
 

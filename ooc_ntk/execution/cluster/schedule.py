@@ -88,6 +88,10 @@ class Schedule:
             own[:], most[len(most) - half :] = most[len(most) - half :], []
         return self._tasks[own.pop(0)] if own else None
 
+    def put_back(self, task: Task) -> None:
+        """A task that was taken came to nothing: whoever has nothing else to do takes it."""
+        insort(self._ready[_NOBODY], self._place[task])
+
     def finished(self, task: Task) -> None:
         """A task is committed: what waited for it alone is ready."""
         self.left -= 1

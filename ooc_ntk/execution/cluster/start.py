@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Coroutine, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib.metadata import version
 from typing import Any, Final
 
 import dask
-from distributed import Client, LocalCluster, performance_report
+from distributed import Client, LocalCluster, SpecCluster, Status, performance_report
+from distributed.diagnostics.plugin import WorkerPlugin
+from tornado.ioloop import IOLoop
+from tornado.platform.asyncio import BaseAsyncIOLoop
 
 from ooc_ntk.errors import ClusterError, InputError
 
 from .options import Cluster
-from .workers import versions_there
 
 logger = logging.getLogger(__name__)
 
 #: Seconds to wait for an answer of a scheduler (chosen: an address that is wrong is noticed while one still looks).
 CONNECT_SECONDS: Final = 10.0
 
-#: Seconds in which processes on this machine must have started (chosen: importing torch takes 2 to 20).
-START_SECONDS: Final = 120.0
+#: How often each process on this machine is begun again when it ended at its start.
+REVIVED_TIMES: Final = 20
 
-#: Libraries that must be the same in every process, and those of which a difference may change the last bits.
-_SAME: Final = ("ooc-ntk",)
-_ALIKE: Final = ("torch", "numpy")
+#: How often workers are told of a session, where some die meanwhile.
+REGISTER_TIMES: Final = 5
 
 
 class PinnedCluster(LocalCluster):
@@ -79,7 +84,6 @@ def client_of(options: Cluster, threads: int) -> Iterator[Client]:
 
     Raises:
         InputError: if there is no scheduler at the address, or processes cannot be started.
-        ClusterError: if workers have another version of this package.
     """
     with ExitStack() as opened:
         if isinstance(options.scheduler, Client):
@@ -87,7 +91,7 @@ def client_of(options: Cluster, threads: int) -> Iterator[Client]:
         elif options.scheduler is not None:
             client = opened.enter_context(_connected(options.scheduler))
         else:
-            settings = {"distributed.scheduler.work-stealing": False, "distributed.worker.daemon": True}
+            settings = {"distributed.scheduler.work-stealing": False, "distributed.comm.timeouts.connect": "10s"}
             opened.enter_context(dask.config.set(settings))
             cluster = opened.enter_context(_started(options, threads))
             client = opened.enter_context(Client(cluster, set_as_default=False))
@@ -155,34 +159,66 @@ def _on_devices(devices: tuple[int, ...], shared: Mapping[str, Any]) -> LocalClu
     return cluster
 
 
-def check_versions(client: Client, here: Mapping[str, str]) -> list[str]:
-    """Compare what computes in the workers with what computes here.
+def tell(loop: IOLoop | None, call: Coroutine[Any, Any, Any]) -> Future[Any]:
+    """Begin a call on the event loop of a client or a cluster, from any other thread."""
+    assert isinstance(loop, BaseAsyncIOLoop)
+    return asyncio.run_coroutine_threadsafe(call, loop.asyncio_loop)
 
-    Args:
-        client: the client.
-        here: versions by name, as :func:`versions_there` gives them.
 
-    Returns:
-        What differs without being refused, for people.
+class Own:
+    """Worker processes that were begun here: those whose starter has given up are begun again."""
+
+    def __init__(self, client: Client) -> None:
+        """Look after the processes of a client's cluster, if it has begun any."""
+        self._cluster = client.cluster if isinstance(client.cluster, SpecCluster) else None
+        self._left = REVIVED_TIMES * self.wanted
+
+    @property
+    def wanted(self) -> int:
+        """Processes that should be there; 0 if they are someone else's."""
+        return 0 if self._cluster is None else len(self._cluster.worker_spec)
+
+    def revive(self) -> None:
+        """Begin processes again that ended while they were being begun; a nanny gives up on those.
+
+        It returns at once.
+        """
+        cluster = self._cluster
+        if cluster is None or not self._left:
+            return
+        self._left -= 1
+
+        async def again() -> None:
+            for name, nanny in list(cluster.workers.items()):
+                if nanny.status in (Status.closed, Status.closing, Status.failed):
+                    del cluster.workers[name]
+            await cluster._correct_state()
+
+        tell(cluster.loop, again())
+
+    def retire(self, name: str) -> None:
+        """Begin a process no more."""
+        if self._cluster is not None:
+            for key in [key for key in self._cluster.worker_spec if str(key) == name]:
+                del self._cluster.worker_spec[key]
+
+
+def register(client: Client, plugin: WorkerPlugin, name: str) -> None:
+    """Send something to every worker there is and every one that joins later.
 
     Raises:
-        ClusterError: if a worker has no ooc-ntk, or another version of it.
+        ClusterError: if workers cannot take it.
     """
-    found = client.run(versions_there, on_error="return")
-    said: dict[str, None] = {}
-    for address, there in found.items():
-        if isinstance(there, BaseException):
-            if "ooc_ntk" not in str(there):
-                raise ClusterError(f"worker {address} does not answer: {there}") from there
+    for attempt in range(REGISTER_TIMES):
+        try:
+            client.register_plugin(plugin, name=name)
+        except ImportError as error:
             raise ClusterError(
-                f"worker {address} has no ooc-ntk ({there}); install version {here['ooc-ntk']} in its environment"
-            ) from there
-        for name in _SAME:
-            if there[name] != here[name]:
-                raise ClusterError(
-                    f"worker {address} has {name} {there[name]}, the driver has {here[name]}; install the same version"
-                )
-        for name in _ALIKE:
-            if there[name] != here[name]:
-                said[f"{name} is {there[name]} on {address} and {here[name]} here: the last bits may differ"] = None
-    return list(said)
+                f"a worker cannot load this package ({error}); install ooc-ntk {version('ooc-ntk')} in its environment"
+            ) from error
+        except OSError as error:  # a worker died while it was told
+            if attempt + 1 == REGISTER_TIMES:
+                raise ClusterError(f"workers cannot be told what to do: {error}; run the same command again") from error
+            time.sleep(1.0)
+        else:
+            return

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, Final
 
 from distributed import Worker, get_worker
@@ -29,12 +30,17 @@ from ooc_ntk.planning.tasks import Task
 from ooc_ntk.stopping import Stop
 from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.manifest import Receipt
 
-from .faults import BrokenDeviceError, breaks_device
+from .faults import BrokenDeviceError, UnknownSessionError, breaks_device
+
+logger = logging.getLogger(__name__)
 
 #: Seconds between two reports of how a task gets on (a choice: a bar that moves, and few messages).
 REPORT_SECONDS: Final = 0.5
+
+#: Libraries that must be the same in every process, and those of which a difference may change the last bits.
+_SAME: Final = ("ooc-ntk",)
+_ALIKE: Final = ("torch", "numpy")
 
 #: Parts of a job's digest that a worker must find as the driver did; kernel settings come with the plan.
 _COMPARED: Final = {"model": "model", "data": "data"}
@@ -54,6 +60,7 @@ class Sent:
         structure: what layer rules derive.
         disk_margin: free bytes of disk below which tasks stop.
         batch_size: samples derived together, 0 as planned.
+        versions: of what computes in the driver's process.
     """
 
     session: str
@@ -65,6 +72,7 @@ class Sent:
     structure: Structure
     disk_margin: int
     batch_size: int
+    versions: Mapping[str, str]
 
     @classmethod
     def of(cls, session: str, work: Work, *, direct: bool) -> Sent:
@@ -84,6 +92,7 @@ class Sent:
             context.structure,
             context.disk_margin,
             context.batch_size if context.batch_size != context.plan.batch_size else 0,
+            versions(),
         )
 
 
@@ -153,8 +162,8 @@ class Session(WorkerPlugin):
             if self._stopped or (self._task is not None and self._task.key == key):
                 self._stop.event.set()
 
-    def perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> Receipt:
-        """Perform a task here. Arguments as for :func:`perform_there`."""
+    def perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:
+        """Perform a task here, and send its receipt. Arguments as for :func:`perform_there`."""
         with self._lock:
             self._task, self._stop = task, Stop()
             if self._stopped:
@@ -182,7 +191,8 @@ class Session(WorkerPlugin):
 
             context.advance = advance
             with reproducible(context.plan):
-                return perform(context, task)
+                receipt = perform(context, task)
+            self._worker.log_event(self.name, {"task": task.key, "receipt": receipt.to_json()})
         except OocNtkError as error:
             raise _said(error) from error
         finally:
@@ -192,6 +202,7 @@ class Session(WorkerPlugin):
     def _loaded(self) -> RunContext:
         """The context of this process, made at the first task."""
         if self._context is None:
+            self._compare_versions()
             plan = Plan.from_json(self.sent.plan)
             job = _job_of(self.sent, plan)
             try:
@@ -226,6 +237,24 @@ class Session(WorkerPlugin):
             )
         return self._context
 
+    def _compare_versions(self) -> None:
+        """Refuse another version of this package, and say which libraries differ."""
+        here = versions()
+        for name in _SAME:
+            if here[name] != self.sent.versions[name]:
+                raise ClusterError(
+                    f"worker {self._worker.address} has {name} {here[name]}, the driver has "
+                    f"{self.sent.versions[name]}; install the same version"
+                )
+        for name in _ALIKE:
+            if here[name] != self.sent.versions[name]:
+                logger.warning(
+                    "%s is %s here and %s at the driver: the last bits may differ",
+                    name,
+                    here[name],
+                    self.sent.versions[name],
+                )
+
     def _compare(self, prepared: PreparedJob) -> None:
         """Refuse a job that is another one here than at the driver."""
         differing = [what for part, what in _COMPARED.items() if prepared.digests[part] != self.sent.digests[part]]
@@ -238,8 +267,11 @@ class Session(WorkerPlugin):
 
 def perform_there(
     session: str, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool
-) -> Receipt:
+) -> None:
     """Perform a task in a worker. What the scheduler hands out: coordinates and records in, a receipt out.
+
+    The receipt goes to the driver as an event, before the scheduler learns that the task is done. As a result it would
+    have to be fetched from the worker, which may be gone by then.
 
     Args:
         session: name of the session.
@@ -248,25 +280,21 @@ def perform_there(
         digest: digest of its samples as they were read before, or None.
         tiles_only: whether it is finished but for its tiles.
 
-    Returns:
-        The receipt.
-
     Raises:
         BrokenDeviceError: if the worker can no longer use its device.
-        ClusterError: if the session has not reached this worker.
+        UnknownSessionError: if the session has not reached this worker.
         OocNtkError: as the task body does.
     """
     worker = get_worker()
     plugin = worker.plugins.get(session)
     if not isinstance(plugin, Session):
-        raise ClusterError(f"worker {worker.address} does not know of session {session}")
+        raise UnknownSessionError(f"worker {worker.address} does not know of session {session}")
     try:
-        receipt = plugin.perform(task, records, digest, tiles_only)
+        plugin.perform(task, records, digest, tiles_only)
     except Exception as error:
         if breaks_device(error):
             raise BrokenDeviceError(f"worker {worker.address} cannot use its device any more: {error}") from None
         raise
-    return receipt
 
 
 def stop_there(session: str, key: str | None, dask_worker: Worker) -> None:
@@ -276,12 +304,9 @@ def stop_there(session: str, key: str | None, dask_worker: Worker) -> None:
         plugin.stop(key)
 
 
-def versions_there() -> dict[str, str]:
-    """What computes in a worker."""
-    from importlib.metadata import version
-
-    names = ("ooc-ntk", "torch", "numpy", "zarr", "distributed")
-    return {name: version(name) for name in names}
+def versions() -> dict[str, str]:
+    """What computes in this process."""
+    return {name: version(name) for name in (*_SAME, *_ALIKE)}
 
 
 def _said(error: OocNtkError) -> OocNtkError:
