@@ -221,6 +221,8 @@ def execute(
                 raise RunInterrupted("stopped; all tiles are finished, the same command ends the run", stop.signal)
         _keep_batches(plan, directory, manifest)
         _sweep_away(directory)
+        if executor.processes:
+            directory.sweep()  # what workers that died were writing
         return seconds
     except BaseException:
         with suppress(OSError):

@@ -193,8 +193,6 @@ class Session(WorkerPlugin):
             with reproducible(context.plan):
                 receipt = perform(context, task)
             self._worker.log_event(self.name, {"task": task.key, "receipt": receipt.to_json()})
-        except OocNtkError as error:
-            raise _said(error) from error
         finally:
             with self._lock:
                 self._task = None
@@ -289,12 +287,13 @@ def perform_there(
     plugin = worker.plugins.get(session)
     if not isinstance(plugin, Session):
         raise UnknownSessionError(f"worker {worker.address} does not know of session {session}")
+    failure: Exception | None = None
     try:
         plugin.perform(task, records, digest, tiles_only)
-    except Exception as error:
-        if breaks_device(error):
-            raise BrokenDeviceError(f"worker {worker.address} cannot use its device any more: {error}") from None
-        raise
+    except Exception as error:  # noqa: BLE001 - raised below, as it can travel
+        failure = _travelling(error, worker.address)
+    if failure is not None:
+        raise failure
 
 
 def stop_there(session: str, key: str | None, dask_worker: Worker) -> None:
@@ -309,10 +308,12 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in (*_SAME, *_ALIKE)}
 
 
-def _said(error: OocNtkError) -> OocNtkError:
-    """An error as it travels: without what only this process can read."""
+def _travelling(error: Exception, address: str) -> Exception:
+    """An error as the driver can read it: Dask sends what caused it as well, if that can be pickled at all."""
+    if breaks_device(error):
+        return BrokenDeviceError(f"worker {address} cannot use its device any more: {error}")
     error.__cause__ = error.__context__ = None
-    return error
+    return error.with_traceback(None)
 
 
 class _Forward(logging.Handler):
