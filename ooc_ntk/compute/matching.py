@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .held import Tile
+from .products import multiply
 
 #: Adds ``left @ right.T`` to the whole tile: (rows, depth) and (columns, depth).
 AddProduct = Callable[[Tensor, Tensor], None]
@@ -86,7 +87,7 @@ def contract_matching(
         if rows.stop - rows.start == one.count and columns.stop - columns.start == other.count:
             everywhere.append((int(rows.start), int(columns.start)))
             continue
-        product = _matrix(one.values[rows], entries) @ _matrix(other.values[columns], entries).T
+        product = multiply(_matrix(one.values[rows], entries), _matrix(other.values[columns], entries))
         add_at(product, _indices(one.samples[rows], entries), _indices(other.samples[columns], entries))
     if everywhere:
         add_product(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
+from ooc_ntk.units import partial_products
+
 from .layers import layer_names
 from .layout import CONTRACTION_COLUMNS, Layout
 from .memory import fixed_host_bytes, folds, group_rows, slab_rows, store_bytes
@@ -119,9 +121,11 @@ def block_flops(workload: Workload, block: ParameterBlock, choice: Choice, panel
         panels: samples whose factors are expanded, once per kernel tile that needs them; None for each once.
 
     Returns:
-        FLOPs. A dense block costs ``N²·C·a·b`` (DESIGN: parameter block), with test rows more.
+        FLOPs. A dense block costs ``N²·C·a·b`` (DESIGN: parameter block), with test rows more; three times that in
+        ``bf16x3``, whose expanding is in float32.
     """
-    rows, entries, pairs = workload.rows_per_sample, workload.entries_per_sample, workload.pairs
+    rows, entries = workload.rows_per_sample, workload.entries_per_sample
+    pairs = workload.pairs * partial_products(workload.precision)
     if choice.contraction == "gemm":
         product = int(pairs * 2 * block.columns * rows * entries)
         if choice.representation == "dense" or block.factors is None:

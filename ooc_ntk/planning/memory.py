@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from ooc_ntk.units import partial_products
+
 from .factors import LayerFactors
 from .layers import layer_names, layer_runs, open_layers
 from .layout import Layout
@@ -133,6 +135,9 @@ SPECTRUM_BYTES: Final = 2**26
 #: takes ten times as long as multiplying one row with it.
 GATHERED_BYTES: Final = 2**26
 
+#: Columns that are split in bf16 parts at a time (a choice: with all products of PRODUCT_COLUMNS on a CPU).
+SPLIT_COLUMNS: Final = 4096
+
 #: Read buffers per side: one being contracted, one being read.
 READ_SLOTS: Final = 2
 
@@ -186,6 +191,8 @@ def rule_samples(sample_bytes: int) -> int:
 def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the accumulators of one kernel tile: a float64 sum and one product in the kernel's precision.
 
+    In ``bf16x3`` there is a second product, of high and low parts.
+
     >>> from .workload import Derivation, ParameterBlock
     >>> w = Workload("trace", 100, 0, 1, 1, 1, (ParameterBlock("b", ("p",), 0, 9),), 4, 0, 0,
     ...     Derivation("loop", 1, 1, 1, 0, 0))
@@ -193,7 +200,32 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     True
     """
     edge = layout.tile_samples * workload.entries_per_sample
-    return edge * edge * (8 + workload.item_bytes)
+    products = 2 if partial_products(workload.precision) > 1 else 1
+    return edge * edge * (8 + products * workload.item_bytes)
+
+
+def split_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of both sides' parts in ``bf16x3``, some columns at a time and as wide as on a CPU: float32 each."""
+    if partial_products(workload.precision) == 1:
+        return 0
+    choices, item = layout.block_choices(workload), workload.item_bytes
+    rows, edge = workload.rows_per_sample, layout.tile_samples * workload.entries_per_sample
+    depth = 0
+    for block, choice in zip(workload.blocks, choices, strict=True):
+        if choice.contraction == "pairwise" and block.factors is not None:
+            sides, factors = pairwise_steps(block.factors, workload.entries_per_sample), block.factors
+            # Of the rows inputs and gradients, of the columns one of them; windows may be unfolded.
+            inputs = max(factors.input_items, factors.positions * factors.inputs)
+            gradients = rows * factors.gradient_items
+            items = min(sides[0], layout.tile_samples) * 2 * max(inputs, gradients)
+            items += min(sides[1], layout.tile_samples) * max(inputs, gradients)
+            if factors.lookups:
+                one, other = crossed_steps(factors, rows)
+                items = max(items, 2 * (one + other) * max(factors.positions, rows * factors.lookups) * factors.inputs)
+            depth = max(depth, -(-items // (2 * edge)))
+        else:
+            depth = max(depth, SPLIT_COLUMNS)
+    return 2 * edge * depth * 2 * item
 
 
 def superblock_bytes(workload: Workload, layout: Layout) -> int:
@@ -461,6 +493,8 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
     workspace = workspace_bytes(workload, layout)
     if workspace:
         computed["expanded factors"] = workspace
+    if split := split_bytes(workload, layout):
+        computed["bf16 parts"] = split
     if on_device:
         terms.device["tiles in transit"] = 2 * READ_SLOTS * chunk
         kernel["finished kernel tile"] = accumulators

@@ -408,14 +408,16 @@ class Plan:
         """The plan in label and value pairs, for every table that shows it."""
         rows, columns = self.kernel_shape
         promised, limits = self.promised, self.limits
-        stored = "float32" if self.precision == "bf16" else self.precision
+        stored = "float32" if self.precision in ("bf16", "bf16x3") else self.precision
         what = f"{'projected ' if self.projection else ''}{self.kernel} kernel, {rows:,} × {columns:,} {stored}" + (
             f", {self.normalize}-normalised" if self.normalize else ""
         )
         if self.by_layer:
             what += f", and its summands by {len(self.layers)} layers"
-        if stored != self.precision:
-            what += f", tiles held and multiplied in {self.precision}"
+        if self.precision == "bf16":
+            what += ", tiles held and multiplied in bf16"
+        elif self.precision == "bf16x3":
+            what += ", multiplied as three products of bf16 parts"
         passes = f", {len(self.passes)} passes" if len(self.passes) > 1 else ""
         lines = [
             ("kernel", f"{what} ({format_bytes(self.kernel_bytes)})"),
