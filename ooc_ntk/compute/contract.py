@@ -211,11 +211,15 @@ class KernelAccumulator:
                 added = block.float() if block.dtype == torch.bfloat16 else block
                 self._sum.numpy()[np.ix_(rows, columns)] += added.numpy()
             else:
-                index = torch.from_numpy(rows)[:, None], torch.from_numpy(columns)[None, :]
+                places = (torch.from_numpy(part).to(self._device, non_blocking=True) for part in (rows, columns))
+                index = next(places)[:, None], next(places)[None, :]
                 self._sum[index] += block.to(self._sum)
 
+        # The host decides by the token numbers what is multiplied.
+        sides = [None if side is None else (side[0], self._there(side[1])) for side in (left, right)]
+        assert sides[0] is not None
         with _products_in(self._precision, self._split):
-            contract_matching(self._move(left), None if right is None else self._move(right), entries, self.add, add_at)
+            contract_matching(sides[0], sides[1], entries, self.add, add_at)
         self._settle()
 
     def _expand(self, factors: LayerFactors, tile: Tile, piece: Piece, side: int, items: int, entries: int) -> Tensor:
@@ -235,7 +239,7 @@ class KernelAccumulator:
         return tile[1].sum(1).reshape(len(tile[0]) * entries, -1)
 
     def _there(self, value: Tensor) -> Tensor:
-        if self._on_cpu:
+        if value.device.type == self._device.type:
             return value
         moved = value.to(self._device, non_blocking=True)
         if value.is_pinned():

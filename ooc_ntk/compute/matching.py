@@ -50,7 +50,7 @@ def _merge(tile: Tile) -> _Merged:
     precise = torch.float32 if gradients.dtype == torch.bfloat16 else gradients.dtype
     values = torch.zeros(len(unique), *gradients.shape[2:], dtype=precise, device=device)
     every = gradients.reshape(-1, *gradients.shape[2:]).to(precise)
-    values.index_add_(0, torch.from_numpy(inverse.reshape(-1)).to(device), every)
+    values.index_add_(0, torch.from_numpy(inverse.reshape(-1)).to(device, non_blocking=True), every)
     values = values.to(gradients.dtype)
     if len(unique) and unique[0] < 0:
         unique, values = unique[1:], values[1:]

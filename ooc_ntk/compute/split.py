@@ -86,18 +86,6 @@ class SplitProducts:
             parts.low.copy_((values - parts.high).bfloat16())
         return parts
 
-    def split_in_place(self, values: Tensor) -> Parts:
-        """Turn a matrix into its parts, in the same memory: a row of float32 becomes its high and then its low parts.
-
-        Args:
-            values: (rows, depth), float32, contiguous; lost. Parts must be bf16 on this device (:attr:`dtype`).
-
-        Returns:
-            Views of its memory.
-        """
-        assert self.dtype == torch.bfloat16
-        return parts_in_place(values)
-
     def product(self, left: Parts, right: Parts | None, out: Tensor) -> Tensor:
         """Set ``out`` to the product.
 
@@ -178,21 +166,28 @@ class SplitProducts:
 
 
 def parts_in_place(values: Tensor) -> Parts:
-    """Turn a float32 matrix, (rows, depth) and contiguous, into bf16 parts in the same memory; see the class.
+    """Where :func:`split_in_place` puts the parts of a matrix: views of its memory, bf16."""
+    both, depth = values.view(torch.bfloat16), values.shape[1]
+    return Parts(both[:, :depth], both[:, depth:])
 
-    >>> parts = parts_in_place(torch.tensor([[1.0, 1.00390625, 3.0]]))
-    >>> parts.high.tolist(), parts.low.tolist()
+
+def split_in_place(values: Tensor) -> None:
+    """Turn a matrix into its parts, in the same memory: a row of float32 becomes its high and then its low parts.
+
+    Args:
+        values: (rows, depth), float32, contiguous; lost.
+
+    >>> values = torch.tensor([[1.0, 1.00390625, 3.0]])
+    >>> split_in_place(values)
+    >>> parts_in_place(values).high.tolist(), parts_in_place(values).low.tolist()
     ([[1.0, 1.0, 3.0]], [[0.0, 0.00390625, 0.0]])
     """
-    rows, depth = values.shape
-    both = values.view(torch.bfloat16)
-    parts = Parts(both[:, :depth], both[:, depth:])
+    (rows, depth), parts = values.shape, parts_in_place(values)
     step = max(1, IN_PLACE_ITEMS // depth)
     copy = torch.empty(min(step, rows), depth, dtype=values.dtype, device=values.device)
     for start in range(0, rows, step):
         block = copy[: min(step, rows - start)].copy_(values[start : start + step])
         _split(block, parts.rows(slice(start, start + step)))
-    return parts
 
 
 def _split(values: Tensor, parts: Parts) -> None:

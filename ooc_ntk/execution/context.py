@@ -23,6 +23,7 @@ from ooc_ntk.compute.machine import (
     return_free_memory,
     steady_allocator,
 )
+from ooc_ntk.compute.streams import DeviceFeed, Queues, queues_of
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import NonFiniteError, RunInterrupted, StorageError
 from ooc_ntk.inputs.samples import Samples, SampleSource
@@ -37,7 +38,7 @@ from ooc_ntk.storage.retries import retries
 from ooc_ntk.units import STORED_DTYPE, format_bytes
 
 from .features import Projector, projector_of
-from .stores import Matrix, Tile, TileStore
+from .stores import DeviceTile, Matrix, TileStore
 
 #: Name of the Zarr array of the finished kernel.
 KERNEL: Final = "kernel.zarr"
@@ -241,8 +242,10 @@ class RunContext:
     batch_size: int = 0
     retries_counted: int = field(default_factory=retries)
     phases: dict[str, float] = field(default_factory=dict)
-    kept: dict[tuple[int, int], Tile] = field(default_factory=dict)
+    kept: dict[tuple[int, int], DeviceTile] = field(default_factory=dict)
     _buffers: list[Matrix] = field(default_factory=list)
+    _feed: DeviceFeed | None = None
+    _queues: Queues | None = None
     _sums: torch.Tensor | None = None
     _accumulator: KernelAccumulator | None = None
     _projector: Projector | None = None
@@ -315,11 +318,30 @@ class RunContext:
             self._buffers.append(buffer)
         return self._buffers[:count]
 
+    @property
+    def queues(self) -> Queues:
+        """Queues of the plan's device."""
+        if self._queues is None:
+            self._queues = queues_of(self.plan.device)
+        return self._queues
+
+    def feed(self) -> DeviceFeed:
+        """What brings panels to the device, with its reused memory."""
+        if self._feed is None:
+            self._feed = DeviceFeed(self.queues, self.store.buffer_bytes())
+        return self._feed
+
+    def finish(self) -> None:
+        """Wait for all that was to be computed on the device."""
+        if self.queues.overlapping:
+            with self.phase("wait for the device"):
+                self.queues.finish()
+
     def enter(self, phase: str) -> None:
         """Note which kind of task runs, and give back what the other kind held: the plan counts only one of them."""
         if phase != self._phase:
             if phase != "kernel":
-                self._accumulator, self._sums = None, None
+                self._accumulator = self._sums = self._feed = None
                 self.kept.clear()
                 self._buffers.clear()
             if phase != "rows":
@@ -356,7 +378,7 @@ class RunContext:
 
     def drop_buffers(self) -> None:
         """Give back what is kept from task to task, and what the device's allocator keeps."""
-        self._accumulator = self._projector = self._sums = None
+        self._accumulator = self._projector = self._sums = self._feed = None
         self.kept.clear()
         self._buffers.clear()
         return_free_memory()

@@ -352,7 +352,7 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
             stored += layers * tile_bytes * (2 if tile.mirrored else 1)
             # Every block's part is taken out, added to two sums and converted.
             seconds += (len(workload.blocks) + layers) * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS
-        if workload.device != "cpu":
+        if workload.device != "cpu" and layout.in_memory:
             seconds = max(seconds, loads.bytes_per_tile / rates.host_to_device)
         computed += count * seconds
         written += count * stored
@@ -370,6 +370,8 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
         read += loads.bytes
         # While some panels are multiplied the next ones are read.
         computed = max(computed, loads.bytes / rates.disk_read)
+        if workload.device != "cpu":  # each panel is copied once for all tiles of a superblock
+            computed = max(computed, loads.bytes / rates.host_to_device)
         if tiles:
             longest = max(longest * loads.tiles_per_task, loads.bytes / rates.disk_read / loads.tasks)
     if layout.superblock_tiles > 1:

@@ -138,8 +138,11 @@ GATHERED_BYTES: Final = 2**26
 #: Columns that are split in bf16 parts at a time (a choice: with all products of PRODUCT_COLUMNS on a CPU).
 SPLIT_COLUMNS: Final = 4096
 
-#: Read buffers per side: one being contracted, one being read.
-READ_SLOTS: Final = 2
+#: What a panel on a device takes beside its elements at most: each of its two parts, inputs and gradients, fills pages.
+PANEL_PAGES_BYTES: Final = 2 * 4096
+
+#: Page-locked buffers through which panels go to a device: one being filled, one being copied (a choice).
+PINNED_SLOTS: Final = 2
 
 
 def page_locked_bytes(size: int) -> int:
@@ -191,7 +194,7 @@ def rule_samples(sample_bytes: int) -> int:
 def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the accumulators of one kernel tile: a float64 sum and one product in the kernel's precision.
 
-    In ``bf16x3`` there is a second product, of high and low parts.
+    In ``bf16x3`` there is a second product, of high and low parts, and on some devices one that is yet to be added.
 
     >>> from .workload import Derivation, ParameterBlock
     >>> w = Workload("trace", 100, 0, 1, 1, 1, (ParameterBlock("b", ("p",), 0, 9),), 4, 0, 0,
@@ -200,7 +203,9 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     True
     """
     edge = layout.tile_samples * workload.entries_per_sample
-    products = 2 if partial_products(workload.precision) > 1 else 1
+    products = 1
+    if partial_products(workload.precision) > 1:
+        products = 2 if workload.device == "cpu" else 3
     return edge * edge * (8 + products * workload.item_bytes)
 
 
@@ -429,8 +434,15 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
 
 
 def panel_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the largest panel: one row tile in one span, as it is stored."""
-    return layout.tile_samples * max(layout.cut(workload).stored)
+    """Bytes of the largest panel: one row tile in one span, as it is stored; on a device each part begins on a page."""
+    pages = 0 if workload.device == "cpu" else PANEL_PAGES_BYTES
+    return layout.tile_samples * max(layout.cut(workload).stored) + pages
+
+
+def device_room(workload: Workload, layout: Layout, limit: int) -> int:
+    """Device bytes that a budget leaves to kernel tasks beside what they take; negative where it leaves none."""
+    variable = (limit - workload.model_bytes - DEVICE_LIBRARY_BYTES) / (1 + ALLOCATOR_SHARE)
+    return int(variable) - _kernel_terms(workload, layout).total("device")
 
 
 def kernel_room(workload: Workload, layout: Layout, limit: int) -> int:
@@ -496,15 +508,14 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
     if split := split_bytes(workload, layout):
         computed["bf16 parts"] = split
     if on_device:
-        terms.device["tiles in transit"] = 2 * READ_SLOTS * chunk
+        terms.device["panels"] = read_buffers(workload, layout) * chunk
         kernel["finished kernel tile"] = accumulators
-    if not layout.in_memory:
-        each = page_locked_bytes(chunk) if on_device else chunk
-        kernel["read buffers"] = read_buffers(workload, layout) * each
-        if layout.kept_bytes:
-            kernel["panels kept"] = layout.kept_bytes
-        if on_device:
-            terms.pinned["read buffers"] = kernel["read buffers"]
+        kernel["panels on their way"] = PINNED_SLOTS * page_locked_bytes(chunk)
+        terms.pinned["panels on their way"] = kernel["panels on their way"]
+    elif not layout.in_memory:
+        kernel["read buffers"] = read_buffers(workload, layout) * chunk
+    if layout.kept_bytes:
+        computed["panels kept"] = layout.kept_bytes
     if workload.by_length:  # a tile is put into the order of its samples
         kernel["a tile in another order"] = 8 * (layout.tile_samples * workload.entries_per_sample) ** 2
     if workload.by_layer:

@@ -18,6 +18,7 @@ from .factors import LayerFactors, Window
 from .growth import Grown, kept_tiles
 from .layers import layer_names
 from .layout import Dataflow, Layout
+from .memory import PANEL_PAGES_BYTES
 from .projection import Projection
 from .spans import DENSE, BlockShape, Choice, Contraction, Representation
 from .superblocks import KeptPanels, Order, Superblock, kept_panels, panel_loads, superblocks
@@ -221,10 +222,11 @@ class Plan:
 
     @cached_property
     def kept_panels(self) -> KeptPanels:
-        """Panels that stay in memory once they were read; none unless tiles are on disk."""
-        if self.layout.in_memory or not self.kept_bytes:
+        """Panels that stay in memory once they were read, in that of the device if there is one."""
+        if not self.kept_bytes:
             return KeptPanels()
-        sizes = [self.tile_samples * stored for stored in self.layout.cut(self).stored]
+        pages = 0 if self.device == "cpu" else PANEL_PAGES_BYTES
+        sizes = [self.tile_samples * stored + pages for stored in self.layout.cut(self).stored]
         copied = kept_tiles(self.sample_grid, self.grown)
         return kept_panels(panel_loads(b for b in self.superblocks if b.name not in copied), sizes, self.kept_bytes)
 

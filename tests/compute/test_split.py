@@ -12,7 +12,7 @@ import ooc_ntk
 from ooc_ntk.compute import split as split_module
 from ooc_ntk.compute.contract import KernelAccumulator, measure_block
 from ooc_ntk.compute.products import multiply
-from ooc_ntk.compute.split import Parts, SplitProducts, parts_in_place, product_way
+from ooc_ntk.compute.split import Parts, SplitProducts, parts_in_place, product_way, split_in_place
 from tests import oracle
 from tests.cases import NAMES, TRAIN, case
 from tests.compute.test_contraction import FACTORS, ROWS, block, dense, error, tile, token_tile
@@ -78,6 +78,7 @@ def test_parts_in_place(items, monkeypatch):
     values = torch.randn(9, 35)
     wanted = SplitProducts("cpu").split(values, "left")
     memory = values.data_ptr()
+    split_in_place(values)
     found = parts_in_place(values)
     assert found.high.data_ptr() == memory
     assert torch.equal(found.high.float(), wanted.high)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ooc_ntk.planning.factors import LayerFactors, Window
+from ooc_ntk.planning.grouping import keeping
 from ooc_ntk.planning.layout import Layout
 from ooc_ntk.planning.memory import (
     ALLOCATOR_SHARE,
@@ -18,11 +19,12 @@ from ooc_ntk.planning.memory import (
     accumulator_bytes,
     memory_need,
     pairwise_bytes,
+    split_bytes,
     store_bytes,
 )
 from ooc_ntk.planning.need import MemoryNeed, Terms
 from ooc_ntk.planning.tiles import ColumnGrid, Range, even_ranges
-from tests.planning.strategies import MIB, small_workload, workloads
+from tests.planning.strategies import MIB, ample, small_workload, workloads
 
 
 def layout_of(workload, dataflow, tile, span, passes=1):
@@ -105,11 +107,13 @@ def test_promises_grow_with_the_tile(workload, dataflow, tile, span):
 
 
 @pytest.mark.parametrize("dataflow", ["resident", "spill"])
-def test_on_a_device_the_tiles_in_transit_are_the_devices(dataflow):
+def test_on_a_device_the_panels_are_the_devices(dataflow):
     """Contracting takes more of the device than deriving here, and only one of them is done at a time."""
     workload = small_workload(device="cuda")
     need = memory_need(workload, layout_of(workload, dataflow, 100, 10_000))
-    contracting = {"tiles in transit": 4 * 100 * 4 * 10_000 * 4, "kernel tile accumulators": 100 * 100 * 12}
+    # Two being multiplied, two read ahead, each of at most two parts that fill pages.
+    panels = 4 * (100 * 4 * 10_000 * 4 + 2 * 4096)
+    contracting = {"kernel tile accumulators": 100 * 100 * 12, "panels": panels}
     assert need.tasks["rows"].device == {"deriving one batch": int(DERIVING_SHARE * 4 * MIB)}
     assert need.device == {
         "the model": 200_000,
@@ -118,14 +122,40 @@ def test_on_a_device_the_tiles_in_transit_are_the_devices(dataflow):
     }
 
 
-def test_read_buffers_are_page_locked_on_a_device_and_count_as_host_memory_too():
+@pytest.mark.parametrize("dataflow", ["resident", "spill"])
+def test_panels_go_to_a_device_by_page_locked_memory_which_counts_as_host_memory_too(dataflow):
     workload = small_workload(device="cuda")
-    need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
-    # Chunks of 16,000,000 bytes: torch locks 2**24 for each.
-    assert need.pinned == {"read buffers": 4 * 2**24}
-    assert need.host["read buffers"] == need.total("pinned")
-    assert memory_need(workload, layout_of(workload, "resident", 100, 10_000)).total("pinned") == 0
-    assert memory_need(small_workload(), layout_of(workload, "spill", 100, 10_000)).total("pinned") == 0
+    need = memory_need(workload, layout_of(workload, dataflow, 100, 10_000))
+    # Panels of 16,000,000 bytes: torch locks 2**24 for each of the two on their way, however many the device holds.
+    assert need.pinned == {"panels on their way": 2 * 2**24}
+    assert need.host["panels on their way"] == need.total("pinned")
+    assert "read buffers" not in need.tasks["kernel"].host
+    assert memory_need(small_workload(), layout_of(workload, dataflow, 100, 10_000)).total("pinned") == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bf16_parts_count(device):
+    """A second product, on a device a third one, and both sides in parts, 4,096 columns at a time."""
+    workload = small_workload(device=device, precision="bf16x3")
+    layout = layout_of(workload, "spill", 100, 10_000)
+    assert accumulator_bytes(workload, layout) == 100 * 100 * (8 + 4 * (2 if device == "cpu" else 3))
+    need = memory_need(workload, layout).tasks["kernel"]
+    assert need.of("host" if device == "cpu" else "device")["bf16 parts"] == 2 * 100 * 4096 * 8
+    assert split_bytes(small_workload(device=device), layout) == 0
+
+
+def test_panels_stay_in_the_memory_that_is_left_on_the_device():
+    workload = small_workload(device="cuda", train_samples=400)
+    layout = layout_of(workload, "resident", 100, 10_000)
+    whole = 5 * (100 * 4 * 10_000 * 4 + 2 * 4096)  # all panels of a row tile
+    need = memory_need(workload, layout).total("device")
+    for room, wanted in ((0, 0), (2.2 * whole, 2 * whole), (100 * whole, 4 * whole)):
+        limits = ample(device=int(need + 1.04 * room) + 10)
+        found = keeping(workload, limits, layout)
+        assert found.kept_bytes == wanted or wanted < found.kept_bytes < room
+        assert memory_need(workload, found).total("device") <= limits.device
+    several = layout_of(workload, "recompute", 100, 10_000, 5)
+    assert keeping(workload, ample(), several) == several
 
 
 def test_the_kind_of_task_that_takes_the_most_counts_for_each_memory_by_itself():
