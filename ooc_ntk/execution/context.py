@@ -15,6 +15,7 @@ import torch
 
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator, check_precision, tf32
+from ooc_ntk.compute.device import deterministic_device
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
     limited_threads,
@@ -221,6 +222,8 @@ class RunContext:
         structure: what layer rules cover of the model.
         disk_margin: free bytes of the run's file system below which the run stops; 0 lets it fill the disk.
         batch_size: samples derived together: as planned, or fewer once the device had no room for them.
+        frugal: whether the device had no room for a kernel task as planned, so that no panels stay there or are copied
+            ahead; that changes no bits.
         retries_counted: retries of this process that are in a receipt, or were before the run.
         phases: wall-clock of the phases of the task at hand, by name.
         kept: panels that stay in memory while kernel tiles are contracted, by span and row tile.
@@ -240,6 +243,7 @@ class RunContext:
     structure: Structure = field(default_factory=Structure)
     disk_margin: int = 0
     batch_size: int = 0
+    frugal: bool = False
     retries_counted: int = field(default_factory=retries)
     phases: dict[str, float] = field(default_factory=dict)
     kept: dict[tuple[int, int], DeviceTile] = field(default_factory=dict)
@@ -423,6 +427,7 @@ def reproducible(plan: Plan) -> Iterator[None]:
         limited_threads(plan.threads),
         steady_allocator(),
         tf32(allowed=False),
+        deterministic_device(),
         torch.autocast(kind, enabled=False),
     ):
         torch.set_deterministic_debug_mode("warn")

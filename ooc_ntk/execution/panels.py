@@ -57,8 +57,9 @@ class _Panels:
         self._kept, self._first = context.kept, spans.start
         self.bytes_read = 0
         keys = [(s, r) for s in range(start, spans.stop) for r in block.panels if (s, r) not in self._kept]
+        wanted = block.live if context.frugal else block.buffers
         self._ahead: ReadAhead[tuple[int, int], Any, Any] = ReadAhead(
-            keys, self._load, self._buffers(min(block.buffers, len(keys))), self._stays
+            keys, self._load, self._buffers(min(wanted, len(keys))), self._stays
         )
 
     def _buffers(self, count: int) -> list[Any]:
@@ -77,7 +78,7 @@ class _Panels:
 
     def _stays(self, key: tuple[int, int]) -> bool:
         span, row = key
-        return self._context.plan.kept_panels.holds(row, span - self._first)
+        return not self._context.frugal and self._context.plan.kept_panels.holds(row, span - self._first)
 
     def get(self, span: int, row: int) -> DeviceTile:
         """See :meth:`Panels.get`."""

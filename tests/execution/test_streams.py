@@ -13,8 +13,9 @@ import ooc_ntk
 from ooc_ntk.compute import split
 from ooc_ntk.compute.streams import CudaQueues, DeviceFeed, Immediate, queues_of
 from ooc_ntk.execution import context as context_module
-from ooc_ntk.execution import panels
+from ooc_ntk.execution import contraction, panels
 from ooc_ntk.planning import planner
+from ooc_ntk.planning.superblocks import AHEAD
 from tests import oracle
 from tests.cases import case
 from tests.execution.simulated import ORDERS, Simulated
@@ -200,6 +201,33 @@ def test_new_memory_is_filled_once_the_allocator_can_have_it_back():
         queues.launch(lambda memory=memory, seen=seen: seen.append(memory.clone()))
         feed.drain()
         assert [values.tolist() for values in seen] == [[0] * 8, [7] * 8]
+
+
+def test_a_device_without_room_for_all_panels_goes_on_with_fewer(compute, simulate, plain, monkeypatch, caplog):
+    """The first attempt fails in the middle of a tile; the same bits, with no panel copied ahead of those in use."""
+    name = "superblocks"
+    if name not in plain:
+        plain[name] = entries(name, compute)
+    original, slots, calls = contraction._contract, [], []
+
+    def contract(*given):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(*given)
+
+    plain_slots = DeviceFeed.slots
+    monkeypatch.setattr(contraction, "_contract", contract)
+    monkeypatch.setattr(DeviceFeed, "slots", lambda self, count: slots.append(count) or plain_slots(self, count))
+    simulate(order=ORDERS[0])
+    kernel = compute(JOBS[name][0](), tile_samples=6, **JOBS[name][1])
+    assert np.array_equal(np.asarray(kernel), plain[name])
+    said = [record for record in caplog.records if "ran out of memory" in record.message]
+    assert len(said) == 1
+    assert "the same bits" in said[0].message
+    first, *rest = kernel.plan.superblocks
+    assert slots[:2] == [first.live + AHEAD, first.live]
+    assert slots[2:] == [block.live for block in rest], "and all that follow"
 
 
 def test_a_load_that_fails_leaves_the_ring_whole():
