@@ -66,6 +66,10 @@ class Queues(ABC):
     def host_bytes(self, size: int) -> Tensor:
         """Memory of the host that the device copies from and to: (size,) uint8, not initialised."""
 
+    def bring(self, values: Tensor) -> Tensor:
+        """Samples on the device, copied beside what is computed; what is computed from now on may read them."""
+        return values
+
     def finish(self) -> None:
         """Have the host wait for everything that was to be computed."""
         self.synchronize(self.record("compute"))
@@ -155,6 +159,20 @@ class CudaQueues(Queues):
         except RuntimeError as error:
             logger.info("copying by way of plain memory, as %s could not be locked: %s", format_bytes(size), error)
             return torch.empty(size, dtype=torch.uint8)
+
+    def bring(self, values: Tensor) -> Tensor:
+        """See :meth:`Queues.bring`."""
+        if values.device.type != "cpu":
+            return values
+        try:
+            values = values.pin_memory()
+        except RuntimeError as error:
+            logger.info("samples are copied by way of plain memory: %s", error)
+        with torch.cuda.stream(self._streams["in"]):
+            found = values.to(self._device, non_blocking=True)
+        self.wait("compute", self.record("in"))
+        found.record_stream(self._streams["compute"])  # its memory is not handed out again before that is done with it
+        return found
 
 
 def queues_of(device: str) -> Queues:

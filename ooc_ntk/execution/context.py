@@ -38,6 +38,7 @@ from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from ooc_ntk.storage.retries import retries
 from ooc_ntk.units import STORED_DTYPE, format_bytes
 
+from .factorring import FactorRing
 from .features import Projector, projector_of
 from .stores import DeviceTile, Matrix, TileStore
 
@@ -250,6 +251,7 @@ class RunContext:
     _buffers: list[Matrix] = field(default_factory=list)
     _feed: DeviceFeed | None = None
     _queues: Queues | None = None
+    _ring: FactorRing | None = None
     _sums: torch.Tensor | None = None
     _accumulator: KernelAccumulator | None = None
     _projector: Projector | None = None
@@ -335,6 +337,14 @@ class RunContext:
             self._feed = DeviceFeed(self.queues, self.store.buffer_bytes())
         return self._feed
 
+    def ring(self, spans: Sequence[int]) -> FactorRing:
+        """What brings factors of some spans back from the device, batch by batch, with its reused memory."""
+        batch = min(self.batch_size, self.plan.tile_samples)
+        if self._ring is None or not self._ring.fits(spans, batch):
+            self._ring = None
+            self._ring = FactorRing(self.queues, self.store, spans, batch)
+        return self._ring
+
     def finish(self) -> None:
         """Wait for all that was to be computed on the device."""
         if self.queues.overlapping:
@@ -349,7 +359,7 @@ class RunContext:
                 self.kept.clear()
                 self._buffers.clear()
             if phase != "rows":
-                self._projector = None
+                self._projector = self._ring = None
             return_free_memory()
             self._phase = phase
 
@@ -382,7 +392,7 @@ class RunContext:
 
     def drop_buffers(self) -> None:
         """Give back what is kept from task to task, and what the device's allocator keeps."""
-        self._accumulator = self._projector = self._sums = self._feed = None
+        self._accumulator = self._projector = self._sums = self._feed = self._ring = None
         self.kept.clear()
         self._buffers.clear()
         return_free_memory()
@@ -390,7 +400,13 @@ class RunContext:
 
     def batch(self, samples: Samples) -> ModelBatch:
         """Samples on the plan's device in its precision."""
-        return ModelBatch(samples.args, samples.kwargs, samples.targets).to(self.plan.device, self.plan.precision)
+        bring = self.queues.bring
+        there = ModelBatch(
+            tuple(bring(value) for value in samples.args),
+            {name: bring(value) for name, value in samples.kwargs.items()},
+            None if samples.targets is None else bring(samples.targets),
+        )
+        return there.to(self.plan.device, self.plan.precision)
 
 
 @dataclass

@@ -91,6 +91,10 @@ class TileStore(ABC):
         """NumPy dtype of a part (bf16 as its bits)."""
         return np.dtype(TOKEN_DTYPE if part.tokens else HELD_DTYPE[self.plan.precision])
 
+    def kind(self, part: Part) -> torch.dtype:
+        """The dtype of a part in torch."""
+        return torch.int32 if part.tokens else HELD_TORCH_DTYPE[self.plan.precision]
+
     @abstractmethod
     def writer(self, generation: int, row: int) -> RowWriter:
         """Start writing the tiles of one row tile for the spans of one pass."""
@@ -143,8 +147,7 @@ class TileStore(ABC):
         for part in self.parts[span]:
             rows, width = self.shape(part, samples)
             size = rows * width * self.dtype(part).itemsize
-            kind = torch.int32 if part.tokens else HELD_TORCH_DTYPE[self.plan.precision]
-            found.append(memory[position : position + size].view(kind).view(rows, width)[:samples])
+            found.append(memory[position : position + size].view(self.kind(part)).view(rows, width)[:samples])
             position += padded(size)
         return tuple(found)
 
@@ -208,7 +211,7 @@ class MemoryStore(TileStore):
         for index, spare in enumerate(self._spare):
             if spare.size >= count and spare.dtype == dtype:
                 return self._spare.pop(index)[:count].reshape(samples, part.items)
-        kind = torch.int32 if part.tokens else HELD_TORCH_DTYPE[self.plan.precision]
+        kind = self.kind(part)
         fresh = torch.empty(count, dtype=kind)
         flat: Matrix = (fresh.view(torch.uint16) if kind == torch.bfloat16 else fresh).numpy()
         return flat.reshape(samples, part.items)

@@ -141,6 +141,9 @@ SPLIT_COLUMNS: Final = 4096
 #: What a panel on a device takes beside its elements at most: each of its two parts, inputs and gradients, fills pages.
 PANEL_PAGES_BYTES: Final = 2 * 4096
 
+#: Batches whose factors are on the device and in page-locked memory: one captured, one copied back and stored.
+FACTOR_SLOTS: Final = 2
+
 #: Page-locked buffers through which panels go to a device: one being filled, one being copied (a choice).
 PINNED_SLOTS: Final = 2
 
@@ -474,6 +477,15 @@ def _rows_terms(workload: Workload, layout: Layout) -> Terms:
     held = sum(size for span, size in zip(cut.spans, cut.held, strict=True) if span.block is not None)
     if not layout.in_memory and held:
         rows["factors of one batch"] = min(derivation.batch_size, layout.tile_samples) * held
+    if on_device:
+        samples = page_locked_bytes(derivation.batch_size * workload.sample_bytes)
+        rows["samples on their way"] = terms.pinned["samples on their way"] = 2 * samples
+        terms.device["samples"] = 2 * derivation.batch_size * workload.sample_bytes
+    if on_device and held:
+        at_once = min(derivation.batch_size, layout.tile_samples)
+        slot = at_once * (held + 8 * workload.rows_per_sample) + len(cut.spans) * PANEL_PAGES_BYTES
+        terms.device["factors"] = FACTOR_SLOTS * slot
+        rows["factors on their way"] = terms.pinned["factors on their way"] = FACTOR_SLOTS * page_locked_bytes(slot)
     kept = sum(
         block.factors.held_bytes(workload.rows_per_sample, workload.item_bytes)
         for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True)

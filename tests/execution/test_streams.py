@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -158,6 +159,59 @@ def test_a_slot_that_is_never_released_is_overwritten_too_early(compute, simulat
     assert not np.array_equal(entries(name, compute), plain[name])
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("dataflow", ["spill", "resident"])
+@pytest.mark.parametrize("name", ["cnn", "attention"])
+def test_factors_come_back_beside_the_next_batch(name, dataflow, schedule, compute, simulate, plain):
+    """Batches of 4 of 11 samples, the last one smaller; test samples with their norms, and dense parameters."""
+    settings = {"dataflow": dataflow, "tile_samples": 11, "batch_size": 4, "representation": "factored"}
+    key = f"rows of {name}, {dataflow}"
+    if key not in plain:
+        found = compute(case(name).job(), **settings)
+        plain[key] = np.asarray(found), found.diagonal()
+    made = simulate(**schedule)
+    found = compute(case(name).job(), **settings)
+    assert np.array_equal(np.asarray(found), plain[key][0])
+    assert np.array_equal(found.diagonal(), plain[key][1])
+    assert any(entry[:2] == ("copy", "out") for queues in made for entry in queues.log)
+
+
+@pytest.mark.parametrize(
+    ("ignoring", "order"),
+    [(("wait", "out"), ("out", "compute", "in")), (("synchronize", "main"), ("compute", "in", "out"))],
+    ids=["factors are copied once they are there", "the host reads them once they are copied"],
+)
+def test_without_any_one_event_factors_are_wrong(ignoring, order, compute, simulate):
+    job = case("smooth-mlp").job()
+    settings = {"dataflow": "resident", "tile_samples": 11, "batch_size": 4}
+    wanted = np.asarray(compute(job, **settings))
+    simulate(order=order, ignoring=ignoring)
+    with contextlib.suppress(ooc_ntk.errors.NonFiniteError):  # memory that is read too early holds no numbers
+        assert not np.array_equal(np.asarray(compute(job, **settings)), wanted)
+
+
+def test_the_next_batch_is_captured_before_the_host_waits_for_the_last(compute, simulate):
+    made = simulate(order=ORDERS[0])
+    compute(case("smooth-mlp").job(), dataflow="resident", tile_samples=40, batch_size=4)
+    log = [entry[:2] for entry in made[0].log if entry[0] in ("launch", "synchronize")]
+    batches = 9  # 26 train and 7 test samples
+    assert log[: 2 * batches] == [
+        ("launch", "compute"),
+        *[("launch", "compute"), ("synchronize", "")] * (batches - 1),
+        ("synchronize", ""),
+    ]
+
+
+def test_factors_that_are_not_finite_name_their_sample_a_batch_later(compute, simulate):
+    job = case("attention").job()
+    images = job.train[0] if isinstance(job.train, tuple) else job.train
+    broken = images.clone()
+    broken[6] *= 3e38
+    simulate(order=ORDERS[0])
+    with pytest.raises(ooc_ntk.errors.NonFiniteError, match="train sample 6"):
+        compute(replace(job, train=broken, test=None), dataflow="resident", tile_samples=12, batch_size=4)
+
+
 @pytest.mark.parametrize("name", ["spilled, tile by tile", "superblocks", "resident"])
 def test_the_host_waits_only_at_the_end_of_a_tile(name, compute, simulate):
     """From the first product of a superblock to its last the thread that multiplies asks for nothing back."""
@@ -167,6 +221,7 @@ def test_the_host_waits_only_at_the_end_of_a_tile(name, compute, simulate):
     spans = len(plan.layout.spans(plan))
     assert spans > 1
     log = [entry for queues in made for entry in queues.log if entry[2] == "main"]
+    log = log[next(i for i, entry in enumerate(log) if entry[:2] == ("wait", "compute")) :]  # after the rows
     launches, counts = 0, []
     for operation, _, _ in log:
         if operation == "launch":

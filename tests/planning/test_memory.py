@@ -18,12 +18,15 @@ from ooc_ntk.planning.memory import (
     STRIPE_BYTES,
     accumulator_bytes,
     memory_need,
+    page_locked_bytes,
     pairwise_bytes,
     split_bytes,
     store_bytes,
 )
 from ooc_ntk.planning.need import MemoryNeed, Terms
+from ooc_ntk.planning.spans import FACTORED
 from ooc_ntk.planning.tiles import ColumnGrid, Range, even_ranges
+from ooc_ntk.planning.workload import ParameterBlock
 from tests.planning.strategies import MIB, ample, small_workload, workloads
 
 
@@ -114,7 +117,8 @@ def test_on_a_device_the_panels_are_the_devices(dataflow):
     # Two being multiplied, two read ahead, each of at most two parts that fill pages.
     panels = 4 * (100 * 4 * 10_000 * 4 + 2 * 4096)
     contracting = {"kernel tile accumulators": 100 * 100 * 12, "panels": panels}
-    assert need.tasks["rows"].device == {"deriving one batch": int(DERIVING_SHARE * 4 * MIB)}
+    deriving = {"deriving one batch": int(DERIVING_SHARE * 4 * MIB), "samples": 2 * 8 * 1000}
+    assert need.tasks["rows"].device == deriving
     assert need.device == {
         "the model": 200_000,
         "libraries and allocator": DEVICE_LIBRARY_BYTES + int(ALLOCATOR_SHARE * sum(contracting.values())),
@@ -131,6 +135,24 @@ def test_panels_go_to_a_device_by_page_locked_memory_which_counts_as_host_memory
     assert need.host["panels on their way"] == need.total("pinned")
     assert "read buffers" not in need.tasks["kernel"].host
     assert memory_need(small_workload(), layout_of(workload, dataflow, 100, 10_000)).total("pinned") == 0
+
+
+@pytest.mark.parametrize("dataflow", ["resident", "spill"])
+def test_factors_and_samples_cross_to_a_device_and_back_by_page_locked_memory(dataflow):
+    """Two batches of each, the last two being captured and copied; a norm for every row beside its factors."""
+    factors = LayerFactors("linear", 6, 50, 40)
+    block = ParameterBlock("fc", ("w",), 0, 2000, "rule", "", factors)
+    workload = dataclasses.replace(small_workload(device="cuda"), blocks=(block,))
+    layout = Layout(dataflow, 100, 2000, (Range(0, 1),), (FACTORED,))
+    need = memory_need(workload, layout).tasks["rows"]
+    batch, rows = workload.derivation.batch_size, workload.rows_per_sample
+    slot = batch * (6 * 50 + rows * 6 * 40) * 4 + 8 * batch * rows + 2 * 4096
+    assert need.device["factors"] == 2 * slot
+    assert need.pinned == {
+        "samples on their way": 2 * page_locked_bytes(batch * workload.sample_bytes),
+        "factors on their way": 2 * page_locked_bytes(slot),
+    }
+    assert all(need.host[term] == size for term, size in need.pinned.items())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
