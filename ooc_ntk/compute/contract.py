@@ -14,7 +14,6 @@ from torch import Tensor
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
-from ooc_ntk.planning.memory import SPLIT_COLUMNS
 from ooc_ntk.planning.rates import CALIBRATED_DEPTH, CALIBRATED_EDGES
 from ooc_ntk.planning.spans import Contraction
 from ooc_ntk.units import partial_products
@@ -144,7 +143,7 @@ class KernelAccumulator:
         """The same in ``bf16x3``; what is not in parts yet is split some columns at a time."""
         assert self._split is not None
         whole = isinstance(left, Parts) and (right is None or isinstance(right, Parts))
-        step = CONTRACTION_COLUMNS if whole else SPLIT_COLUMNS
+        step = CONTRACTION_COLUMNS if whole else self._split.columns
         left = left if isinstance(left, Parts) else self._there(left)
         right = right if right is None or isinstance(right, Parts) else self._there(right)
         depth = (left.high if isinstance(left, Parts) else left).shape[1]

@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
+from ooc_ntk.planning.memory import DEVICE_SPLIT_COLUMNS, IN_PLACE_BYTES, SPLIT_COLUMNS
 
 from .products import NARROW_COLUMNS, NARROW_ROWS, PRODUCT_COLUMNS, made_by
 
 #: Depth of a product of high parts on tensor cores (emulated, see above; not measured on a device).
 LEADING_COLUMNS = 1024
 
-#: Elements that are split in place at a time (a choice: some MiB).
-IN_PLACE_ITEMS = 2**22
+#: Elements that are split in place at a time.
+IN_PLACE_ITEMS = IN_PLACE_BYTES // 4
 
 #: How bf16 parts are multiplied into float32: added up by the product itself, apart from the sum, or as float32.
 Way = Literal["added", "apart", "widened"]
@@ -65,6 +66,16 @@ class SplitProducts:
         self.dtype = torch.float32 if self._way == "widened" else torch.bfloat16
         self._rooms: dict[str, Tensor] = {}
         self._known: list[tuple[Tensor, Parts]] = []
+
+    @property
+    def columns(self) -> int:
+        """Columns to split at a time."""
+        return SPLIT_COLUMNS if self._way == "widened" else DEVICE_SPLIT_COLUMNS
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the buffers so far, on the device."""
+        return sum(room.numel() * room.element_size() for room in self._rooms.values())
 
     def split(self, values: Tensor, room: str) -> Parts:
         """Split a matrix.

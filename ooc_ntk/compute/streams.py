@@ -133,7 +133,7 @@ class CudaQueues(Queues):
 
     def record(self, queue: Queue) -> Mark:
         """See :meth:`Queues.record`."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits for it sleeps
         event.record(self._streams[queue])
         return event
 

@@ -76,8 +76,8 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         diagonal, replaces = _diagonal_file(context, task, rows.norms)
         return Outcome([*staged, diagonal], digest=digest.hexdigest(), replaces=replaces)
     except BaseException:
-        rows.discard()
         writer.discard()
+        rows.discard()
         for file in staged:
             file.discard()
         raise

@@ -138,11 +138,17 @@ GATHERED_BYTES: Final = 2**26
 #: Columns that are split in bf16 parts at a time (a choice: with all products of PRODUCT_COLUMNS on a CPU).
 SPLIT_COLUMNS: Final = 4096
 
+#: The same on a device: about as many as are expanded at a time, so that sums in float64 are a small part (a choice).
+DEVICE_SPLIT_COLUMNS: Final = 2**15
+
 #: What a panel on a device takes beside its elements at most: each of its two parts, inputs and gradients, fills pages.
 PANEL_PAGES_BYTES: Final = 2 * 4096
 
 #: Batches whose factors are on the device and in page-locked memory: one captured, one copied back and stored.
 FACTOR_SLOTS: Final = 2
+
+#: Bytes of a panel that are split in bf16 parts in its own memory at a time (a choice).
+IN_PLACE_BYTES: Final = 2**24
 
 #: Page-locked buffers through which panels go to a device: one being filled, one being copied (a choice).
 PINNED_SLOTS: Final = 2
@@ -213,27 +219,30 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
 
 
 def split_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of both sides' parts in ``bf16x3``, some columns at a time and as wide as on a CPU: float32 each."""
+    """Bytes of both sides' parts in ``bf16x3``, some columns at a time.
+
+    On a CPU parts are as wide as float32, and splitting a side takes as much again as its parts for a moment; so it may
+    be on a device without products of bf16 into float32, which splits as few columns at a time.
+    """
     if partial_products(workload.precision) == 1:
         return 0
-    choices, item = layout.block_choices(workload), workload.item_bytes
     rows, edge = workload.rows_per_sample, layout.tile_samples * workload.entries_per_sample
-    depth = 0
-    for block, choice in zip(workload.blocks, choices, strict=True):
+    widened = 3 * 2 * workload.item_bytes
+    total = edge * SPLIT_COLUMNS * widened
+    if workload.device != "cpu":
+        total = max(total, edge * DEVICE_SPLIT_COLUMNS * 2 * workload.item_bytes) + IN_PLACE_BYTES
+    pairs = 0
+    for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True):
         if choice.contraction == "pairwise" and block.factors is not None:
             sides, factors = pairwise_steps(block.factors, workload.entries_per_sample), block.factors
             # Of the rows inputs and gradients, of the columns one of them; windows may be unfolded.
-            inputs = max(factors.input_items, factors.positions * factors.inputs)
-            gradients = rows * factors.gradient_items
-            items = min(sides[0], layout.tile_samples) * 2 * max(inputs, gradients)
-            items += min(sides[1], layout.tile_samples) * max(inputs, gradients)
+            most = max(factors.input_items, factors.positions * factors.inputs, rows * factors.gradient_items)
+            items = (2 * min(sides[0], layout.tile_samples) + min(sides[1], layout.tile_samples)) * most
             if factors.lookups:
                 one, other = crossed_steps(factors, rows)
                 items = max(items, 2 * (one + other) * max(factors.positions, rows * factors.lookups) * factors.inputs)
-            depth = max(depth, -(-items // (2 * edge)))
-        else:
-            depth = max(depth, SPLIT_COLUMNS)
-    return 2 * edge * depth * 2 * item
+            pairs = max(pairs, items * widened // 2)
+    return total + pairs
 
 
 def superblock_bytes(workload: Workload, layout: Layout) -> int:

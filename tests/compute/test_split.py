@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -13,10 +14,16 @@ from ooc_ntk.compute import split as split_module
 from ooc_ntk.compute.contract import KernelAccumulator, measure_block
 from ooc_ntk.compute.products import multiply
 from ooc_ntk.compute.split import Parts, SplitProducts, parts_in_place, product_way, split_in_place
+from ooc_ntk.planning.layout import Layout
+from ooc_ntk.planning.memory import split_bytes
+from ooc_ntk.planning.spans import DENSE, FACTORED, PAIRWISE
+from ooc_ntk.planning.tiles import Range
+from ooc_ntk.planning.workload import ParameterBlock
 from tests import oracle
 from tests.cases import NAMES, TRAIN, case
 from tests.compute.test_contraction import FACTORS, ROWS, block, dense, error, tile, token_tile
 from tests.compute.test_contraction import TOKENS as EMBEDDING
+from tests.planning.strategies import small_workload
 
 #: Relative error of one product of parts on independent normal numbers, the worst case: three terms of 2.8e-6 each, of
 #: which two are left where a matrix meets itself. (Measured 3.4e-6 to 4.9e-6 at depths of 5 to 330,001.)
@@ -205,6 +212,38 @@ def test_a_left_side_is_split_once_for_all_that_it_meets(monkeypatch):
     assert torch.equal(multiply(one, one), one @ one.T), "other products are made as before"
     with split.making_products():  # the buffers of one and two are used again, not their parts
         assert error(multiply(three, two).double(), three.double() @ two.double().T) <= PRODUCT
+
+
+@pytest.mark.parametrize("entries", [1, ROWS], ids=["trace", "full"])
+@pytest.mark.parametrize(
+    "choice", [DENSE, FACTORED, PAIRWISE], ids=lambda choice: f"{choice.representation} {choice.contraction}"
+)
+@pytest.mark.parametrize("name", ["one position", "positions with bias", "pixels, square", "unfolded, strided"])
+def test_buffers_are_no_larger_than_planned(name, choice, entries):
+    """For the parts of both sides and one product; a third of what is planned for parts is for splitting them."""
+    factors, samples = FACTORS[name], 40
+    columns = factors.inputs * factors.outputs + factors.bias * factors.outputs
+    block_of = ParameterBlock("b", ("w",), 0, columns, "rule", "", factors)
+    workload = dataclasses.replace(
+        small_workload(kernel="full" if entries > 1 else "trace", outputs=ROWS, rows_per_sample=ROWS),
+        blocks=(block_of,),
+        entries_per_sample=entries,
+        precision="bf16x3",
+    )
+    layout = Layout("resident", samples, columns, (Range(0, 1),), (choice,))
+    split = SplitProducts("cpu")
+    accumulator = KernelAccumulator(samples * entries, "bf16x3")
+    accumulator._split = split
+    for diagonal in (True, False):
+        accumulator.begin(samples * entries, samples * entries)
+        if choice == DENSE:
+            left, right = torch.randn(2, samples * entries, columns * ROWS // entries)
+            accumulator.add(left, None if diagonal else right)
+        else:
+            left, right = (tile(factors, samples, dtype=torch.float32, contraction=choice.contraction) for _ in "ab")
+            method = accumulator.add_factored if choice == FACTORED else accumulator.add_pairwise
+            method(factors, left, None if diagonal else right, entries)
+    assert 0 < split.held_bytes <= split_bytes(workload, layout) * 2 // 3 + (samples * entries) ** 2 * 4
 
 
 def test_a_block_can_be_timed():

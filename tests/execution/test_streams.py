@@ -336,9 +336,19 @@ def test_a_cpu_has_no_queues():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16x3"])
 @pytest.mark.parametrize("name", ["spilled, tile by tile", "superblocks", "dense spans", "resident", "recomputed"])
-def test_a_gpu_gives_what_a_cpu_gives(name, precision, compute):
+def test_a_gpu_gives_what_a_cpu_gives(name, precision, compute, monkeypatch):
     """And nothing waits for it within a tile: torch raises where an operation would."""
-    make, preferences = JOBS[name]
+    original, (make, preferences) = contraction._contract, JOBS[name]
+
+    def contract(*given):
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            original(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    monkeypatch.setattr(contraction, "_contract", contract)
     kernels = []
     for device in ("cpu", "cuda"):
         job = replace(make(), device=device, precision=precision)

@@ -157,12 +157,14 @@ def test_factors_and_samples_cross_to_a_device_and_back_by_page_locked_memory(da
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_bf16_parts_count(device):
-    """A second product, on a device a third one, and both sides in parts, 4,096 columns at a time."""
+    """A second product, on a device a third one, and both sides in parts: as float32, one being split, or as bf16."""
     workload = small_workload(device=device, precision="bf16x3")
     layout = layout_of(workload, "spill", 100, 10_000)
     assert accumulator_bytes(workload, layout) == 100 * 100 * (8 + 4 * (2 if device == "cpu" else 3))
     need = memory_need(workload, layout).tasks["kernel"]
-    assert need.of("host" if device == "cpu" else "device")["bf16 parts"] == 2 * 100 * 4096 * 8
+    assert need.of("host" if device == "cpu" else "device")["bf16 parts"] == (
+        3 * 100 * 4096 * 8 if device == "cpu" else 2 * 100 * 2**15 * 4 + 2**24
+    )
     assert split_bytes(small_workload(device=device), layout) == 0
 
 
