@@ -26,8 +26,8 @@ from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .blame import check_finite_factor, failing_on, named_errors, not_finite, where
 from .context import Outcome, RunContext
-from .factorring import FactorSlot
 from .features import ProjectedRows
+from .returning import ReturningFactors
 from .stores import Matrix, RowWriter, as_tensor, factors_of, slab_norms
 
 
@@ -51,10 +51,10 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
     tile = plan.sample_grid.rows(task.row)
     digest = hashlib.blake2b(digest_size=16)
     writer = context.store.writer(task.generation, task.row)
-    rows: _PassRows | ProjectedRows
-    rows = _PassRows(context, task, writer) if plan.projection is None else ProjectedRows(context, task, writer)
+    rows: _PassRows | ProjectedRows | None = None
     staged: list[StagedFile] = []
     try:
+        rows = _PassRows(context, task, writer) if plan.projection is None else ProjectedRows(context, task, writer)
         for numbers, found in _batches(context, tile):
             with context.phase("read"):
                 digest.update(digest_samples(found).encode())
@@ -67,7 +67,7 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
                 "sample for the same index: switch off shuffling and random augmentation"
             )
         if isinstance(rows, _PassRows):
-            rows.flush()
+            rows.finish()
         staged = writer.finish()
         if isinstance(rows, ProjectedRows):
             staged += rows.finish()
@@ -77,7 +77,8 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         return Outcome([*staged, diagonal], digest=digest.hexdigest(), replaces=replaces)
     except BaseException:
         writer.discard()
-        rows.discard()
+        if rows is not None:
+            rows.discard()
         for file in staged:
             file.discard()
         raise
@@ -119,13 +120,12 @@ class _PassRows:
         names = [*self._ruled, *(name for block in self._factored.values() for name in block.parameters)]
         self._capture = context.capture(names) if names else None
         self._position = 0
-        # On a device factors are captured there, and copied back while the next batch is.
-        ringed = context.queues.overlapping and self._factored
-        self._ring = context.ring(list(self._factored)) if ringed else None
-        self._sent: FactorSlot | None = None
         self.norms: np.ndarray | None = None
         if not plan.sample_grid.is_train(task.row):
             self.norms = np.zeros(len(self._tile) * plan.rows_per_sample)
+        self._returning: ReturningFactors | None = None
+        if context.queues.overlapping and self._factored and self._capture is not None:
+            self._returning = ReturningFactors(context, writer, self._capture, self._factored, self.norms)
 
     def derive(self, batch: ModelBatch, samples: Sequence[int]) -> None:
         """Derive one batch and store it.
@@ -138,7 +138,7 @@ class _PassRows:
         context, plan = self._context, self._context.plan
         before, wanted = self._position, len(samples) * plan.rows_per_sample
         captured = None
-        if self._capture is not None and self._ring is None:
+        if self._capture is not None and self._returning is None:
             places = {
                 block.parameters[0]: factors_of(plan, block, self._writer.factor_slabs(span, len(samples)))
                 for span, block in self._factored.items()
@@ -146,8 +146,10 @@ class _PassRows:
             with context.phase("capture"), failing_on(where(plan, samples)):
                 captured = self._capture.run(batch, places.get)
             self._keep_factors(captured, samples)
-        elif self._capture is not None:
-            captured = self._capture_there(batch, samples)
+        elif self._returning is not None:
+            later = self._returning.capture(batch, samples, self._position)
+            if self._columns.names:
+                captured = later()
         if not self._columns.names:
             self._position += wanted
             return
@@ -160,69 +162,19 @@ class _PassRows:
         if self._position - before != wanted:
             raise RuntimeError(f"internal error: {self._position - before} rows derived, {wanted} expected")
 
-    def _capture_there(self, batch: ModelBatch, samples: Sequence[int]) -> Captured | None:
-        """Capture a batch on the device and send its factors off; those of the batch before go to the store meanwhile.
-
-        Returns:
-            What was captured; None where nothing of it is wanted but the factors.
-        """
-        context, plan, ring = self._context, self._context.plan, self._ring
-        assert self._capture is not None
-        assert ring is not None
-        capture, slot, found = self._capture, ring.begin(len(samples)), list[Captured]()
-        slot.position, slot.numbers = self._position, samples
-        views = ring.views(slot)
-        tiles = {block.parameters[0]: factors_of(plan, block, views[span]) for span, block in self._factored.items()}
-
-        def work() -> None:
-            with failing_on(where(plan, samples)):
-                found.append(capture.run(batch, tiles.get))
-            if self.norms is not None:
-                norms = ring.norms(slot).zero_()
-                for block in self._factored.values():
-                    assert block.factors is not None
-                    norms += factor_norms(block.factors, tiles[block.parameters[0]])
-
-        with context.phase("capture"):
-            context.queues.launch(work)
-            ring.send(slot)
-        self.flush()
-        self._sent = slot
-        if not self._columns.names:
-            return None
-        context.finish()
-        return found[0]
-
-    def flush(self) -> None:
-        """Hand the factors that were sent last to the store.
+    def finish(self) -> None:
+        """Hand over what is still on its way from the device.
 
         Raises:
-            NonFiniteError: if they are not finite.
+            NonFiniteError: if it is not finite.
         """
-        slot, ring, context = self._sent, self._ring, self._context
-        if slot is None or ring is None:
-            return
-        self._sent = None
-        with context.phase("wait for the device"):
-            ring.arrive(slot)
-        views = ring.views(slot, host=True)
-        for span, block in self._factored.items():
-            with context.phase("store"):
-                for part in views[span]:
-                    check_finite_factor(context.plan, part, block.name, slot.numbers)
-                for room, part in zip(self._writer.factor_slabs(span, slot.samples), views[span], strict=True):
-                    as_tensor(room).copy_(part)
-                self._writer.factors_done(span, slot.samples)
-        if self.norms is not None:
-            found = ring.norms(slot, host=True).reshape(-1).numpy()
-            self.norms[slot.position : slot.position + found.size] += found
-        ring.give_back(slot)
+        if self._returning is not None:
+            self._returning.flush()
 
     def discard(self) -> None:
         """Give up what is on its way, after an error."""
-        self._sent = None
-        if self._ring is not None:
-            self._ring.drain()
+        if self._returning is not None:
+            self._returning.discard()
 
     def _keep_factors(self, captured: Captured, samples: Sequence[int]) -> None:
         """Check factors, add up the norms of their rows where those are wanted, and hand them to the store."""

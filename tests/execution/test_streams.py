@@ -45,7 +45,7 @@ JOBS = {
 }
 
 #: As late as can be with every preference, and at random.
-SCHEDULES = [*({"order": order} for order in ORDERS), *({"seed": seed} for seed in range(3))]
+SCHEDULES = [*({"order": order} for order in ORDERS), *({"seed": seed} for seed in range(2))]
 
 #: Jobs that go through every schedule; the others through two.
 OFTEN = ("spilled, tile by tile", "superblocks", "resident")
@@ -159,9 +159,8 @@ def test_a_slot_that_is_never_released_is_overwritten_too_early(compute, simulat
     assert not np.array_equal(entries(name, compute), plain[name])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("dataflow", ["spill", "resident"])
-@pytest.mark.parametrize("name", ["cnn", "attention"])
+@pytest.mark.parametrize("schedule", [*SCHEDULES[:3], SCHEDULES[-1]], ids=str)
+@pytest.mark.parametrize(("name", "dataflow"), [("cnn", "spill"), ("attention", "resident")])
 def test_factors_come_back_beside_the_next_batch(name, dataflow, schedule, compute, simulate, plain):
     """Batches of 4 of 11 samples, the last one smaller; test samples with their norms, and dense parameters."""
     settings = {"dataflow": dataflow, "tile_samples": 11, "batch_size": 4, "representation": "factored"}
