@@ -185,7 +185,8 @@ class DevicePanels(_Panels):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self._feed.drain()
+        if error[0] is not None:  # otherwise every panel was taken, and who wants the sums waits for the products
+            self._feed.drain()
 
 
 def panels_of(context: RunContext, generation: int, block: Superblock, start: int) -> HostPanels | DevicePanels:

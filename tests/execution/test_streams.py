@@ -14,7 +14,8 @@ import ooc_ntk
 from ooc_ntk.compute import split
 from ooc_ntk.compute.streams import CudaQueues, DeviceFeed, Immediate, queues_of
 from ooc_ntk.execution import context as context_module
-from ooc_ntk.execution import contraction, panels
+from ooc_ntk.execution import contraction, panels, sums
+from ooc_ntk.execution.savedsums import SavedSums
 from ooc_ntk.planning import planner
 from ooc_ntk.planning.superblocks import AHEAD
 from tests import oracle
@@ -230,6 +231,30 @@ def test_the_host_waits_only_at_the_end_of_a_tile(name, compute, simulate):
             launches = 0
     assert not launches
     assert sorted(counts) == sorted(len(block.tiles) * spans for block in plan.superblocks)
+
+
+def test_sums_are_saved_once_they_are_there(compute, simulate, monkeypatch, tmp_path, rates):
+    """For a run that goes on after it was stopped in the middle of a superblock."""
+    make, preferences = JOBS["dense spans"]
+    wanted = ooc_ntk.Preferences(tile_samples=6, superblock_tiles=4, **preferences)
+    plan = ooc_ntk.plan(make(), ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=wanted, rates=rates)
+    plan = replace(plan, saves_sums=True)
+    monkeypatch.setattr(sums, "SAVED_SECONDS", 0)
+    monkeypatch.setattr(sums, "SAVED_SHARE", 0)
+    saved = {}
+
+    def write(self, values, span, folded, beside):
+        saved[device].append([each.clone() for each in values])
+
+    monkeypatch.setattr(SavedSums, "write", write)
+    for device in ("plain", "simulated"):
+        if device == "simulated":
+            simulate(order=ORDERS[0])
+        saved[device] = []
+        ooc_ntk.run(make(), tmp_path / device, plan=plan, progress=False, proof=False)
+    assert len(saved["plain"]) > 4
+    for ours, theirs in zip(saved["plain"], saved["simulated"], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_reading_goes_on_while_products_are_queued(compute, simulate):
