@@ -405,7 +405,7 @@ class _Loads:
 
     Attributes:
         bytes: bytes read in all.
-        bytes_per_tile: bytes that one kernel tile needs, read for it or kept.
+        bytes_per_tile: bytes that one kernel tile needs, read or kept; of tiles in memory those sent to a device.
         tasks: kernel tasks of one pass.
         tiles_per_task: most kernel tiles of one of them.
     """
@@ -419,10 +419,13 @@ class _Loads:
 def _loads(workload: Workload, layout: Layout, tiles: Counter[_TileClass]) -> _Loads:
     sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
     panel = sum(sizes)
-    if layout.in_memory or not tiles:
-        return _Loads(0, 2 * panel, sum(tiles.values()), 1)
+    if not tiles:
+        return _Loads(0, 2 * panel, 0, 1)
     found, saved = layout.grouping(workload), 0
     if layout.kept_bytes:
         loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
         saved = kept_panels(loads, sizes, layout.kept_bytes).saved_bytes
-    return _Loads(found.loads * panel - saved, 2 * panel, found.tasks, found.tiles)
+    moved = found.loads * panel - saved
+    if layout.in_memory:  # nothing is read, but a device is sent as much
+        return _Loads(0, moved // sum(tiles.values()), sum(tiles.values()), 1)
+    return _Loads(moved, 2 * panel, found.tasks, found.tiles)

@@ -108,6 +108,18 @@ def test_a_panel_is_copied_to_a_device_once_for_all_tiles_of_a_superblock():
     assert seconds[0] - seconds[1] == pytest.approx((16 - 4) * panel / 1e3, rel=0.02)
 
 
+def test_what_stays_on_a_device_is_sent_there_once():
+    slow = dataclasses.replace(UNCALIBRATED, host_to_device=1e3)
+    job = workload(device="cuda")
+    layout = Layout("resident", 25, 50, (Range(0, 1),))
+    panel = 25 * 50 * job.rows_per_sample * 4
+    sent = (
+        price(job, layout, slow, 2**40).kernel_seconds,
+        price(job, dataclasses.replace(layout, kept_bytes=2**40), slow, 2**40).kernel_seconds,
+    )
+    assert sent[0] - sent[1] == pytest.approx((16 - 4) * panel / 1e3, rel=0.02)
+
+
 def test_commits_are_counted():
     slow = dataclasses.replace(UNCALIBRATED, commit_seconds=100.0)
     job, layout = workload(), Layout("resident", 50, 50, (Range(0, 1),))
