@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from .devicestore import DeviceStore
 from .stores import DeviceTile, row_matrix
 
 
-class Panels(Protocol):
+class Panels(ABC):
     """The panels of a superblock, each read once per span.
 
     A context manager.
@@ -25,22 +26,6 @@ class Panels(Protocol):
     Attributes:
         bytes_read: bytes read from disk so far.
     """
-
-    bytes_read: int
-
-    def get(self, span: int, row: int) -> DeviceTile:
-        """A panel; it must be asked for in the order of the superblock's tiles."""
-
-    def contracted(self, span: int, number: int) -> None:
-        """Tile ``number`` of the superblock is contracted: panels that no later one needs may go."""
-
-    def __enter__(self) -> Panels: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-class _Panels:
-    """What both kinds of panels do alike; see :class:`Panels`. ``Loaded`` is what is read ahead."""
 
     def __init__(self, context: RunContext, generation: int, block: Superblock, start: int) -> None:
         """Begin reading.
@@ -62,16 +47,17 @@ class _Panels:
             keys, self._load, self._buffers(min(wanted, len(keys))), self._stays
         )
 
+    @abstractmethod
     def _buffers(self, count: int) -> list[Any]:
-        raise NotImplementedError
+        """Reused buffers to read into; none where panels are in memory already."""
 
+    @abstractmethod
     def _load(self, key: tuple[int, int], buffer: Any) -> Any:
         """Read a panel; in the thread that reads ahead."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _ready(self, key: tuple[int, int], loaded: Any) -> DeviceTile:
         """A panel that was read, as it is contracted."""
-        raise NotImplementedError
 
     def _give_back(self, key: tuple[int, int]) -> None:
         self._ahead.give_back(key)
@@ -81,7 +67,7 @@ class _Panels:
         return not self._context.frugal and self._context.plan.kept_panels.holds(row, span - self._first)
 
     def get(self, span: int, row: int) -> DeviceTile:
-        """See :meth:`Panels.get`."""
+        """A panel; it must be asked for in the order of the superblock's tiles."""
         found = self._held.get(row)
         if found is None:
             found = self._kept.get((span, row))
@@ -96,17 +82,20 @@ class _Panels:
         return found
 
     def contracted(self, span: int, number: int) -> None:
-        """See :meth:`Panels.contracted`."""
+        """Tile ``number`` of the superblock is contracted: panels that no later one needs may go."""
         for row in set(self._block.tiles[number]):
             if self._block.last_uses[row] == number:
                 del self._held[row]
                 self._give_back((span, row))
 
+    def __enter__(self) -> Panels:
+        return self
+
     def __exit__(self, *error: object) -> None:
         self._ahead.__exit__(None, None, None)
 
 
-class HostPanels(_Panels):
+class HostPanels(Panels):
     """Panels in host memory, or read into the device's by the store itself."""
 
     def _buffers(self, count: int) -> list[Any]:
@@ -122,15 +111,12 @@ class HostPanels(_Panels):
         found: DeviceTile = loaded
         return found
 
-    def __enter__(self) -> HostPanels:
-        return self
 
-
-class DevicePanels(_Panels):
+class DevicePanels(Panels):
     """Panels that a thread reads, from disk or from tiles in memory, and a device copies while it multiplies others."""
 
     def __init__(self, context: RunContext, generation: int, block: Superblock, start: int) -> None:
-        """See :class:`_Panels`."""
+        """See :class:`Panels`."""
         self._feed = context.feed()
         self._taken: dict[tuple[int, int], Slot] = {}
         #: Token numbers, by which the host decides what is multiplied.
@@ -180,16 +166,13 @@ class DevicePanels(_Panels):
             self._feed.release(slot)
         super()._give_back(key)
 
-    def __enter__(self) -> DevicePanels:
-        return self
-
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         if error[0] is not None:  # otherwise every panel was taken, and who wants the sums waits for the products
             self._feed.drain()
 
 
-def panels_of(context: RunContext, generation: int, block: Superblock, start: int) -> HostPanels | DevicePanels:
+def panels_of(context: RunContext, generation: int, block: Superblock, start: int) -> Panels:
     """The panels of a superblock on the plan's device."""
     if context.queues.overlapping and not isinstance(context.store, DeviceStore):
         return DevicePanels(context, generation, block, start)
