@@ -25,13 +25,16 @@ _BYTE_UNITS: Final = {
 }
 
 #: Bytes of one element of each precision the engine computes in.
-ITEM_BYTES: Final = {"float32": 4, "tf32": 4, "bf16": 4, "float64": 8}
+ITEM_BYTES: Final = {"float32": 4, "tf32": 4, "bf16": 4, "bf16x3": 4, "float64": 8}
 
 #: NumPy dtype in which a kernel of each precision is stored.
-STORED_DTYPE: Final = {"float32": "<f4", "tf32": "<f4", "bf16": "<f4", "float64": "<f8"}
+STORED_DTYPE: Final = {"float32": "<f4", "tf32": "<f4", "bf16": "<f4", "bf16x3": "<f4", "float64": "<f8"}
 
 #: NumPy dtype in which Jacobian tiles of each precision are held; bf16 as its bits (NumPy has no such type).
-HELD_DTYPE: Final = {"float32": "<f4", "tf32": "<f4", "bf16": "<u2", "float64": "<f8"}
+HELD_DTYPE: Final = {"float32": "<f4", "tf32": "<f4", "bf16": "<u2", "bf16x3": "<f4", "float64": "<f8"}
+
+#: Products of bf16 matrices that one product is made of, where it is more than one.
+PARTIAL_PRODUCTS: Final = {"bf16x3": 3}
 
 #: NumPy dtype of stored token numbers.
 TOKEN_DTYPE: Final = "<i4"
@@ -122,7 +125,7 @@ def item_bytes(precision: str) -> int:
     """Bytes of one element of a precision.
 
     Args:
-        precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
+        precision: ``float32``, ``tf32``, ``bf16``, ``bf16x3`` or ``float64``.
 
     Returns:
         Bytes per element of what is computed; held tiles may take less (:func:`held_item_bytes`).
@@ -147,7 +150,16 @@ def held_item_bytes(precision: str) -> int:
     Raises:
         InputError: for a precision that is not known.
 
-    >>> held_item_bytes("bf16"), held_item_bytes("float32")
+    >>> held_item_bytes("bf16"), held_item_bytes("bf16x3")
     (2, 4)
     """
     return 2 if precision == "bf16" else item_bytes(precision)
+
+
+def partial_products(precision: str) -> int:
+    """Matrix products that one product of a precision is made of.
+
+    >>> partial_products("bf16x3"), partial_products("float32")
+    (3, 1)
+    """
+    return PARTIAL_PRODUCTS.get(precision, 1)

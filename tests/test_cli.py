@@ -207,7 +207,8 @@ def test_flags_that_the_plan_that_is_there_does_not_follow_are_refused(cli, firs
 def test_help_names_every_choice_and_its_default(cli, command):
     shown = " ".join(cli(command, "--help").output.replace("│", " ").split())
     for phrase in (
-        "float32, bf16 (for held tiles and products), tf32 (CUDA) or float64. (default: float32)",
+        "float32, bf16x3 (three bf16 products in place of one), bf16 (for held tiles and products), tf32 (CUDA) or "
+        "float64. (default: float32)",
         "dense, factored or pairwise, wherever a block allows it. (default: planned for each block)",
         "--no-layer-rules",
         "--allow-batch-dependence",
@@ -219,7 +220,7 @@ def test_help_names_every_choice_and_its_default(cli, command):
 @pytest.mark.parametrize(
     ("option", "names"),
     [
-        ("--precision", {"float32", "bf16", "tf32", "float64"}),
+        ("--precision", {"float32", "bf16x3", "bf16", "tf32", "float64"}),
         ("--representation", {"dense", "factored", "pairwise"}),
     ],
 )

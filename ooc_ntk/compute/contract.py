@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Final
 
@@ -16,6 +16,7 @@ from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
 from ooc_ntk.planning.rates import CALIBRATED_DEPTH, CALIBRATED_EDGES
 from ooc_ntk.planning.spans import Contraction
+from ooc_ntk.units import partial_products
 
 from .expand import Piece, expand_piece, pieces, rows_first
 from .held import Tile, as_tile, split_digits
@@ -23,9 +24,16 @@ from .machine import best_seconds
 from .matching import contract_matching
 from .pairwise import contract_crossed, contract_pairwise, looked_up, sum_positions
 from .products import multiply
+from .split import Parts, SplitProducts
 
 #: What models and their gradients are computed in.
-TORCH_DTYPE = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+TORCH_DTYPE = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.float32,
+    "bf16x3": torch.float32,
+    "float64": torch.float64,
+}
 
 #: What tiles are held in and multiplied in.
 HELD_TORCH_DTYPE = {**TORCH_DTYPE, "bf16": torch.bfloat16}
@@ -54,7 +62,8 @@ class KernelAccumulator:
     Blocks of at most :data:`CONTRACTION_COLUMNS` columns are multiplied in the plan's precision and added up in
     float64, so the rounding error does not grow with the number of parameters. On a CPU large products go through
     NumPy's BLAS, which computes a Gram matrix by ``ssyrk`` (half the arithmetic) and, unlike SciPy's wrapper, lets
-    other threads run meanwhile. Both buffers are allocated once and reused for every tile.
+    other threads run meanwhile. In ``bf16x3`` each product is three of bf16 parts. All buffers are allocated once and
+    reused for every tile.
     """
 
     def __init__(self, edge: int, precision: str, device: str = "cpu") -> None:
@@ -62,12 +71,13 @@ class KernelAccumulator:
 
         Args:
             edge: largest number of kernel rows or columns of a tile.
-            precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
+            precision: ``float32``, ``tf32``, ``bf16``, ``bf16x3`` or ``float64``.
             device: torch device string.
         """
         self._on_cpu = torch.device(device).type == "cpu"
         self._device = torch.device(device)
-        self._tf32 = precision == "tf32"
+        self._precision, self._tf32 = precision, precision == "tf32"
+        self._split = SplitProducts(self._device) if precision == "bf16x3" else None
         self._sums = torch.empty(edge * edge, dtype=torch.float64, device=device)
         self._dtype = HELD_TORCH_DTYPE[precision]
         self._products = torch.empty(edge * edge, dtype=self._dtype, device=device)
@@ -85,13 +95,18 @@ class KernelAccumulator:
         self._sum = total[: rows * columns].view(rows, columns)
         self._product = self._products[: rows * columns].view(rows, columns)
 
-    def add(self, left: Tensor, right: Tensor | None = None) -> None:
+    def add(self, left: Tensor | Parts, right: Tensor | Parts | None = None) -> None:
         """Add ``left @ right.T`` to the tile.
 
         Args:
-            left: (rows, depth), in the plan's precision, on the host or the device.
+            left: (rows, depth), in the plan's precision, on the host or the device; in ``bf16x3`` perhaps its parts.
             right: (columns, depth); None for the Gram matrix of ``left``.
         """
+        if self._split is not None:
+            self._add_by_parts(left, right)
+            return
+        assert isinstance(left, Tensor)
+        assert not isinstance(right, Parts)
         left = self._there(left)
         right = None if right is None else self._there(right)
         if not self._on_cpu or min(self._product.shape) < SYRK_EDGE or self._dtype == torch.bfloat16:
@@ -110,6 +125,9 @@ class KernelAccumulator:
         NumPy's BLAS has threads of its own, and both sets wait for work by spinning (measured in turns with torch's
         expansion of 512 samples: 125 GFLOP/s, torch alone 212).
         """
+        if self._split is not None:
+            self._add_by_parts(left, right)
+            return
         step = SUMMED_COLUMNS if self._on_cpu else CONTRACTION_COLUMNS
         for start in range(0, left.shape[1], step):
             a = left[:, start : start + step]
@@ -120,6 +138,23 @@ class KernelAccumulator:
             with tf32(self._tf32):
                 multiply(a, b, self._product, None if self._on_cpu else step)
             self._add_to(self._sum, self._product)
+
+    def _add_by_parts(self, left: Tensor | Parts, right: Tensor | Parts | None) -> None:
+        """The same in ``bf16x3``; what is not in parts yet is split some columns at a time."""
+        assert self._split is not None
+        whole = isinstance(left, Parts) and (right is None or isinstance(right, Parts))
+        step = CONTRACTION_COLUMNS if whole else self._split.columns
+        left = left if isinstance(left, Parts) else self._there(left)
+        right = right if right is None or isinstance(right, Parts) else self._there(right)
+        depth = (left.high if isinstance(left, Parts) else left).shape[1]
+        for start in range(0, depth, step):
+            a = self._parts(left, slice(start, start + step), "left")
+            b = None if right is None else self._parts(right, slice(start, start + step), "right")
+            self._add_to(self._sum, self._split.product(a, b, self._product))
+
+    def _parts(self, values: Tensor | Parts, columns: slice, side: str) -> Parts:
+        assert self._split is not None
+        return values.columns(columns) if isinstance(values, Parts) else self._split.split(values[:, columns], side)
 
     def _add_gram(self, rows: Tensor) -> None:
         """Add ``rows @ rows.T`` in blocks of rows, each up to the diagonal; what is above it is left as it is."""
@@ -158,11 +193,11 @@ class KernelAccumulator:
         def add_block(block: Tensor, row: int, column: int) -> None:
             self._add_to(self._sum[row : row + block.shape[0], column : column + block.shape[1]], block)
 
-        with tf32(self._tf32):
+        with _products_in(self._precision, self._split):
             left, right = self._move(left), None if right is None else self._move(right)
             contract_pairwise(factors, left, right, entries, add_block)
         if factors.lookups:
-            with tf32(self._tf32):
+            with _products_in(self._precision, self._split):
                 contract_crossed(factors, left, right, entries, add_block)
             self.add_matching(looked_up(left), None if right is None else looked_up(right), entries)
         self._settle()
@@ -175,11 +210,15 @@ class KernelAccumulator:
                 added = block.float() if block.dtype == torch.bfloat16 else block
                 self._sum.numpy()[np.ix_(rows, columns)] += added.numpy()
             else:
-                index = torch.from_numpy(rows)[:, None], torch.from_numpy(columns)[None, :]
+                places = (torch.from_numpy(part).to(self._device, non_blocking=True) for part in (rows, columns))
+                index = next(places)[:, None], next(places)[None, :]
                 self._sum[index] += block.to(self._sum)
 
-        with tf32(self._tf32):
-            contract_matching(self._move(left), None if right is None else self._move(right), entries, self.add, add_at)
+        # The host decides by the token numbers what is multiplied.
+        sides = [None if side is None else (side[0], self._there(side[1])) for side in (left, right)]
+        assert sides[0] is not None
+        with _products_in(self._precision, self._split):
+            contract_matching(sides[0], sides[1], entries, self.add, add_at)
         self._settle()
 
     def _expand(self, factors: LayerFactors, tile: Tile, piece: Piece, side: int, items: int, entries: int) -> Tensor:
@@ -199,7 +238,7 @@ class KernelAccumulator:
         return tile[1].sum(1).reshape(len(tile[0]) * entries, -1)
 
     def _there(self, value: Tensor) -> Tensor:
-        if self._on_cpu:
+        if value.device.type == self._device.type:
             return value
         moved = value.to(self._device, non_blocking=True)
         if value.is_pinned():
@@ -278,6 +317,13 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
 
 
+@contextmanager
+def _products_in(precision: str, split: SplitProducts | None) -> Iterator[None]:
+    """Have other modules make products in a precision."""
+    with tf32(precision == "tf32"), nullcontext() if split is None else split.making_products():
+        yield
+
+
 def measure_products(device: str, precisions: tuple[str, ...]) -> tuple[dict[str, dict[int, float]], ...]:
     """Time general and symmetric products at the calibrated edges.
 
@@ -298,7 +344,7 @@ def measure_products(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
             right = torch.randn(edge, CALIBRATED_DEPTH, generator=generator).to(device, HELD_TORCH_DTYPE[precision])
             accumulator = KernelAccumulator(edge, precision, device)
             accumulator.begin(edge, edge)
-            flops = 2 * edge * edge * CALIBRATED_DEPTH
+            flops = 2 * edge * edge * CALIBRATED_DEPTH * partial_products(precision)
 
             general[precision][edge] = flops / best_seconds(partial(_multiply, accumulator, left, right))
             symmetric[precision][edge] = flops / 2 / best_seconds(partial(_multiply, accumulator, left, None))
@@ -366,10 +412,13 @@ def measure_block(
 
     expand_seconds = best_seconds(partial(_wait, expanding, device), budget_seconds=0.02, repeats=3)
 
+    split = SplitProducts(device) if precision == "bf16x3" else None
+
     def by_pairs() -> None:
-        contract_pairwise(factors, pairs, pairs, entries, drop)
-        if factors.lookups:
-            contract_crossed(factors, pairs, pairs, entries, drop)
+        with _products_in(precision, split):
+            contract_pairwise(factors, pairs, pairs, entries, drop)
+            if factors.lookups:
+                contract_crossed(factors, pairs, pairs, entries, drop)
 
     pair_seconds = best_seconds(partial(_wait, by_pairs, device), budget_seconds=0.02, repeats=3)
     return expand_seconds / samples, pair_seconds / samples**2

@@ -73,7 +73,7 @@ def split_digits(numbers: Tensor) -> Tensor:
 
 def join_digits(digits: Tensor) -> Tensor:
     """Row numbers from their digits in any dtype, int64."""
-    weights = torch.tensor([_BASE**digit for digit in range(DIGITS)], device=digits.device)
+    weights = _BASE ** torch.arange(DIGITS, device=digits.device)  # made there: a copy would wait for the device
     return (digits.long() * weights).sum(-1)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .held import Tile
+from .products import multiply
 
 #: Adds ``left @ right.T`` to the whole tile: (rows, depth) and (columns, depth).
 AddProduct = Callable[[Tensor, Tensor], None]
@@ -49,7 +50,7 @@ def _merge(tile: Tile) -> _Merged:
     precise = torch.float32 if gradients.dtype == torch.bfloat16 else gradients.dtype
     values = torch.zeros(len(unique), *gradients.shape[2:], dtype=precise, device=device)
     every = gradients.reshape(-1, *gradients.shape[2:]).to(precise)
-    values.index_add_(0, torch.from_numpy(inverse.reshape(-1)).to(device), every)
+    values.index_add_(0, torch.from_numpy(inverse.reshape(-1)).to(device, non_blocking=True), every)
     values = values.to(gradients.dtype)
     if len(unique) and unique[0] < 0:
         unique, values = unique[1:], values[1:]
@@ -86,7 +87,7 @@ def contract_matching(
         if rows.stop - rows.start == one.count and columns.stop - columns.start == other.count:
             everywhere.append((int(rows.start), int(columns.start)))
             continue
-        product = _matrix(one.values[rows], entries) @ _matrix(other.values[columns], entries).T
+        product = multiply(_matrix(one.values[rows], entries), _matrix(other.values[columns], entries))
         add_at(product, _indices(one.samples[rows], entries), _indices(other.samples[columns], entries))
     if everywhere:
         add_product(

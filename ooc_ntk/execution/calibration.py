@@ -21,6 +21,7 @@ from ooc_ntk.compute.machine import (
 from ooc_ntk.compute.rates import cached_rates, rates_path
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.storage.diskrate import measure_disk
+from ooc_ntk.units import ITEM_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def calibrate(device: str, disk: Path) -> MachineRates:
         StorageError: if nothing can be written on that disk. That they cannot be kept is only said.
     """
     threads = torch.get_num_threads()
-    precisions = ("float32", "bf16", "float64") if device == "cpu" else ("float32", "tf32", "bf16", "float64")
+    precisions = tuple(name for name in ITEM_BYTES if name != "tf32" or device != "cpu")
     with limited_threads(threads):
         gemm, syrk = measure_products(device, precisions)
         expand, elements = measure_factored(device, precisions)

@@ -15,6 +15,7 @@ import torch
 
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator, check_precision, tf32
+from ooc_ntk.compute.device import deterministic_device
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
     limited_threads,
@@ -23,6 +24,7 @@ from ooc_ntk.compute.machine import (
     return_free_memory,
     steady_allocator,
 )
+from ooc_ntk.compute.streams import DeviceFeed, Queues, queues_of
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import NonFiniteError, RunInterrupted, StorageError
 from ooc_ntk.inputs.samples import Samples, SampleSource
@@ -36,8 +38,9 @@ from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
 from ooc_ntk.storage.retries import retries
 from ooc_ntk.units import STORED_DTYPE, format_bytes
 
+from .factorring import FactorRing
 from .features import Projector, projector_of
-from .stores import Matrix, Tile, TileStore
+from .stores import DeviceTile, Matrix, TileStore
 
 #: Name of the Zarr array of the finished kernel.
 KERNEL: Final = "kernel.zarr"
@@ -220,6 +223,8 @@ class RunContext:
         structure: what layer rules cover of the model.
         disk_margin: free bytes of the run's file system below which the run stops; 0 lets it fill the disk.
         batch_size: samples derived together: as planned, or fewer once the device had no room for them.
+        frugal: whether the device had no room for a kernel task as planned, so that no panels stay there or are copied
+            ahead; that changes no bits.
         retries_counted: retries of this process that are in a receipt, or were before the run.
         phases: wall-clock of the phases of the task at hand, by name.
         kept: panels that stay in memory while kernel tiles are contracted, by span and row tile.
@@ -240,11 +245,15 @@ class RunContext:
     structure: Structure = field(default_factory=Structure)
     disk_margin: int = 0
     batch_size: int = 0
+    frugal: bool = False
     retries_counted: int = field(default_factory=retries)
     phases: dict[str, float] = field(default_factory=dict)
-    kept: dict[tuple[int, int], Tile] = field(default_factory=dict)
+    kept: dict[tuple[int, int], DeviceTile] = field(default_factory=dict)
     worker: str = ""
     _buffers: list[Matrix] = field(default_factory=list)
+    _feed: DeviceFeed | None = None
+    _queues: Queues | None = None
+    _ring: FactorRing | None = None
     _sums: torch.Tensor | None = None
     _accumulator: KernelAccumulator | None = None
     _projector: Projector | None = None
@@ -317,15 +326,42 @@ class RunContext:
             self._buffers.append(buffer)
         return self._buffers[:count]
 
+    @property
+    def queues(self) -> Queues:
+        """Queues of the plan's device."""
+        if self._queues is None:
+            self._queues = queues_of(self.plan.device)
+        return self._queues
+
+    def feed(self) -> DeviceFeed:
+        """What brings panels to the device, with its reused memory."""
+        if self._feed is None:
+            self._feed = DeviceFeed(self.queues, self.store.buffer_bytes())
+        return self._feed
+
+    def ring(self, spans: Sequence[int]) -> FactorRing:
+        """What brings factors of some spans back from the device, batch by batch, with its reused memory."""
+        batch = min(self.batch_size, self.plan.tile_samples)
+        if self._ring is None or not self._ring.fits(spans, batch):
+            self._ring = None
+            self._ring = FactorRing(self.queues, self.store, spans, batch)
+        return self._ring
+
+    def finish(self) -> None:
+        """Wait for all that was to be computed on the device."""
+        if self.queues.overlapping:
+            with self.phase("wait for the device"):
+                self.queues.finish()
+
     def enter(self, phase: str) -> None:
         """Note which kind of task runs, and give back what the other kind held: the plan counts only one of them."""
         if phase != self._phase:
             if phase != "kernel":
-                self._accumulator, self._sums = None, None
+                self._accumulator = self._sums = self._feed = None
                 self.kept.clear()
                 self._buffers.clear()
             if phase != "rows":
-                self._projector = None
+                self._projector = self._ring = None
             return_free_memory()
             self._phase = phase
 
@@ -358,7 +394,7 @@ class RunContext:
 
     def drop_buffers(self) -> None:
         """Give back what is kept from task to task, and what the device's allocator keeps."""
-        self._accumulator = self._projector = self._sums = None
+        self._accumulator = self._projector = self._sums = self._feed = self._ring = None
         self.kept.clear()
         self._buffers.clear()
         return_free_memory()
@@ -366,7 +402,13 @@ class RunContext:
 
     def batch(self, samples: Samples) -> ModelBatch:
         """Samples on the plan's device in its precision."""
-        return ModelBatch(samples.args, samples.kwargs, samples.targets).to(self.plan.device, self.plan.precision)
+        bring = self.queues.bring
+        there = ModelBatch(
+            tuple(bring(value) for value in samples.args),
+            {name: bring(value) for name, value in samples.kwargs.items()},
+            None if samples.targets is None else bring(samples.targets),
+        )
+        return there.to(self.plan.device, self.plan.precision)
 
 
 @dataclass
@@ -403,6 +445,7 @@ def reproducible(plan: Plan) -> Iterator[None]:
         limited_threads(plan.threads),
         steady_allocator(),
         tf32(allowed=False),
+        deterministic_device(),
         torch.autocast(kind, enabled=False),
     ):
         torch.set_deterministic_debug_mode("warn")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from ooc_ntk.compute.contract import KernelAccumulator
+from ooc_ntk.compute.split import Parts
 from ooc_ntk.errors import NonFiniteError
+from ooc_ntk.planning.layers import LayerRun
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.spans import Span
 from ooc_ntk.planning.superblocks import KernelTile
@@ -19,9 +22,9 @@ from ooc_ntk.storage.reading import read_checked, read_stripes
 
 from .context import Outcome, RunContext
 from .layers import LayerSums, layers_array
-from .panels import Panels
+from .panels import Panels, panels_of
 from .rows import diagonal_path, divisor, stage_diagonal
-from .stores import Tile, as_tensor, factors_of, row_matrix
+from .stores import DeviceTile, factors_of, row_matrix
 from .sums import TileSums, tile_shape
 
 
@@ -62,7 +65,7 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
         )
         start = sums.restore(task.key)
         context.advance("kernel", share * len(block.tiles) * (start - spans.start))
-        with Panels(context, task.generation, block, start) as panels:
+        with panels_of(context, task.generation, block, start) as panels:
             for span in range(start, spans.stop):
                 for number, tile in enumerate(block.tiles):
                     context.check_stop()
@@ -70,9 +73,8 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
                     if layered is not None:
                         _add_runs(context, accumulator, context.store.spans[span], left, right, layered)
                     else:
-                        sums.start(span, number)
-                        _add_span(context, accumulator, context.store.spans[span], left, right)
-                        sums.add(span, number)
+                        work = partial(_contract, context, sums, accumulator, span, number, left, right)
+                        context.queues.launch(work)
                     panels.contracted(span, number)
                     context.advance("kernel", share)
                 sums.fold(span)
@@ -95,14 +97,32 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
     return Outcome(staged, read + sums.folded_bytes, replaces=tuple(replaces), bytes_aside=sums.folded_bytes)
 
 
-def _sides(plan: Plan, panels: Panels, span: int, tile: KernelTile) -> tuple[Tile, Tile | None]:
+def _contract(
+    context: RunContext,
+    sums: TileSums,
+    accumulator: KernelAccumulator,
+    span: int,
+    number: int,
+    left: DeviceTile,
+    right: DeviceTile | None,
+) -> None:
+    """Add the products of one span to the sum of tile ``number`` of the superblock."""
+    sums.start(span, number)
+    _add_span(context, accumulator, context.store.spans[span], left, right)
+    sums.add(span, number)
+
+
+def _sides(plan: Plan, panels: Panels, span: int, tile: KernelTile) -> tuple[DeviceTile, DeviceTile | None]:
     """Both panels of a tile; None for the second where it is the first."""
     row, column = tile
     left = panels.get(span, row)
     if row == column:
         return left, None
-    train = len(plan.sample_grid.columns(column))
-    return left, tuple(matrix[:train] for matrix in panels.get(span, column))
+    train, entries = len(plan.sample_grid.columns(column)), plan.entries_per_sample
+    return left, tuple(
+        part.rows(slice(train * entries)) if isinstance(part, Parts) else part[:train]
+        for part in panels.get(span, column)
+    )
 
 
 def _finish(
@@ -154,15 +174,20 @@ def _add_runs(
     context: RunContext,
     accumulator: KernelAccumulator,
     span: Span,
-    left: Tile,
-    right: Tile | None,
+    left: DeviceTile,
+    right: DeviceTile | None,
     sums: LayerSums,
 ) -> None:
     """Contract one span of both sides layer by layer."""
     rows, columns = sums.total.shape
     for run in sums.runs[span.index]:
-        accumulator.begin(rows, columns)
-        _add_span(context, accumulator, span, left, right, run.columns)
+
+        def work(run: LayerRun = run) -> None:
+            accumulator.begin(rows, columns)
+            _add_span(context, accumulator, span, left, right, run.columns)
+
+        context.queues.launch(work)
+        context.finish()
         with context.phase("layers"):
             sums.add(span.index, run, accumulator.result().numpy())
 
@@ -200,15 +225,17 @@ def _add_span(
     context: RunContext,
     accumulator: KernelAccumulator,
     span: Span,
-    left: Tile,
-    right: Tile | None,
+    left: DeviceTile,
+    right: DeviceTile | None,
     columns: slice | None = None,
 ) -> None:
     """Contract one span of both sides the way the plan says; of a dense one perhaps only some columns."""
     plan, entries = context.plan, context.plan.entries_per_sample
 
-    def dense(tile: Tile) -> Tensor:
-        found = as_tensor(row_matrix(tile[0], entries))
+    def dense(tile: DeviceTile) -> Tensor | Parts:
+        if isinstance(tile[0], Parts):
+            return tile[0]
+        found = row_matrix(tile[0], entries)
         if columns is None or columns == slice(0, span.columns):
             return found
         # A sample's outputs stand side by side, on disk each padded to the width of the widest span.

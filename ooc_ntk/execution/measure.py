@@ -354,6 +354,10 @@ def _notes(prepared: PreparedJob, found: Probe, blocks: Sequence[ParameterBlock]
     if dtypes:
         held = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         notes.append(f"the model's {held} weights are computed with in {prepared.job.precision}")
+    if prepared.job.precision == "bf16x3" and prepared.device == "cpu":
+        notes.append(
+            "bf16x3 is for tensor cores; a CPU makes its three products in float32, slower than float32 itself"
+        )
     asked = prepared.job.batch_size
     if asked is not None and found.derivation.batch_size < min(asked, len(prepared.reader.train)):
         notes.append(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ooc_ntk.compute.contract import check_precision, tf32
+from ooc_ntk.compute.device import set_up_device
 from ooc_ntk.compute.features import feature_model
 from ooc_ntk.compute.functions import ClipOutput, SampleFunction
 from ooc_ntk.compute.heads import narrowed
@@ -118,6 +119,7 @@ def prepare(job: Job) -> PreparedJob:
     check_finite_state(module)
     device = resolved_device(job.device)
     check_precision(job.precision, device)
+    set_up_device(device)
     reader = SampleReader(job.train_source(), job.test_source())
     digest = model_digest(module)
     if job.of_features:

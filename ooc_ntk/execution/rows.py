@@ -27,6 +27,7 @@ from ooc_ntk.units import held_item_bytes, item_bytes
 from .blame import check_finite_factor, failing_on, named_errors, not_finite, where
 from .context import Outcome, RunContext
 from .features import ProjectedRows
+from .returning import ReturningFactors
 from .stores import Matrix, RowWriter, as_tensor, factors_of, slab_norms
 
 
@@ -50,10 +51,10 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
     tile = plan.sample_grid.rows(task.row)
     digest = hashlib.blake2b(digest_size=16)
     writer = context.store.writer(task.generation, task.row)
-    rows: _PassRows | ProjectedRows
-    rows = _PassRows(context, task, writer) if plan.projection is None else ProjectedRows(context, task, writer)
+    rows: _PassRows | ProjectedRows | None = None
     staged: list[StagedFile] = []
     try:
+        rows = _PassRows(context, task, writer) if plan.projection is None else ProjectedRows(context, task, writer)
         for numbers, found in _batches(context, tile):
             with context.phase("read"):
                 digest.update(digest_samples(found).encode())
@@ -65,6 +66,8 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
                 f"{where(plan, tile)} are not the same as when they were read before; a data set must return the same "
                 "sample for the same index: switch off shuffling and random augmentation"
             )
+        if isinstance(rows, _PassRows):
+            rows.finish()
         staged = writer.finish()
         if isinstance(rows, ProjectedRows):
             staged += rows.finish()
@@ -74,7 +77,7 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
         return Outcome([*staged, diagonal], digest=digest.hexdigest(), replaces=replaces)
     except BaseException:
         writer.discard()
-        if isinstance(rows, ProjectedRows):
+        if rows is not None:
             rows.discard()
         for file in staged:
             file.discard()
@@ -120,6 +123,9 @@ class _PassRows:
         self.norms: np.ndarray | None = None
         if not plan.sample_grid.is_train(task.row):
             self.norms = np.zeros(len(self._tile) * plan.rows_per_sample)
+        self._returning: ReturningFactors | None = None
+        if context.queues.overlapping and self._factored and self._capture is not None:
+            self._returning = ReturningFactors(context, writer, self._capture, self._factored, self.norms)
 
     def derive(self, batch: ModelBatch, samples: Sequence[int]) -> None:
         """Derive one batch and store it.
@@ -132,7 +138,7 @@ class _PassRows:
         context, plan = self._context, self._context.plan
         before, wanted = self._position, len(samples) * plan.rows_per_sample
         captured = None
-        if self._capture is not None:
+        if self._capture is not None and self._returning is None:
             places = {
                 block.parameters[0]: factors_of(plan, block, self._writer.factor_slabs(span, len(samples)))
                 for span, block in self._factored.items()
@@ -140,6 +146,10 @@ class _PassRows:
             with context.phase("capture"), failing_on(where(plan, samples)):
                 captured = self._capture.run(batch, places.get)
             self._keep_factors(captured, samples)
+        elif self._returning is not None:
+            later = self._returning.capture(batch, samples, self._position)
+            if self._columns.names:
+                captured = later()
         if not self._columns.names:
             self._position += wanted
             return
@@ -151,6 +161,20 @@ class _PassRows:
                 )
         if self._position - before != wanted:
             raise RuntimeError(f"internal error: {self._position - before} rows derived, {wanted} expected")
+
+    def finish(self) -> None:
+        """Hand over what is still on its way from the device.
+
+        Raises:
+            NonFiniteError: if it is not finite.
+        """
+        if self._returning is not None:
+            self._returning.flush()
+
+    def discard(self) -> None:
+        """Give up what is on its way, after an error."""
+        if self._returning is not None:
+            self._returning.discard()
 
     def _keep_factors(self, captured: Captured, samples: Sequence[int]) -> None:
         """Check factors, add up the norms of their rows where those are wanted, and hand them to the store."""

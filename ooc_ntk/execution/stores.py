@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from ooc_ntk.compute import held
 from ooc_ntk.compute.contract import HELD_TORCH_DTYPE
 from ooc_ntk.compute.rownorms import squared_norms
+from ooc_ntk.compute.split import Parts
 from ooc_ntk.planning.memory import STAGING_BYTES
 from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, StagedFile
 from ooc_ntk.storage.reading import Reader, aligned_buffer, padded, reader_of
-from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE, format_bytes
-
-logger = logging.getLogger(__name__)
+from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE
 
 #: Name of the Zarr array of dense tiles: (samples, rows per sample, columns).
 JACOBIAN: str = "tiles/jacobian.zarr"
@@ -39,6 +38,11 @@ Matrix = NDArray[np.generic]
 
 #: A tile of one span: one matrix per part, (samples, items).
 Tile = tuple[Matrix, ...]
+
+
+#: A tile of one span as it is contracted, on the host or the device: a matrix per part, (samples, items); of a dense
+#: one in ``bf16x3`` perhaps its parts, (samples · entries, depth).
+DeviceTile: TypeAlias = tuple[Matrix | torch.Tensor | Parts, ...]
 
 
 class RowWriter(ABC):
@@ -87,6 +91,10 @@ class TileStore(ABC):
         """NumPy dtype of a part (bf16 as its bits)."""
         return np.dtype(TOKEN_DTYPE if part.tokens else HELD_DTYPE[self.plan.precision])
 
+    def kind(self, part: Part) -> torch.dtype:
+        """The dtype of a part in torch."""
+        return torch.int32 if part.tokens else HELD_TORCH_DTYPE[self.plan.precision]
+
     @abstractmethod
     def writer(self, generation: int, row: int) -> RowWriter:
         """Start writing the tiles of one row tile for the spans of one pass."""
@@ -108,6 +116,49 @@ class TileStore(ABC):
         Raises:
             StorageError: if the tile is missing or damaged.
         """
+
+    @abstractmethod
+    def fill(self, generation: int, row: int, span: int, room: torch.Tensor) -> None:
+        """Load the tile of a span into host memory, laid out as :meth:`views` finds it.
+
+        Args:
+            generation: pass.
+            row: row tile.
+            span: span.
+            room: :meth:`buffer_bytes` of the span, uint8.
+
+        Raises:
+            StorageError: if the tile is missing or damaged.
+        """
+
+    @abstractmethod
+    def shape(self, part: Part, samples: int) -> tuple[int, int]:
+        """Rows and width of a part as it is laid out in a buffer."""
+
+    def views(self, row: int, span: int, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tile of a span in memory into which it was loaded: one (samples, items) tensor per part, on its device.
+
+        Args:
+            row: row tile.
+            span: span.
+            memory: uint8; every part begins on a page.
+        """
+        samples, found, position = len(self.plan.sample_grid.rows(row)), [], 0
+        for part in self.parts[span]:
+            rows, width = self.shape(part, samples)
+            size = rows * width * self.dtype(part).itemsize
+            found.append(memory[position : position + size].view(self.kind(part)).view(rows, width)[:samples])
+            position += padded(size)
+        return tuple(found)
+
+    def buffer_bytes(self, span: int | None = None) -> int:
+        """Bytes of a buffer for one span or for any, every part from a page on."""
+        wanted = self.parts if span is None else (self.parts[span],)
+        samples = self.plan.tile_samples
+        return max(
+            sum(padded(math.prod(self.shape(part, samples)) * self.dtype(part).itemsize) for part in parts)
+            for parts in wanted
+        )
 
     @abstractmethod
     def buffer(self, span: int | None = None) -> Matrix | None:
@@ -160,7 +211,7 @@ class MemoryStore(TileStore):
         for index, spare in enumerate(self._spare):
             if spare.size >= count and spare.dtype == dtype:
                 return self._spare.pop(index)[:count].reshape(samples, part.items)
-        kind = torch.int32 if part.tokens else HELD_TORCH_DTYPE[self.plan.precision]
+        kind = self.kind(part)
         fresh = torch.empty(count, dtype=kind)
         flat: Matrix = (fresh.view(torch.uint16) if kind == torch.bfloat16 else fresh).numpy()
         return flat.reshape(samples, part.items)
@@ -172,6 +223,15 @@ class MemoryStore(TileStore):
     def load(self, generation: int, row: int, span: int, buffer: Matrix | None) -> Tile:  # noqa: ARG002
         """See :meth:`TileStore.load`; views, nothing is copied."""
         return self._tiles[generation, row][span]
+
+    def fill(self, generation: int, row: int, span: int, room: torch.Tensor) -> None:
+        """See :meth:`TileStore.fill`."""
+        for target, matrix in zip(self.views(row, span, room), self._tiles[generation, row][span], strict=True):
+            target.copy_(as_tensor(matrix))
+
+    def shape(self, part: Part, samples: int) -> tuple[int, int]:
+        """See :meth:`TileStore.shape`."""
+        return samples, part.items
 
     def buffer(self, span: int | None = None) -> Matrix | None:  # noqa: ARG002
         """See :meth:`TileStore.buffer`."""
@@ -227,28 +287,6 @@ class _MemoryWriter(RowWriter):
 
     def discard(self) -> None:
         self._target = {}
-
-
-def page_locked(size: int, device: str) -> Matrix:
-    """Bytes to read into: page-locked where they go to a CUDA device, which copies from them beside its products.
-
-    Plain memory where the system allows no more of it to be locked, and on a CPU.
-
-    Args:
-        size: bytes.
-        device: torch device string.
-
-    Returns:
-        (size,) uint8, not initialised.
-    """
-    if torch.device(device).type == "cuda":
-        try:
-            found: Matrix = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        except RuntimeError as error:
-            logger.info("reading into plain memory, as %s could not be locked: %s", format_bytes(size), error)
-        else:
-            return found
-    return np.empty(size, dtype=np.uint8)
 
 
 class DiskStore(TileStore):
@@ -349,15 +387,17 @@ class DiskStore(TileStore):
             position += len(room)
         return tuple(found)
 
+    def fill(self, generation: int, row: int, span: int, room: torch.Tensor) -> None:
+        """See :meth:`TileStore.fill`."""
+        self.load(generation, row, span, room.numpy())
+
+    def shape(self, part: Part, samples: int) -> tuple[int, int]:  # noqa: ARG002
+        """See :meth:`TileStore.shape`; whole chunks, edges and narrower spans padded."""
+        return self.plan.tile_samples, part.padded
+
     def buffer(self, span: int | None = None) -> Matrix:
         """See :meth:`TileStore.buffer`."""
-        size = self.buffer_bytes(span)
-        return page_locked(size, self.plan.device) if self.plan.device != "cpu" else aligned_buffer(size)
-
-    def buffer_bytes(self, span: int | None = None) -> int:
-        """Bytes of a buffer for one span or for any, every part from a page on."""
-        wanted = self.parts if span is None else (self.parts[span],)
-        return max(sum(padded(self.chunk_bytes(part)) for part in parts) for parts in wanted)
+        return aligned_buffer(self.buffer_bytes(span))
 
     def typed(self, chunk: Matrix, part: Part) -> Matrix:
         """Bytes of a chunk as elements of a part."""
@@ -475,7 +515,7 @@ def logical_dtype(plan: Plan) -> dict[str, str]:
     return {"logical_dtype": "bfloat16"} if plan.precision == "bf16" else {}
 
 
-def factors_of(plan: Plan, block: PlannedBlock, tile: Tile) -> held.Tile:
+def factors_of(plan: Plan, block: PlannedBlock, tile: DeviceTile) -> held.Tile:
     """The factors that a tile of a block holds; views.
 
     Args:
@@ -489,7 +529,7 @@ def factors_of(plan: Plan, block: PlannedBlock, tile: Tile) -> held.Tile:
         and their gradients (samples, lookups, rows, inputs), if there are any.
     """
     assert block.factors is not None  # the plan holds no other block as factors
-    inputs, gradients = (as_tensor(matrix) for matrix in tile)
+    inputs, gradients = (as_tensor(matrix) for matrix in tile if not isinstance(matrix, Parts))
     return held.as_tile(block.factors, inputs, gradients, plan.rows_per_sample, block.contraction)
 
 
@@ -498,9 +538,9 @@ def slab_norms(slab: Matrix) -> NDArray[np.float64]:
     return squared_norms(as_tensor(slab).float().numpy() if slab.dtype == np.uint16 else slab)
 
 
-def row_matrix(tile: Matrix, entries: int) -> Matrix:
+def row_matrix(tile: Matrix | torch.Tensor, entries: int) -> torch.Tensor:
     """A dense tile as it is contracted: (samples · entries, depth)."""
-    return tile.reshape(tile.shape[0] * entries, -1)
+    return as_tensor(tile).view(tile.shape[0] * entries, -1)
 
 
 def store_of(plan: Plan, root: Path, records: dict[str, FileRecord], *, direct: bool = False) -> TileStore:

@@ -91,6 +91,7 @@ class TileSums:
             return
         if time.perf_counter() - self._saved_at < max(SAVED_SECONDS, SAVED_SHARE * plan.promised.seconds):
             return
+        self._context.finish()
         with self._context.phase("save sums"):
             SavedSums(self._context, key).write(self._several, span + 1, self._folded, self._file)
         self._saved_at = time.perf_counter()
@@ -167,6 +168,7 @@ class TileSums:
 
     def _total(self, number: int) -> np.ndarray:
         """The sum of a tile in float64, with what is on disk: (rows, columns); a view of the accumulator."""
+        self._context.finish()
         shape = tile_shape(self._context.plan, self._block.tiles[number])
         self._accumulator.begin(*shape)
         self._accumulator.take_from(self._several[number])
@@ -185,7 +187,10 @@ class TileSums:
 
     def result(self, number: int) -> np.ndarray:
         """The finished sum of a tile: (rows, columns) float64; a view that the next result overwrites."""
-        return self._total(number) if self._several else self._accumulator.result().numpy()
+        if self._several:
+            return self._total(number)
+        self._context.finish()
+        return self._accumulator.result().numpy()
 
     def close(self) -> None:
         """Delete what is on disk."""

@@ -26,7 +26,7 @@ def perform(context: RunContext, task: Task, *upstream: Receipt) -> Receipt:
     """Run one task and return its receipt. Called by every executor.
 
     What a file system may get over is done again as a whole, a few times. Rows for which the device has no room are
-    derived again in smaller batches, and all that follow.
+    derived again in smaller batches, and all that follow; kernel tiles are contracted again with fewer panels there.
 
     Args:
         context: what the tasks of this process share.
@@ -95,7 +95,7 @@ def exhausted(error: BaseException) -> str:
 
 
 def _make_room(context: RunContext, task: Task, full: str, reason: str) -> None:
-    """Go on with smaller batches after the device had no room for one.
+    """Go on with smaller batches after the device had no room for one, or with fewer panels at a time.
 
     Raises:
         BudgetError: if batches cannot be smaller, or are not what is too large.
@@ -104,6 +104,15 @@ def _make_room(context: RunContext, task: Task, full: str, reason: str) -> None:
     device, kept = context.plan.device, "finished tiles are kept"
     flag = "--host-memory" if full == "host" else "--device-memory"
     where = "the host" if full == "host" else device
+    if full == "device" and task.kind == "kernel" and not context.frugal:
+        context.frugal = True
+        logger.warning(
+            "%s ran out of memory in task %s; doing it again, and all that follows, with as few panels there as will "
+            "do (slower, the same bits)",
+            where,
+            task.key,
+        )
+        return
     if full == "host" or task.kind != "rows":
         raise BudgetError(
             f"{where} ran out of memory in task {task.key} ({reason}); {kept}: free memory that others hold there and "

@@ -56,7 +56,7 @@ class Job:
         normalize: None or ``cosine``.
         scale: ``sum`` over outputs, or ``mean``.
         parameters: glob patterns on parameter names, ``!pattern`` excludes; None for all. Kept as a tuple.
-        precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
+        precision: ``float32``, ``tf32``, ``bf16``, ``bf16x3`` or ``float64``.
         device: ``cpu``, ``cuda`` or ``cuda:<n>``; None chooses CUDA where there is one.
         batch_size: samples per batch; None lets the plan choose.
         collate: from a list of samples of a Dataset to a batch.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
+from ooc_ntk.units import partial_products
+
 from .layers import layer_names
 from .layout import CONTRACTION_COLUMNS, Layout
 from .memory import fixed_host_bytes, folds, group_rows, slab_rows, store_bytes
@@ -128,9 +130,11 @@ def block_flops(workload: Workload, block: ParameterBlock, choice: Choice, panel
         panels: samples whose factors are expanded, once per kernel tile that needs them; None for each once.
 
     Returns:
-        FLOPs. A dense block costs ``N²·C·a·b`` (DESIGN: parameter block), with test rows more.
+        FLOPs. A dense block costs ``N²·C·a·b`` (DESIGN: parameter block), with test rows more; three times that in
+        ``bf16x3``, whose expanding is in float32.
     """
-    rows, entries, pairs = workload.rows_per_sample, workload.entries_per_sample, workload.pairs
+    rows, entries = workload.rows_per_sample, workload.entries_per_sample
+    pairs = workload.pairs * partial_products(workload.precision)
     if choice.contraction == "gemm":
         product = int(pairs * 2 * block.columns * rows * entries)
         if choice.representation == "dense" or block.factors is None:
@@ -357,7 +361,7 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
             stored += layers * tile_bytes * (2 if tile.mirrored else 1)
             # Every block's part is taken out, added to two sums and converted.
             seconds += (len(workload.blocks) + layers) * tile.rows * tile.columns * entries**2 * ENTRY_SECONDS
-        if workload.device != "cpu":
+        if workload.device != "cpu" and layout.in_memory:
             seconds = max(seconds, loads.bytes_per_tile / rates.host_to_device)
         computed += count * seconds
         written += count * stored
@@ -375,6 +379,8 @@ def price(workload: Workload, layout: Layout, rates: MachineRates, host_limit: i
         read += loads.bytes
         # While some panels are multiplied the next ones are read.
         computed = max(computed, loads.bytes / rates.disk_read)
+        if workload.device != "cpu":  # each panel is copied once for all tiles of a superblock
+            computed = max(computed, loads.bytes / rates.host_to_device)
         if tiles:
             longest = max(longest * loads.tiles_per_task, loads.bytes / rates.disk_read / loads.tasks)
     if layout.superblock_tiles > 1:
@@ -424,7 +430,7 @@ class _Loads:
 
     Attributes:
         bytes: bytes read in all.
-        bytes_per_tile: bytes that one kernel tile needs, read for it or kept.
+        bytes_per_tile: bytes that one kernel tile needs, read or kept; of tiles in memory those sent to a device.
         tasks: kernel tasks of one pass.
         tiles_per_task: most kernel tiles of one of them.
     """
@@ -438,10 +444,13 @@ class _Loads:
 def _loads(workload: Workload, layout: Layout, tiles: Counter[_TileClass]) -> _Loads:
     sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
     panel = sum(sizes)
-    if layout.in_memory or not tiles:
-        return _Loads(0, 2 * panel, sum(tiles.values()), 1)
+    if not tiles:
+        return _Loads(0, 2 * panel, 0, 1)
     found, saved = layout.grouping(workload), 0
     if layout.kept_bytes:
         loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
         saved = kept_panels(loads, sizes, layout.kept_bytes).saved_bytes
-    return _Loads(found.loads * panel - saved, 2 * panel, found.tasks, found.tiles)
+    moved = found.loads * panel - saved
+    if layout.in_memory:  # nothing is read, but a device is sent as much
+        return _Loads(0, moved // sum(tiles.values()), sum(tiles.values()), 1)
+    return _Loads(moved, 2 * panel, found.tasks, found.tiles)

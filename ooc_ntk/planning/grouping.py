@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
@@ -11,7 +10,7 @@ from ooc_ntk.errors import InputError
 
 from .budget import Limits
 from .layout import Layout
-from .memory import ALLOCATOR_SHARE, kernel_room, memory_need, panel_bytes, read_buffers, superblock_bytes
+from .memory import PANEL_PAGES_BYTES, device_room, kernel_room, panel_bytes, read_buffers, superblock_bytes
 from .planes import PLANES
 from .superblocks import AHEAD, Order, kept_panels, panel_loads, triangle_tiles
 from .tiles import SampleGrid, count_tiles
@@ -65,16 +64,20 @@ def grouped(
 
 
 def keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
-    """The same layout with the host memory that is left for panels that stay.
+    """The same layout with the memory that is left for panels that stay: of the device, or of the host on a CPU.
 
-    On a device none do, nor in several
-    processes, each of which contracts some of the tiles.
+    In several processes none do: each of them contracts some of the tiles.
     """
-    if layout.in_memory or workload.device != "cpu" or workload.workers > 1:
+    if workload.workers > 1 or (layout.in_memory and (workload.device == "cpu" or len(layout.passes) > 1)):
         return layout
     loads = panel_loads(layout.superblocks(layout.sample_grid(workload)))
     sizes = [layout.tile_samples * stored for stored in layout.cut(workload).stored]
-    kept = kept_panels(loads, sizes, max(0, kernel_room(workload, layout, limits.host)))
+    if workload.device == "cpu":
+        room = kernel_room(workload, layout, limits.host)
+    else:
+        sizes = [size + PANEL_PAGES_BYTES for size in sizes]
+        room = device_room(workload, layout, limits.device)
+    kept = kept_panels(loads, sizes, max(0, room))
     return replace(layout, kept_bytes=kept.bytes)
 
 
@@ -84,13 +87,13 @@ def _capacities(
     """The largest superblocks for which there is memory: everything at once, squares, triangles."""
     tile = superblock_bytes(workload, replace(layout, superblock_tiles=2)) // 2
     panel, base = panel_bytes(workload, layout), read_buffers(workload, layout)
-    host, device = kernel_room(workload, layout, limits.host), math.inf
-    if workload.device != "cpu":
-        device = (limits.device - memory_need(workload, layout).total("device")) / (1 + ALLOCATOR_SHARE)
+    if workload.device == "cpu":
+        room = kernel_room(workload, layout, limits.host)
+    else:
+        room = device_room(workload, layout, limits.device)
 
     def fits(tiles: int, live: int) -> bool:
-        sums, buffers = tiles * tile, (live + AHEAD - base) * panel
-        return sums + buffers <= host if workload.device == "cpu" else sums <= device and buffers <= host
+        return tiles * tile + (live + AHEAD - base) * panel <= room
 
     train = grid.column_tiles
     if wanted != "triangle":

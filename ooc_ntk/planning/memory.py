@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from ooc_ntk.units import partial_products
+
 from .factors import LayerFactors
 from .layers import layer_names, layer_runs, open_layers
 from .layout import Layout
@@ -133,8 +135,23 @@ SPECTRUM_BYTES: Final = 2**26
 #: takes ten times as long as multiplying one row with it.
 GATHERED_BYTES: Final = 2**26
 
-#: Read buffers per side: one being contracted, one being read.
-READ_SLOTS: Final = 2
+#: Columns that are split in bf16 parts at a time (a choice: with all products of PRODUCT_COLUMNS on a CPU).
+SPLIT_COLUMNS: Final = 4096
+
+#: The same on a device: about as many as are expanded at a time, so that sums in float64 are a small part (a choice).
+DEVICE_SPLIT_COLUMNS: Final = 2**15
+
+#: What a panel on a device takes beside its elements at most: each of its two parts, inputs and gradients, fills pages.
+PANEL_PAGES_BYTES: Final = 2 * 4096
+
+#: Batches whose factors are on the device and in page-locked memory: one captured, one copied back and stored.
+FACTOR_SLOTS: Final = 2
+
+#: Bytes of a panel that are split in bf16 parts in its own memory at a time (a choice).
+IN_PLACE_BYTES: Final = 2**24
+
+#: Page-locked buffers through which panels go to a device: one being filled, one being copied (a choice).
+PINNED_SLOTS: Final = 2
 
 
 def page_locked_bytes(size: int) -> int:
@@ -186,6 +203,8 @@ def rule_samples(sample_bytes: int) -> int:
 def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the accumulators of one kernel tile: a float64 sum and one product in the kernel's precision.
 
+    In ``bf16x3`` there is a second product, of high and low parts, and on some devices one that is yet to be added.
+
     >>> from .workload import Derivation, ParameterBlock
     >>> w = Workload("trace", 100, 0, 1, 1, 1, (ParameterBlock("b", ("p",), 0, 9),), 4, 0, 0,
     ...     Derivation("loop", 1, 1, 1, 0, 0))
@@ -193,7 +212,37 @@ def accumulator_bytes(workload: Workload, layout: Layout) -> int:
     True
     """
     edge = layout.tile_samples * workload.entries_per_sample
-    return edge * edge * (8 + workload.item_bytes)
+    products = 1
+    if partial_products(workload.precision) > 1:
+        products = 2 if workload.device == "cpu" else 3
+    return edge * edge * (8 + products * workload.item_bytes)
+
+
+def split_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of both sides' parts in ``bf16x3``, some columns at a time.
+
+    On a CPU parts are as wide as float32, and splitting a side takes as much again as its parts for a moment; so it may
+    be on a device without products of bf16 into float32, which splits as few columns at a time.
+    """
+    if partial_products(workload.precision) == 1:
+        return 0
+    rows, edge = workload.rows_per_sample, layout.tile_samples * workload.entries_per_sample
+    widened = 3 * 2 * workload.item_bytes
+    total = edge * SPLIT_COLUMNS * widened
+    if workload.device != "cpu":
+        total = max(total, edge * DEVICE_SPLIT_COLUMNS * 2 * workload.item_bytes) + IN_PLACE_BYTES
+    pairs = 0
+    for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True):
+        if choice.contraction == "pairwise" and block.factors is not None:
+            sides, factors = pairwise_steps(block.factors, workload.entries_per_sample), block.factors
+            # Of the rows inputs and gradients, of the columns one of them; windows may be unfolded.
+            most = max(factors.input_items, factors.positions * factors.inputs, rows * factors.gradient_items)
+            items = (2 * min(sides[0], layout.tile_samples) + min(sides[1], layout.tile_samples)) * most
+            if factors.lookups:
+                one, other = crossed_steps(factors, rows)
+                items = max(items, 2 * (one + other) * max(factors.positions, rows * factors.lookups) * factors.inputs)
+            pairs = max(pairs, items * widened // 2)
+    return total + pairs
 
 
 def superblock_bytes(workload: Workload, layout: Layout) -> int:
@@ -397,8 +446,15 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
 
 
 def panel_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the largest panel: one row tile in one span, as it is stored."""
-    return layout.tile_samples * max(layout.cut(workload).stored)
+    """Bytes of the largest panel: one row tile in one span, as it is stored; on a device each part begins on a page."""
+    pages = 0 if workload.device == "cpu" else PANEL_PAGES_BYTES
+    return layout.tile_samples * max(layout.cut(workload).stored) + pages
+
+
+def device_room(workload: Workload, layout: Layout, limit: int) -> int:
+    """Device bytes that a budget leaves to kernel tasks beside what they take; negative where it leaves none."""
+    variable = (limit - workload.model_bytes - DEVICE_LIBRARY_BYTES) / (1 + ALLOCATOR_SHARE)
+    return int(variable) - _kernel_terms(workload, layout).total("device")
 
 
 def kernel_room(workload: Workload, layout: Layout, limit: int) -> int:
@@ -430,6 +486,15 @@ def _rows_terms(workload: Workload, layout: Layout) -> Terms:
     held = sum(size for span, size in zip(cut.spans, cut.held, strict=True) if span.block is not None)
     if not layout.in_memory and held:
         rows["factors of one batch"] = min(derivation.batch_size, layout.tile_samples) * held
+    if on_device:
+        samples = page_locked_bytes(derivation.batch_size * workload.sample_bytes)
+        rows["samples on their way"] = terms.pinned["samples on their way"] = 2 * samples
+        terms.device["samples"] = 2 * derivation.batch_size * workload.sample_bytes
+    if on_device and held:
+        at_once = min(derivation.batch_size, layout.tile_samples)
+        slot = at_once * (held + 8 * workload.rows_per_sample) + len(cut.spans) * PANEL_PAGES_BYTES
+        terms.device["factors"] = FACTOR_SLOTS * slot
+        rows["factors on their way"] = terms.pinned["factors on their way"] = FACTOR_SLOTS * page_locked_bytes(slot)
     kept = sum(
         block.factors.held_bytes(workload.rows_per_sample, workload.item_bytes)
         for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True)
@@ -461,16 +526,17 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
     workspace = workspace_bytes(workload, layout)
     if workspace:
         computed["expanded factors"] = workspace
+    if split := split_bytes(workload, layout):
+        computed["bf16 parts"] = split
     if on_device:
-        terms.device["tiles in transit"] = 2 * READ_SLOTS * chunk
+        terms.device["panels"] = read_buffers(workload, layout) * chunk
         kernel["finished kernel tile"] = accumulators
-    if not layout.in_memory:
-        each = page_locked_bytes(chunk) if on_device else chunk
-        kernel["read buffers"] = read_buffers(workload, layout) * each
-        if layout.kept_bytes:
-            kernel["panels kept"] = layout.kept_bytes
-        if on_device:
-            terms.pinned["read buffers"] = kernel["read buffers"]
+        kernel["panels on their way"] = PINNED_SLOTS * page_locked_bytes(chunk)
+        terms.pinned["panels on their way"] = kernel["panels on their way"]
+    elif not layout.in_memory:
+        kernel["read buffers"] = read_buffers(workload, layout) * chunk
+    if layout.kept_bytes:
+        computed["panels kept"] = layout.kept_bytes
     if workload.by_length:  # a tile is put into the order of its samples
         kernel["a tile in another order"] = 8 * (layout.tile_samples * workload.entries_per_sample) ** 2
     if workload.by_layer:

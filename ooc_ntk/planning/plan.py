@@ -18,6 +18,7 @@ from .factors import LayerFactors, Window
 from .growth import Grown, kept_tiles
 from .layers import layer_names
 from .layout import Dataflow, Layout
+from .memory import PANEL_PAGES_BYTES
 from .projection import Projection
 from .spans import DENSE, BlockShape, Choice, Contraction, Representation
 from .superblocks import KeptPanels, Order, Superblock, kept_panels, panel_loads, superblocks
@@ -225,10 +226,11 @@ class Plan:
 
     @cached_property
     def kept_panels(self) -> KeptPanels:
-        """Panels that stay in memory once they were read; none unless tiles are on disk."""
-        if self.layout.in_memory or not self.kept_bytes:
+        """Panels that stay in memory once they were read, in that of the device if there is one."""
+        if not self.kept_bytes:
             return KeptPanels()
-        sizes = [self.tile_samples * stored for stored in self.layout.cut(self).stored]
+        pages = 0 if self.device == "cpu" else PANEL_PAGES_BYTES
+        sizes = [self.tile_samples * stored + pages for stored in self.layout.cut(self).stored]
         copied = kept_tiles(self.sample_grid, self.grown)
         return kept_panels(panel_loads(b for b in self.superblocks if b.name not in copied), sizes, self.kept_bytes)
 
@@ -423,14 +425,16 @@ class Plan:
         """The plan in label and value pairs, for every table that shows it."""
         rows, columns = self.kernel_shape
         promised, limits = self.promised, self.limits
-        stored = "float32" if self.precision == "bf16" else self.precision
+        stored = "float32" if self.precision in ("bf16", "bf16x3") else self.precision
         what = f"{'projected ' if self.projection else ''}{self.kernel} kernel, {rows:,} × {columns:,} {stored}" + (
             f", {self.normalize}-normalised" if self.normalize else ""
         )
         if self.by_layer:
             what += f", and its summands by {len(self.layers)} layers"
-        if stored != self.precision:
-            what += f", tiles held and multiplied in {self.precision}"
+        if self.precision == "bf16":
+            what += ", tiles held and multiplied in bf16"
+        elif self.precision == "bf16x3":
+            what += ", multiplied as three products of bf16 parts"
         passes = f", {len(self.passes)} passes" if len(self.passes) > 1 else ""
         lines = [
             ("kernel", f"{what} ({format_bytes(self.kernel_bytes)})"),

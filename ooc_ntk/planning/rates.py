@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from ooc_ntk.errors import StorageError
+from ooc_ntk.units import partial_products
 
 #: Tile edges at which products are timed; between them the planner interpolates.
 CALIBRATED_EDGES: Final = (32, 128, 512, 1024)
@@ -24,7 +25,8 @@ class MachineRates:
 
     Attributes:
         machine: name of machine, processor, device and thread count for which the rates hold.
-        gemm: FLOP/s of a matrix product per precision and tile edge, e.g. ``{"float32": {512: 2e11}}``.
+        gemm: FLOP/s of a matrix product per precision and tile edge, e.g. ``{"float32": {512: 2e11}}``; in ``bf16x3``
+            those of all three products count.
         syrk: FLOP/s (of the half that is counted) of a symmetric product, same keys.
         fill: bytes/s at which Jacobian rows are copied into memory touched for the first time.
         copy: bytes/s at which they are copied into memory touched before.
@@ -61,7 +63,7 @@ class MachineRates:
             rows: rows of the result.
             columns: columns of the result.
             depth: length of the contracted dimension.
-            precision: ``float32``, ``tf32`` or ``float64``.
+            precision: one that was measured.
             symmetric: whether it is a Gram matrix, half of which is computed.
             edge: edge of the product that this is a part of; None takes the smaller one of the result.
 
@@ -74,7 +76,7 @@ class MachineRates:
         >>> r.gemm_seconds(64, 64, 1000, "float32", symmetric=True) == 64 * 64 * 1000 / 1e9
         True
         """
-        flops = rows * columns * depth * (1 if symmetric else 2)
+        flops = rows * columns * depth * (1 if symmetric else 2) * partial_products(precision)
         table = (self.syrk if symmetric else self.gemm)[precision]
         return flops / _nearest(table, min(rows, columns) if edge is None else edge)
 
@@ -105,6 +107,7 @@ class MachineRates:
                     for precision, rates in fields[table].items()
                 }
             missing = {"expand", "elements"} - set(fields)
+            missing |= {"bf16x3"} - set(fields["gemm"])  # of an earlier version
             if missing:
                 raise ValueError(f"without {', '.join(sorted(missing))}")
             return cls(**fields)
@@ -124,7 +127,7 @@ def _nearest(rates: Mapping[int, float], edge: int) -> float:
     return rates[known[-1]]
 
 
-_GUESSED: Final = {"float32": 5e10, "tf32": 5e10, "bf16": 5e10, "float64": 2.5e10}
+_GUESSED: Final = {"float32": 5e10, "tf32": 5e10, "bf16": 5e10, "bf16x3": 5e10, "float64": 2.5e10}
 
 #: A slow laptop, for plans made before the first calibration (guessed; the plan says so).
 UNCALIBRATED = MachineRates(

@@ -168,7 +168,7 @@ class Workload:
         planning_bytes: resident memory that calibration and probe reached, 0 if they stayed below an earlier peak.
         model_bytes: bytes of the model's parameters and buffers on the device.
         derivation: how rows are derived and what it costs.
-        precision: ``float32``, ``tf32``, ``bf16`` or ``float64``.
+        precision: ``float32``, ``tf32``, ``bf16``, ``bf16x3`` or ``float64``.
         scale: ``sum`` or ``mean``.
         normalize: None or ``cosine``.
         device: torch device string.

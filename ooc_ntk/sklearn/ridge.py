@@ -112,8 +112,9 @@ class NTKRegressor(RegressorMixin, NTKRidge):  # type: ignore[misc]
             :class:`ooc_ntk.Projection`.
         normalize: None or ``cosine``.
         parameters: patterns of parameter names, as for :class:`ooc_ntk.Job`; None for all.
-        precision: of the kernel, ``float64``, ``float32``, ``tf32`` or ``bf16``. In float32 half the memory and time,
-            and a sample alone and among others differs in the sixth digit. Predictions are summed in float64 anyway.
+        precision: of the kernel, ``float64``, ``float32``, ``tf32``, ``bf16`` or ``bf16x3``. In float32 half the memory
+            and time, and a sample alone and among others differs in the sixth digit. Predictions are summed in float64
+            anyway.
         device: ``cpu`` or ``cuda``; None takes CUDA where there is one.
         host_memory: limit for the whole process while kernels are computed, such as ``4GiB``; None takes 80% of what is
             free.

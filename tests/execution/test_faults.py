@@ -439,7 +439,7 @@ def test_a_margin_that_is_no_size(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Calibration without measuring."""
-    rates = {name: dict.fromkeys((32, 512), 1000000000.0) for name in ("float32", "bf16", "float64")}
+    rates = {name: dict.fromkeys((32, 512), 1000000000.0) for name in ("float32", "bf16", "bf16x3", "float64")}
     monkeypatch.setattr(calibration, "measure_products", lambda *_: (rates, rates))
     monkeypatch.setattr(calibration, "measure_factored", lambda *_: ({"float32": 1e9}, 1e9))
     monkeypatch.setattr(calibration, "memory_rates", lambda: (1e9, 1e9))

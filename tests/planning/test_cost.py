@@ -98,6 +98,28 @@ def test_seconds_of_passes():
     assert two.bytes_written == one.bytes_written + 3 * tile
 
 
+def test_a_panel_is_copied_to_a_device_once_for_all_tiles_of_a_superblock():
+    slow = dataclasses.replace(UNCALIBRATED, host_to_device=1e3, disk_read=1e30)
+    job = workload(device="cuda")
+    alone, together = (Layout("spill", 25, 50, (Range(0, 1),), superblock_tiles=tiles) for tiles in (1, 100))
+    panel = 25 * 50 * job.rows_per_sample * 4
+    seconds = [price(job, layout, slow, 2**40).kernel_seconds for layout in (alone, together)]
+    # Four diagonal tiles of one panel, six of two; or each of the four panels once.
+    assert seconds[0] - seconds[1] == pytest.approx((16 - 4) * panel / 1e3, rel=0.02)
+
+
+def test_what_stays_on_a_device_is_sent_there_once():
+    slow = dataclasses.replace(UNCALIBRATED, host_to_device=1e3)
+    job = workload(device="cuda")
+    layout = Layout("resident", 25, 50, (Range(0, 1),))
+    panel = 25 * 50 * job.rows_per_sample * 4
+    sent = (
+        price(job, layout, slow, 2**40).kernel_seconds,
+        price(job, dataclasses.replace(layout, kept_bytes=2**40), slow, 2**40).kernel_seconds,
+    )
+    assert sent[0] - sent[1] == pytest.approx((16 - 4) * panel / 1e3, rel=0.02)
+
+
 def test_commits_are_counted():
     slow = dataclasses.replace(UNCALIBRATED, commit_seconds=100.0)
     job, layout = workload(), Layout("resident", 50, 50, (Range(0, 1),))
@@ -113,6 +135,15 @@ class TestRates:
     def test_garbage_is_refused(self, text):
         with pytest.raises(StorageError, match="ooc-ntk calibrate"):
             MachineRates.from_json(text)
+
+    def test_rates_of_before_there_were_three_products_are_measured_again(self):
+        old = dataclasses.replace(UNCALIBRATED, gemm={"float32": UNCALIBRATED.gemm["float32"]})
+        with pytest.raises(StorageError, match="without bf16x3"):
+            MachineRates.from_json(old.to_json())
+
+    def test_three_products_take_three_times_as_long(self):
+        seconds = [UNCALIBRATED.gemm_seconds(64, 64, 1000, precision) for precision in ("float32", "bf16x3")]
+        assert seconds[1] == pytest.approx(3 * seconds[0])
 
     def test_rates_grow_with_the_edge(self):
         seconds = [

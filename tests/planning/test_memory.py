@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ooc_ntk.planning.factors import LayerFactors, Window
+from ooc_ntk.planning.grouping import keeping
 from ooc_ntk.planning.layout import Layout
 from ooc_ntk.planning.memory import (
     ALLOCATOR_SHARE,
@@ -17,12 +18,16 @@ from ooc_ntk.planning.memory import (
     STRIPE_BYTES,
     accumulator_bytes,
     memory_need,
+    page_locked_bytes,
     pairwise_bytes,
+    split_bytes,
     store_bytes,
 )
 from ooc_ntk.planning.need import MemoryNeed, Terms
+from ooc_ntk.planning.spans import FACTORED
 from ooc_ntk.planning.tiles import ColumnGrid, Range, even_ranges
-from tests.planning.strategies import MIB, small_workload, workloads
+from ooc_ntk.planning.workload import ParameterBlock
+from tests.planning.strategies import MIB, ample, small_workload, workloads
 
 
 def layout_of(workload, dataflow, tile, span, passes=1):
@@ -105,12 +110,15 @@ def test_promises_grow_with_the_tile(workload, dataflow, tile, span):
 
 
 @pytest.mark.parametrize("dataflow", ["resident", "spill"])
-def test_on_a_device_the_tiles_in_transit_are_the_devices(dataflow):
+def test_on_a_device_the_panels_are_the_devices(dataflow):
     """Contracting takes more of the device than deriving here, and only one of them is done at a time."""
     workload = small_workload(device="cuda")
     need = memory_need(workload, layout_of(workload, dataflow, 100, 10_000))
-    contracting = {"tiles in transit": 4 * 100 * 4 * 10_000 * 4, "kernel tile accumulators": 100 * 100 * 12}
-    assert need.tasks["rows"].device == {"deriving one batch": int(DERIVING_SHARE * 4 * MIB)}
+    # Two being multiplied, two read ahead, each of at most two parts that fill pages.
+    panels = 4 * (100 * 4 * 10_000 * 4 + 2 * 4096)
+    contracting = {"kernel tile accumulators": 100 * 100 * 12, "panels": panels}
+    deriving = {"deriving one batch": int(DERIVING_SHARE * 4 * MIB), "samples": 2 * 8 * 1000}
+    assert need.tasks["rows"].device == deriving
     assert need.device == {
         "the model": 200_000,
         "libraries and allocator": DEVICE_LIBRARY_BYTES + int(ALLOCATOR_SHARE * sum(contracting.values())),
@@ -118,14 +126,60 @@ def test_on_a_device_the_tiles_in_transit_are_the_devices(dataflow):
     }
 
 
-def test_read_buffers_are_page_locked_on_a_device_and_count_as_host_memory_too():
+@pytest.mark.parametrize("dataflow", ["resident", "spill"])
+def test_panels_go_to_a_device_by_page_locked_memory_which_counts_as_host_memory_too(dataflow):
     workload = small_workload(device="cuda")
-    need = memory_need(workload, layout_of(workload, "spill", 100, 10_000))
-    # Chunks of 16,000,000 bytes: torch locks 2**24 for each.
-    assert need.pinned == {"read buffers": 4 * 2**24}
-    assert need.host["read buffers"] == need.total("pinned")
-    assert memory_need(workload, layout_of(workload, "resident", 100, 10_000)).total("pinned") == 0
-    assert memory_need(small_workload(), layout_of(workload, "spill", 100, 10_000)).total("pinned") == 0
+    need = memory_need(workload, layout_of(workload, dataflow, 100, 10_000))
+    # Panels of 16,000,000 bytes: torch locks 2**24 for each of the two on their way, however many the device holds.
+    assert need.pinned == {"panels on their way": 2 * 2**24}
+    assert need.host["panels on their way"] == need.total("pinned")
+    assert "read buffers" not in need.tasks["kernel"].host
+    assert memory_need(small_workload(), layout_of(workload, dataflow, 100, 10_000)).total("pinned") == 0
+
+
+@pytest.mark.parametrize("dataflow", ["resident", "spill"])
+def test_factors_and_samples_cross_to_a_device_and_back_by_page_locked_memory(dataflow):
+    """Two batches of each, the last two being captured and copied; a norm for every row beside its factors."""
+    factors = LayerFactors("linear", 6, 50, 40)
+    block = ParameterBlock("fc", ("w",), 0, 2000, "rule", "", factors)
+    workload = dataclasses.replace(small_workload(device="cuda"), blocks=(block,))
+    layout = Layout(dataflow, 100, 2000, (Range(0, 1),), (FACTORED,))
+    need = memory_need(workload, layout).tasks["rows"]
+    batch, rows = workload.derivation.batch_size, workload.rows_per_sample
+    slot = batch * (6 * 50 + rows * 6 * 40) * 4 + 8 * batch * rows + 2 * 4096
+    assert need.device["factors"] == 2 * slot
+    assert need.pinned == {
+        "samples on their way": 2 * page_locked_bytes(batch * workload.sample_bytes),
+        "factors on their way": 2 * page_locked_bytes(slot),
+    }
+    assert all(need.host[term] == size for term, size in need.pinned.items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bf16_parts_count(device):
+    """A second product, on a device a third one, and both sides in parts: as float32, one being split, or as bf16."""
+    workload = small_workload(device=device, precision="bf16x3")
+    layout = layout_of(workload, "spill", 100, 10_000)
+    assert accumulator_bytes(workload, layout) == 100 * 100 * (8 + 4 * (2 if device == "cpu" else 3))
+    need = memory_need(workload, layout).tasks["kernel"]
+    assert need.of("host" if device == "cpu" else "device")["bf16 parts"] == (
+        3 * 100 * 4096 * 8 if device == "cpu" else 2 * 100 * 2**15 * 4 + 2**24
+    )
+    assert split_bytes(small_workload(device=device), layout) == 0
+
+
+def test_panels_stay_in_the_memory_that_is_left_on_the_device():
+    workload = small_workload(device="cuda", train_samples=400)
+    layout = layout_of(workload, "resident", 100, 10_000)
+    whole = 5 * (100 * 4 * 10_000 * 4 + 2 * 4096)  # all panels of a row tile
+    need = memory_need(workload, layout).total("device")
+    for room, wanted in ((0, 0), (2.1 * whole, 2 * whole), (100 * whole, 4 * whole)):
+        limits = ample(device=int(need + 1.04 * room) + 10)
+        found = keeping(workload, limits, layout)
+        assert found.kept_bytes == wanted
+        assert memory_need(workload, found).total("device") <= limits.device
+    several = layout_of(workload, "recompute", 100, 10_000, 5)
+    assert keeping(workload, ample(), several) == several
 
 
 def test_the_kind_of_task_that_takes_the_most_counts_for_each_memory_by_itself():

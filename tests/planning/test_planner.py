@@ -244,10 +244,13 @@ def test_preferences_are_checked(fields, message):
         ({"smooth": False, "cancelling": True}, 5e-5),
         ({"precision": "float64"}, 1e-12),
         ({"precision": "float64", "smooth": True}, 1e-12),
+        ({"precision": "bf16x3", "smooth": True}, 1.2e-5),
+        ({"precision": "bf16x3", "smooth": False}, 6e-5),
+        ({"precision": "bf16x3", "smooth": True, "cancelling": True}, 2e-5),
     ],
 )
 def test_tolerance(changes, wanted):
-    assert tolerance(small_workload(**changes)) == wanted
+    assert tolerance(small_workload(**changes)) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_tf32_is_not_held_to_the_tolerance_of_float32():
