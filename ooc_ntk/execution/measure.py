@@ -34,7 +34,7 @@ from ooc_ntk.inputs.joined import split_joined
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits
 from ooc_ntk.planning.factors import LayerFactors
-from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
+from ooc_ntk.planning.memory import DEVICE_POSITIONS, LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
 from ooc_ntk.planning.projection import SPARSE_KINDS
 from ooc_ntk.planning.tiles import Range
@@ -61,6 +61,10 @@ DECIDED = 6.0
 
 #: Positions of the tile on which both are timed, all samples together.
 TIMED_POSITIONS = 1024
+
+
+#: The same on a device: one whole block of a pairwise contraction.
+DEVICE_TIMED_POSITIONS = DEVICE_POSITIONS[0]
 
 
 #: Samples of train and of test that are read twice before anything is computed, spread evenly, to catch data sets that
@@ -294,10 +298,15 @@ def _together(batches: Sequence[ModelBatch]) -> ModelBatch:
 
 
 def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows: int) -> tuple[ParameterBlock, ...]:
-    """Time both contractions of blocks for which the counted FLOPs do not decide by far."""
+    """Time both contractions of blocks for which the counted FLOPs do not decide by far.
+
+    On a device pairwise contraction is timed wherever it may be chosen: it has a fused kernel, which wins or does not.
+    """
     entries = rows if prepared.job.kernel == "full" else 1
     precision, device, samples = prepared.job.precision, prepared.device, len(prepared.reader)
-    timed: dict[LayerFactors, tuple[float, float]] = {}
+    on_device = device != "cpu"
+    positions = DEVICE_TIMED_POSITIONS if on_device else TIMED_POSITIONS
+    timed: dict[LayerFactors, tuple[float, float, bool]] = {}
     found = []
     for block in blocks:
         factors = block.factors
@@ -307,14 +316,14 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
         pairs = max(1.0, samples / 2)
         gemm = factors.dense_pair_flops(rows, entries) + factors.expand_flops(rows) / pairs
         ratio = factors.pairwise_pair_flops(rows, entries) / gemm
-        if not 1 / DECIDED < ratio < DECIDED:
+        if ratio >= DECIDED or (ratio <= 1 / DECIDED and not on_device):
             found.append(block)
             continue
         if factors not in timed:
-            tile = max(2, min(samples, TIMED_POSITIONS // factors.positions))
+            tile = max(2, min(samples, positions // factors.positions))
             timed[factors] = measure_block(factors, rows, entries, precision, device, tile)
-        expand, pairwise = timed[factors]
-        found.append(replace(block, expand_seconds=expand, pairwise_seconds=pairwise))
+        expand, pairwise, fused = timed[factors]
+        found.append(replace(block, expand_seconds=expand, pairwise_seconds=pairwise, fused=fused))
     return tuple(found)
 
 
