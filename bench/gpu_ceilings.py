@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -53,7 +54,7 @@ def best_of(work: Callable[[], object], device: str, repeats: int = REPEATS) -> 
 def product_rate(precision: str, edge: int, device: str, columns: int = CONTRACTION_COLUMNS) -> float:
     """FLOP/s of the device's own product of two (edge, columns) matrices, 2·edge²·columns counted.
 
-    In bf16x3 it is three products of bf16 matrices, added up in float32, that count as one.
+    In bf16x3 it is three products of bf16 matrices, with results in float32 on a device, that count as one.
 
     Args:
         precision: name of a precision.
@@ -68,28 +69,55 @@ def product_rate(precision: str, edge: int, device: str, columns: int = CONTRACT
     out = torch.empty(edge, edge, dtype=dtype, device=device)
 
     def multiply() -> None:
-        for _ in range(THREE if precision == "bf16x3" else 1):
+        if precision != "bf16x3":
             torch.mm(left, right.T, out=out)
+            return
+        for _ in range(THREE):
+            if device == "cpu":
+                torch.mm(left, right.T, out=out)
+            else:
+                torch.mm(left, right.T, out_dtype=torch.float32)
 
     with tf32(precision == "tf32"):
         return 2 * edge * edge * columns / best_of(multiply, device)
 
 
-def copy_rates(device: str, numbers: int = 2**26) -> tuple[float, float]:
-    """Bytes/s of copies from page-locked host memory to the device and back; zeros for a CPU.
+@dataclass(frozen=True)
+class Ways:
+    """Rates of the ways that bytes go, in bytes/s; 0 where there is no such way.
+
+    Attributes:
+        there: from page-locked host memory to the device.
+        back: from the device to page-locked host memory.
+        write: to the disk, synced.
+        read: from the disk.
+    """
+
+    there: float
+    back: float
+    write: float
+    read: float
+
+
+def measure_ways(device: str, folder: Path, numbers: int = 2**26) -> Ways:
+    """Time copies and the disk.
 
     Args:
         device: torch device string.
+        folder: on the disk that is meant.
         numbers: float32 numbers that are copied.
     """
+    disk = measure_disk(folder)
     if device == "cpu":
-        return 0.0, 0.0
+        return Ways(0.0, 0.0, disk.write, disk.read)
     host = torch.ones(numbers, pin_memory=True)
     there = torch.empty(numbers, device=device)
     size = 4 * numbers
-    return (
+    return Ways(
         size / best_of(lambda: there.copy_(host, non_blocking=True), device),
         size / best_of(lambda: host.copy_(there, non_blocking=True), device),
+        disk.write,
+        disk.read,
     )
 
 
@@ -109,9 +137,3 @@ def capture_rate(model: torch.nn.Module, inputs: Tensor, batch: int, device: str
     finally:
         model.to("cpu")
     return len(inputs) / seconds
-
-
-def disk_rates(folder: Path) -> tuple[float, float]:
-    """Bytes/s written and synced, and read back, of the disk under a folder."""
-    found = measure_disk(folder)
-    return found.write, found.read

@@ -28,7 +28,7 @@ from ooc_ntk.compute.rates import cached_rates
 from ooc_ntk.units import ITEM_BYTES, format_bytes
 
 from .exact import machine
-from .gpu_ceilings import copy_rates, disk_rates, product_rate
+from .gpu_ceilings import Ways, measure_ways, product_rate
 from .gpu_checks import FUSED_TOLERANCE, KINDS, NETWORKS, Check, check_fused, check_kernels, precisions_of, table_of
 from .gpu_growth import FORMULA, extrapolate, format_whole, grow, summary
 from .gpu_networks import SMALL_SUBJECTS, SUBJECTS, Subject
@@ -120,7 +120,7 @@ def check_all(setting: Setting) -> tuple[list[str], bool]:
     return lines, passed
 
 
-def ceilings(setting: Setting) -> list[str]:
+def ceilings(setting: Setting) -> tuple[list[str], Ways]:
     """What the machine allows."""
     edges, columns = (SMALL_EDGES, SMALL_COLUMNS) if setting.smoke else (EDGES, 65_536)
     cells = [("products, TFLOP/s", *(f"{edge:,} rows" for edge in edges))]
@@ -128,16 +128,15 @@ def ceilings(setting: Setting) -> list[str]:
         rates = (product_rate(precision, edge, setting.device, columns) for edge in edges)
         cells.append((precision, *(f"{rate / 1e12:.2f}" for rate in rates)))
     lines = aligned(cells)
+    ways = measure_ways(setting.device, setting.folder or Path(tempfile.gettempdir()))
     if setting.device != "cpu":
-        there, back = copy_rates(setting.device)
         free, total = torch.cuda.mem_get_info(setting.device)
         lines.append(
-            f"  copies from page-locked memory {there / 1e9:.1f} GB/s, to it {back / 1e9:.1f} GB/s; device memory "
+            f"  copies from page-locked memory {ways.there / 1e9:.1f} GB/s, to it {ways.back / 1e9:.1f} GB/s; memory "
             f"{format_bytes(free)} of {format_bytes(total)} free"
         )
-    write, read = disk_rates(setting.folder or Path(tempfile.gettempdir()))
-    lines.append(f"  disk: {write / 1e9:.2f} GB/s written and synced, {read / 1e9:.2f} GB/s read")
-    return lines
+    lines.append(f"  disk: {ways.write / 1e9:.2f} GB/s written and synced, {ways.read / 1e9:.2f} GB/s read")
+    return lines, ways
 
 
 def measure(setting: Setting) -> tuple[list[str], bool]:
@@ -162,18 +161,20 @@ def measure(setting: Setting) -> tuple[list[str], bool]:
     if not passed:
         return kept, False
     say("\nwhat the machine allows")
-    say("\n".join(ceilings(setting)))
+    lines, ways = ceilings(setting)
+    say("\n".join(lines))
     precisions = [float32_grade(), *(name for name in ("tf32",) if name in precisions_of(setting.device))]
     wholes = []
     series = [(subject, precision) for subject in setting.subjects for precision in precisions]
     for number, (subject, precision) in enumerate(series):
         say(f"\n{subject.title}, {precision}")
         deadline = time.perf_counter() + setting.left / (len(series) - number)
-        runs = grow(subject, precision, setting.device, deadline, setting.folder, say)
+        runs = grow(subject, precision, setting.device, ways, deadline, setting.folder, say)
         if runs:
             wholes.append(extrapolate(runs[-1], setting.device, setting.folder))
             say(format_whole(wholes[-1]))
-    say("\nphases are seconds of the driver's thread: work that is queued on the device counts where it is waited for.")
+    say("\nPhases are seconds of the thread that runs tasks: work queued on the device counts where it is waited for.")
+    say("FLOPs count pairs of samples once; products of whole tiles compute those on the diagonal twice.")
     say(f"The whole kernel: {FORMULA}.")
     say()
     say("\n".join(summary(wholes, judged=not setting.smoke)))

@@ -15,10 +15,10 @@ import ooc_ntk
 from ooc_ntk.api import RunInfo
 from ooc_ntk.errors import BudgetError
 from ooc_ntk.inputs.callables import call_factory
-from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.units import format_bytes, format_count, format_seconds
 
-from .gpu_ceilings import capture_rate, product_rate
+from .gpu_ceilings import Ways, capture_rate, product_rate
 from .gpu_networks import Subject
 from .table import aligned
 
@@ -49,6 +49,7 @@ class Grown:
         samples: train samples.
         info: what its receipts say.
         wall_seconds: of the run, without planning.
+        ways: rates at which bytes go.
         ceiling: FLOP/s of the device's own products at the edge of the plan's tiles.
         capture: samples/s of capture without the engine.
     """
@@ -58,6 +59,7 @@ class Grown:
     samples: int
     info: RunInfo
     wall_seconds: float
+    ways: Ways
     ceiling: float
     capture: float
 
@@ -77,13 +79,31 @@ class Grown:
         return self.flops / max(1e-9, self.info.kernel_seconds)
 
     @property
+    def share(self) -> float:
+        """Seconds that the device's own products of whole tiles would take, over those of all kernel tasks."""
+        grid = self.plan.sample_grid
+        entries = sum(
+            len(grid.rows(i)) * len(grid.columns(j))
+            for i in range(grid.row_tiles)
+            for j in range(min(i + 1, grid.column_tiles))
+        )
+        pairs = self.plan.train_samples**2 / 2 + self.plan.test_samples * self.plan.train_samples
+        return self.rate / self.ceiling * entries / pairs
+
+    @property
     def contracting_seconds(self) -> float:
         """Seconds of the phases that contract."""
         return sum(seconds for name, seconds in self.info.phases.items() if name in CONTRACTING)
 
 
 def grow(
-    subject: Subject, precision: str, device: str, deadline: float, folder: Path | None, announce: Callable[[str], None]
+    subject: Subject,
+    precision: str,
+    device: str,
+    ways: Ways,
+    deadline: float,
+    folder: Path | None,
+    announce: Callable[[str], None],
 ) -> list[Grown]:
     """Run a network with more and more samples until the next run would end too late.
 
@@ -91,6 +111,7 @@ def grow(
         subject: the network.
         precision: of the jobs.
         device: torch device string.
+        ways: rates at which bytes go.
         deadline: by ``time.perf_counter``.
         folder: where runs are; None takes the system's folder for temporary files.
         announce: told about every run.
@@ -116,7 +137,7 @@ def grow(
         if plan.batch_size not in rates:
             rates[plan.batch_size] = _capture(subject, plan.batch_size, device)
         ceiling = product_rate(precision, min(samples, plan.tile_samples), device)
-        run = Grown(subject, precision, samples, info, wall, ceiling, rates[plan.batch_size])
+        run = Grown(subject, precision, samples, info, wall, ways, ceiling, rates[plan.batch_size])
         found.append(run)
         announce(format_run(run))
         if device != "cpu":
@@ -141,9 +162,9 @@ def format_run(run: Grown) -> str:
     lines = [
         f"  N = {run.samples:,}, {run.precision}: {run.wall_seconds:.2f} s; {plan.layout.describe()}, batches of "
         f"{plan.batch_size}",
-        f"    contraction {format_count(run.flops)}FLOP, {run.rate / 1e12:.2f} TFLOP/s over all of its tasks, "
-        f"{run.rate / run.ceiling:.2f} of the device's own products of {min(run.samples, plan.tile_samples):,} rows "
-        f"({run.ceiling / 1e12:.2f})",
+        f"    contraction {format_count(run.flops)}FLOP, {run.rate / 1e12:.2f} TFLOP/s over all of its tasks; the "
+        f"device's own products of {min(run.samples, plan.tile_samples):,} rows do {run.ceiling / 1e12:.2f}, and whole "
+        f"tiles by them would take {run.share:.2f} of that time",
         f"    peak of device memory {format_bytes(info.device_bytes)} of {format_bytes(plan.promised.device_bytes)} "
         f"promised, of host memory {format_bytes(info.host_bytes)} of {format_bytes(plan.promised.host_bytes)}; "
         f"{run.wall_seconds / max(1e-9, plan.promised.seconds):.2f} × the promised seconds",
@@ -170,9 +191,26 @@ def _rate(run: Grown, name: str, seconds: float) -> tuple[str, str]:
             if block.contraction == CONTRACTING[name] and (block.representation == "dense") == dense
         )
         return f"{flops / seconds / 1e12:.2f} TFLOP/s", f"{flops / seconds / run.ceiling:.2f} of its products"
-    if name == "commit":
-        return f"{run.info.bytes_written / seconds / 1e9:.2f} GB/s", ""
-    return "", ""
+    if name == "expand":
+        flops = sum(_expansion(run, block) for block in run.plan.blocks if block.representation == "dense")
+        return f"{flops / seconds / 1e12:.2f} TFLOP/s", f"{flops / seconds / run.ceiling:.2f} of its products"
+    moved = {
+        "store": (run.plan.held_bytes, run.ways.back, "copies to the host"),
+        "commit": (run.info.bytes_written, run.ways.write, "the disk"),
+        "wait for tiles": (run.info.bytes_read, run.ways.read, "the disk"),
+    }
+    if name not in moved:
+        return "", ""
+    count, way, what = moved[name]
+    rate = count / seconds
+    return f"{rate / 1e9:.2f} GB/s", f"{rate / way:.2f} of {what}" if way and count else ""
+
+
+def _expansion(run: Grown, block: PlannedBlock) -> int:
+    """FLOPs of expanding what a layer rule derives of a block that is held dense."""
+    if block.source != "rule" or block.factors is None:
+        return 0
+    return run.plan.samples * block.factors.expand_flops(run.plan.rows_per_sample)
 
 
 @dataclass(frozen=True)
@@ -270,7 +308,6 @@ def summary(wholes: Sequence[Whole], *, judged: bool) -> list[str]:
     verdicts = []
     for whole in wholes:
         run = whole.run
-        share = run.rate / run.ceiling
         cells.append(
             (
                 run.subject.title,
@@ -278,7 +315,7 @@ def summary(wholes: Sequence[Whole], *, judged: bool) -> list[str]:
                 f"{run.samples:,}",
                 f"{run.wall_seconds:.2f}",
                 f"{run.rate / 1e12:.2f}",
-                f"{share:.2f}",
+                f"{run.share:.2f}",
                 format_bytes(run.info.device_bytes),
                 format_seconds(whole.seconds),
             )
@@ -287,8 +324,8 @@ def summary(wholes: Sequence[Whole], *, judged: bool) -> list[str]:
             continue
         name = f"{run.subject.title}, {run.precision}"
         verdicts.append(
-            f"{name}: contraction / products = {share:.2f}; bar at least {CONTRACTION_BAR}"
-            f"{_verdict(share >= CONTRACTION_BAR)}"
+            f"{name}: products of whole tiles / contraction = {run.share:.2f}; bar at least {CONTRACTION_BAR}"
+            f"{_verdict(run.share >= CONTRACTION_BAR)}"
         )
         bar = SECONDS_BARS.get(run.precision)
         if bar is not None and run.subject.judged:

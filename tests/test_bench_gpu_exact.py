@@ -13,6 +13,7 @@ import torch
 
 import ooc_ntk
 from bench import gpu_checks, gpu_exact, gpu_growth
+from bench.gpu_ceilings import Ways
 from bench.gpu_networks import SMALL_SUBJECTS, SUBJECTS
 from bench.gpu_slices import Limit, Slice
 from ooc_ntk.compute import pairwise
@@ -168,13 +169,16 @@ def test_the_fused_kernel_is_compared_with_shifts_by_padding(monkeypatch):
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+WAYS = Ways(0.0, 0.0, 1e9, 1e9)
+
+
 @pytest.fixture(scope="module")
 def grown(rates, tmp_path_factory):
     """One run of the small network on as many samples as its whole kernel has."""
     subject = dataclasses.replace(SMALL_SUBJECTS[1], size=(6, 0))
     with limited_threads(1):
         rates_path("cpu").write_text(rates.to_json())
-        (run,) = gpu_growth.grow(subject, "float32", "cpu", time.perf_counter(), None, lambda text: None)
+        (run,) = gpu_growth.grow(subject, "float32", "cpu", WAYS, time.perf_counter(), None, lambda text: None)
         return run, gpu_growth.extrapolate(run, "cpu", tmp_path_factory.mktemp("grown"))
 
 

@@ -82,5 +82,8 @@ def sum_windows(
     kind = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     out = torch.empty(rows * entries, columns * entries, dtype=kind, device=inputs.device)
     window = gram_window(factors)
-    load_fused().sum_pairs(inputs, gradients, out, window, rows, columns, entries, bias=factors.bias)
+    kernel = load_fused()
+    # Triton launches on the current device.
+    with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]
+        kernel.sum_pairs(inputs, gradients, out, window, rows, columns, entries, bias=factors.bias)
     return out

@@ -39,6 +39,7 @@ from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
 from ooc_ntk.planning.projection import SPARSE_KINDS
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import ParameterBlock, Workload
+from ooc_ntk.units import item_bytes
 
 from .context import SampleReader
 from .lengths import cut_share
@@ -65,6 +66,10 @@ TIMED_POSITIONS = 1024
 
 #: The same on a device: one whole block of a pairwise contraction.
 DEVICE_TIMED_POSITIONS = DEVICE_POSITIONS[0]
+
+
+#: Bytes of the factors of such a tile at most, which are made twice (a choice).
+DEVICE_TIMED_BYTES = 2**28
 
 
 #: Samples of train and of test that are read twice before anything is computed, spread evenly, to catch data sets that
@@ -321,6 +326,8 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
             continue
         if factors not in timed:
             tile = max(2, min(samples, positions // factors.positions))
+            if on_device:
+                tile = max(2, min(tile, DEVICE_TIMED_BYTES // factors.held_bytes(rows, item_bytes(precision))))
             timed[factors] = measure_block(factors, rows, entries, precision, device, tile)
         expand, pairwise, fused = timed[factors]
         found.append(replace(block, expand_seconds=expand, pairwise_seconds=pairwise, fused=fused))
