@@ -38,6 +38,9 @@ CONTRACTING: Final = {
     "matching": "matching",
 }
 
+#: Where a thread waits for products that are queued on a device.
+WAITING: Final = "wait for the device"
+
 
 @dataclass(frozen=True)
 class Grown:
@@ -92,8 +95,8 @@ class Grown:
 
     @property
     def contracting_seconds(self) -> float:
-        """Seconds of the phases that contract."""
-        return sum(seconds for name, seconds in self.info.phases.items() if name in CONTRACTING)
+        """Seconds of the phases that contract, and of waiting for them."""
+        return sum(seconds for name, seconds in self.info.phases.items() if name in (*CONTRACTING, WAITING))
 
 
 def grow(

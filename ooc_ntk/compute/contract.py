@@ -348,8 +348,8 @@ def measure_factored(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
 
 def measure_block(
     factors: LayerFactors, rows: int, entries: int, precision: str, device: str, samples: int
-) -> tuple[float, float, bool]:
-    """Time both contractions of a block on random factors, and on a device both ways to contract it pairwise.
+) -> tuple[float, float]:
+    """Time both contractions of a block on random factors.
 
     Args:
         factors: shapes of the factors (linear or convolution).
@@ -360,8 +360,7 @@ def measure_block(
         samples: samples of the tile to try.
 
     Returns:
-        Seconds to expand one sample, seconds to contract one pair of samples pairwise, and whether the fused kernel
-        took these.
+        Seconds to expand one sample, and seconds to contract one pair of samples pairwise.
     """
     tile = _random_tile(factors, samples, rows, precision, device, "gemm")
     pairs = _random_tile(factors, samples, rows, precision, device, "pairwise")
@@ -373,27 +372,41 @@ def measure_block(
         for piece in parts:
             expand_piece(factors, tile, piece, out, by_rows=entries > 1 or rows_first(tile))
 
+    expand_seconds = best_seconds(partial(_wait, expanding, device), budget_seconds=0.02, repeats=3)
+    return expand_seconds / samples, _pair_seconds(factors, pairs, entries, precision, device)
+
+
+def measure_fused(factors: LayerFactors, rows: int, entries: int, precision: str, device: str, samples: int) -> float:
+    """Time the pairwise contraction of a block by the fused kernel; arguments as for :func:`measure_block`.
+
+    Returns:
+        Seconds to contract one pair of samples, infinity where there is no such kernel or it cannot be compiled.
+    """
+    if not can_fuse(factors, device):
+        return math.inf
+    pairs = _random_tile(factors, samples, rows, precision, device, "pairwise")
+    try:
+        return _pair_seconds(factors, pairs, entries, precision, device, fused=True)
+    except Exception as error:  # noqa: BLE001 - it takes a C compiler, too; without one the other way is there
+        logger.info("the fused kernel is not used: %s: %s", type(error).__name__, error)
+        return math.inf
+
+
+def _pair_seconds(
+    factors: LayerFactors, pairs: Tile, entries: int, precision: str, device: str, *, fused: bool = False
+) -> float:
+    """Seconds to contract one pair of samples of a tile with itself, both triangles of it."""
+
     def drop(block: Tensor, row: int, column: int) -> None:
         del block, row, column
 
-    def timed(work: Callable[[], object]) -> float:
-        return best_seconds(partial(_wait, work, device), budget_seconds=0.02, repeats=3)
+    def by_pairs() -> None:
+        with tf32(precision == "tf32"):
+            contract_pairwise(factors, pairs, pairs, entries, drop, fused=fused)
+            if factors.lookups:
+                contract_crossed(factors, pairs, pairs, entries, drop)
 
-    expand_seconds = timed(expanding)
-
-    def by_pairs(fused: bool = False) -> None:
-        contract_pairwise(factors, pairs, pairs, entries, drop, fused=fused)
-        if factors.lookups:
-            contract_crossed(factors, pairs, pairs, entries, drop)
-
-    pair_seconds, fused_seconds = timed(by_pairs), math.inf
-    if can_fuse(factors, device):
-        try:
-            fused_seconds = timed(partial(by_pairs, fused=True))
-        except Exception as error:  # noqa: BLE001 - it takes a C compiler, too; without one the other way is there
-            logger.info("the fused kernel is not used: %s: %s", type(error).__name__, error)
-    fastest = min(pair_seconds, fused_seconds)
-    return expand_seconds / samples, fastest / samples**2, fused_seconds < pair_seconds
+    return best_seconds(partial(_wait, by_pairs, device), budget_seconds=0.02, repeats=3) / len(pairs[0]) ** 2
 
 
 def _random_tile(

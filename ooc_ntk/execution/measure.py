@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ooc_ntk.compute.check import checked_structure, with_matches
-from ooc_ntk.compute.contract import TORCH_DTYPE, measure_block, tf32
+from ooc_ntk.compute.contract import TORCH_DTYPE, measure_block, measure_fused, tf32
 from ooc_ntk.compute.discover import find_structure
 from ooc_ntk.compute.features import FeatureModel
 from ooc_ntk.compute.jacobian import ModelBatch
@@ -311,7 +311,7 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
     precision, device, samples = prepared.job.precision, prepared.device, len(prepared.reader)
     on_device = device != "cpu"
     positions = DEVICE_TIMED_POSITIONS if on_device else TIMED_POSITIONS
-    timed: dict[LayerFactors, tuple[float, float, bool]] = {}
+    timed: dict[LayerFactors, tuple[float, float, float]] = {}
     found = []
     for block in blocks:
         factors = block.factors
@@ -328,9 +328,11 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
             tile = max(2, min(samples, positions // factors.positions))
             if on_device:
                 tile = max(2, min(tile, DEVICE_TIMED_BYTES // factors.held_bytes(rows, item_bytes(precision))))
-            timed[factors] = measure_block(factors, rows, entries, precision, device, tile)
+            how = factors, rows, entries, precision, device, tile
+            timed[factors] = (*measure_block(*how), measure_fused(*how))
         expand, pairwise, fused = timed[factors]
-        found.append(replace(block, expand_seconds=expand, pairwise_seconds=pairwise, fused=fused))
+        fastest = min(pairwise, fused)
+        found.append(replace(block, expand_seconds=expand, pairwise_seconds=fastest, fused=fused < pairwise))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ooc_ntk.compute import contract, fused, pairwise
+from ooc_ntk.compute import contract, pairwise
 from ooc_ntk.compute.fused import can_fuse, load_fused, sum_windows
 from ooc_ntk.compute.taps import lowest_tap, tap_count
 from ooc_ntk.errors import InputError
@@ -150,24 +151,18 @@ def test_it_is_for_several_positions_on_a_cuda_device(monkeypatch):
 
 
 def measured(monkeypatch, kernel):
-    """What is measured of a block where the kernel may be tried, on the CPU."""
+    """Seconds by the kernel, where it may be tried, on the CPU."""
     monkeypatch.setattr(contract, "can_fuse", lambda factors, device: True)
     monkeypatch.setattr(pairwise, "sum_windows", kernel)
-    return contract.measure_block(BY_PIXELS["square"], 2, 1, "float32", "cpu", 6)
+    return contract.measure_fused(BY_PIXELS["square"], 2, 1, "float32", "cpu", 6)
 
 
-def test_the_faster_way_is_chosen(monkeypatch):
-    def fast(inputs, gradients, factors, rows, columns, entries):
+def test_the_kernel_is_timed_for_a_pair_of_samples(monkeypatch):
+    def slow(inputs, gradients, factors, rows, columns, entries):
+        time.sleep(0.05)
         return torch.zeros(rows, columns)
 
-    def slow(*arguments):
-        time.sleep(0.05)
-        return fast(*arguments)
-
-    _, slowly, chosen = measured(monkeypatch, slow)
-    assert not chosen
-    assert slowly < 0.05 / 36, "the time of the way that is taken"
-    assert measured(monkeypatch, fast)[2]
+    assert 0.05 / 36 <= measured(monkeypatch, slow) < 1
 
 
 def test_a_kernel_that_cannot_be_compiled_is_not_used(monkeypatch, caplog):
@@ -175,12 +170,10 @@ def test_a_kernel_that_cannot_be_compiled_is_not_used(monkeypatch, caplog):
         raise RuntimeError("Failed to find C compiler")
 
     caplog.set_level("INFO")
-    _, seconds, chosen = measured(monkeypatch, broken)
-    assert not chosen
-    assert 0 < seconds < 1
+    assert measured(monkeypatch, broken) == math.inf
     assert "the fused kernel is not used: RuntimeError: Failed to find C compiler" in caplog.text
 
 
 def test_the_cpu_never_fuses():
-    assert contract.measure_block(BY_PIXELS["square"], 2, 1, "float32", "cpu", 6)[2] is False
-    assert fused.can_fuse(BY_PIXELS["square"], torch.device("cpu")) is False
+    assert contract.measure_fused(BY_PIXELS["square"], 2, 1, "float32", "cpu", 6) == math.inf
+    assert can_fuse(BY_PIXELS["square"], torch.device("cpu")) is False

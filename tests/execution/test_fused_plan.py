@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,29 +29,33 @@ BLOCKS = {
 }
 
 
-def timed(device, monkeypatch, rows=10, samples=60_000):
+def timed(device, monkeypatch, rows=10, samples=60_000, fused=1.5):
     """Blocks with what a timing says of each: the samples of its tile."""
     calls = {}
 
     def measure_block(factors, rows, entries, precision, device, tile):
         calls[factors] = tile
-        return 1.0, 2.0, True
+        return 1.0, 2.0
+
+    def measure_fused(factors, *more):
+        assert more[-1] == calls[factors]
+        return fused
 
     monkeypatch.setattr(measure, "measure_block", measure_block)
+    monkeypatch.setattr(measure, "measure_fused", measure_fused)
     job = SimpleNamespace(kernel="trace", precision="float32")
     prepared = SimpleNamespace(job=job, device=device, reader=range(samples))
     blocks = [ParameterBlock(name, (name,), 0, 1, "rule", "", factors) for name, factors in BLOCKS.items()]
     found = measure._with_timings(blocks, prepared, rows)
     assert [block.name for block in found] == list(BLOCKS)
     for block in found:
-        known = block.pairwise_seconds is not None
-        assert known == (block.factors in calls)
-        assert (block.fused, block.expand_seconds) == ((True, 1.0) if known else (False, None))
+        seconds = (1.0, min(2.0, fused), fused < 2) if block.factors in calls else (None, None, False)
+        assert (block.expand_seconds, block.pairwise_seconds, block.fused) == seconds
     return {block.name: calls[block.factors] for block in found if block.factors in calls}
 
 
 def test_on_a_cpu_only_what_flops_leave_open_is_timed(monkeypatch):
-    assert timed("cpu", monkeypatch) == {"middle": 1024 // 20}
+    assert timed("cpu", monkeypatch, fused=math.inf) == {"middle": 1024 // 20}
 
 
 def test_on_a_device_all_that_may_be_contracted_pairwise_is_timed(monkeypatch):
@@ -58,7 +63,7 @@ def test_on_a_device_all_that_may_be_contracted_pairwise_is_timed(monkeypatch):
     assert timed("cuda", monkeypatch) == {"middle": 4096 // 20, "late": 4096 // 16}
     found = timed("cuda", monkeypatch, rows=1000)
     assert 2 <= found["late"] <= measure.DEVICE_TIMED_BYTES // BLOCKS["late"].held_bytes(1000, 4) < 4096 // 16
-    assert timed("cuda:1", monkeypatch, samples=20)["late"] == 20
+    assert timed("cuda:1", monkeypatch, samples=20, fused=3.0)["late"] == 20
 
 
 @pytest.fixture
