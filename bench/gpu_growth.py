@@ -126,6 +126,8 @@ def grow(
     rates: dict[int, float] = {}
     for samples in subject.samples:
         start = time.perf_counter()
+        if device != "cpu":
+            torch.cuda.empty_cache()  # what was timed before holds memory that the plan may count on
         with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-", dir=folder) as made:
             job = subject.job(samples, 0, precision, device)
             try:
@@ -143,8 +145,6 @@ def grow(
         run = Grown(subject, precision, samples, info, wall, ways, ceiling, rates[plan.batch_size])
         found.append(run)
         announce(format_run(run))
-        if device != "cpu":
-            torch.cuda.empty_cache()
         now = time.perf_counter()
         if samples != subject.samples[-1] and now + NEXT * (now - start) > deadline:
             announce("  no time for more samples")
