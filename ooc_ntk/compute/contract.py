@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -14,17 +16,21 @@ from torch import Tensor
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.layout import CONTRACTION_COLUMNS
+from ooc_ntk.planning.memory import pairwise_steps
 from ooc_ntk.planning.rates import CALIBRATED_DEPTH, CALIBRATED_EDGES
 from ooc_ntk.planning.spans import Contraction
 from ooc_ntk.units import partial_products
 
 from .expand import Piece, expand_piece, pieces, rows_first
+from .fused import can_fuse
 from .held import Tile, as_tile, split_digits
 from .machine import best_seconds
 from .matching import contract_matching
 from .pairwise import contract_crossed, contract_pairwise, looked_up, sum_positions
 from .products import multiply
 from .split import Parts, SplitProducts
+
+logger = logging.getLogger(__name__)
 
 #: What models and their gradients are computed in.
 TORCH_DTYPE = {
@@ -187,15 +193,17 @@ class KernelAccumulator:
             self._add_by_torch(self._summed(left, entries), None if right is None else self._summed(right, entries))
         self._settle()
 
-    def add_pairwise(self, factors: LayerFactors, left: Tile, right: Tile | None, entries: int) -> None:
-        """Add a layer's contraction from its factors; see :meth:`add_factored`."""
+    def add_pairwise(
+        self, factors: LayerFactors, left: Tile, right: Tile | None, entries: int, *, fused: bool = False
+    ) -> None:
+        """Add a layer's contraction from its factors; see :meth:`add_factored`, and for ``fused`` the plan's block."""
 
         def add_block(block: Tensor, row: int, column: int) -> None:
             self._add_to(self._sum[row : row + block.shape[0], column : column + block.shape[1]], block)
 
         with _products_in(self._precision, self._split):
             left, right = self._move(left), None if right is None else self._move(right)
-            contract_pairwise(factors, left, right, entries, add_block)
+            contract_pairwise(factors, left, right, entries, add_block, fused=fused)
         if factors.lookups:
             with _products_in(self._precision, self._split):
                 contract_crossed(factors, left, right, entries, add_block)
@@ -375,9 +383,12 @@ def measure_factored(device: str, precisions: tuple[str, ...]) -> tuple[dict[str
         out = torch.empty(8 * piece.items(factors), dtype=HELD_TORCH_DTYPE[precision], device=device)
         seconds = best_seconds(partial(_wait, partial(expand_piece, factors, tile, piece, out), device))
         expand[precision] = 8 * factors.expand_flops(1) / seconds
-    inputs = torch.ones(512, 1024, device=device)
+    # Blocks as contractions make them: a device would hardly be busy with those of a CPU.
+    on_device = torch.device(device).type != "cpu"
+    rows, columns = pairwise_steps(LayerFactors("linear", 16, 1, 1), 1, on_device=on_device)
+    inputs = torch.ones(16 * rows, 16 * columns, device=device)
     gradients = inputs.clone()
-    seconds = best_seconds(partial(_wait, partial(sum_positions, inputs, gradients, 32, 64, 16, 1), device))
+    seconds = best_seconds(partial(_wait, partial(sum_positions, inputs, gradients, rows, columns, 16, 1), device))
     return expand, inputs.numel() / seconds
 
 
@@ -407,33 +418,55 @@ def measure_block(
         for piece in parts:
             expand_piece(factors, tile, piece, out, by_rows=entries > 1 or rows_first(tile))
 
+    expand_seconds = best_seconds(partial(_wait, expanding, device), budget_seconds=0.02, repeats=3)
+    return expand_seconds / samples, _pair_seconds(factors, pairs, entries, precision, device)
+
+
+def measure_fused(factors: LayerFactors, rows: int, entries: int, precision: str, device: str, samples: int) -> float:
+    """Time the pairwise contraction of a block by the fused kernel; arguments as for :func:`measure_block`.
+
+    Returns:
+        Seconds to contract one pair of samples, infinity where there is no such kernel or it cannot be compiled.
+    """
+    if not can_fuse(factors, device):
+        return math.inf
+    pairs = _random_tile(factors, samples, rows, precision, device, "pairwise")
+    try:
+        return _pair_seconds(factors, pairs, entries, precision, device, fused=True)
+    except Exception as error:  # noqa: BLE001 - it takes a C compiler, too; without one the other way is there
+        logger.info("the fused kernel is not used: %s: %s", type(error).__name__, error)
+        return math.inf
+
+
+def _pair_seconds(
+    factors: LayerFactors, pairs: Tile, entries: int, precision: str, device: str, *, fused: bool = False
+) -> float:
+    """Seconds to contract one pair of samples of a tile with itself, both triangles of it."""
+
     def drop(block: Tensor, row: int, column: int) -> None:
         del block, row, column
-
-    expand_seconds = best_seconds(partial(_wait, expanding, device), budget_seconds=0.02, repeats=3)
 
     split = SplitProducts(device) if precision == "bf16x3" else None
 
     def by_pairs() -> None:
         with _products_in(precision, split):
-            contract_pairwise(factors, pairs, pairs, entries, drop)
+            contract_pairwise(factors, pairs, pairs, entries, drop, fused=fused)
             if factors.lookups:
                 contract_crossed(factors, pairs, pairs, entries, drop)
 
-    pair_seconds = best_seconds(partial(_wait, by_pairs, device), budget_seconds=0.02, repeats=3)
-    return expand_seconds / samples, pair_seconds / samples**2
+    return best_seconds(partial(_wait, by_pairs, device), budget_seconds=0.02, repeats=3) / len(pairs[0]) ** 2
 
 
 def _random_tile(
     factors: LayerFactors, samples: int, rows: int, precision: str, device: str, contraction: Contraction
 ) -> Tile:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     dtype = HELD_TORCH_DTYPE[precision]
-    inputs = torch.randn(samples, factors.input_items, generator=generator)
-    gradients = torch.randn(samples, rows * factors.gradient_items, generator=generator)
+    inputs = torch.randn(samples, factors.input_items, generator=generator, device=device)
+    gradients = torch.randn(samples, rows * factors.gradient_items, generator=generator, device=device)
     tile = as_tile(factors, inputs.to(device, dtype), gradients.to(device, dtype), rows, contraction)
     if factors.lookups:
-        numbers = torch.randint(factors.outputs, (samples, factors.lookups), generator=generator)
+        numbers = torch.randint(factors.outputs, (samples, factors.lookups), generator=generator, device=device)
         tile[2].copy_(split_digits(numbers))
     return tile
 

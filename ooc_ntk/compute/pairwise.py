@@ -15,6 +15,7 @@ from torch import Tensor
 from ooc_ntk.planning.factors import LayerFactors, Window
 from ooc_ntk.planning.memory import crossed_steps, pairwise_steps
 
+from .fused import sum_windows
 from .held import Tile, join_digits
 from .products import multiply
 from .unfold import unfold_windows
@@ -29,6 +30,8 @@ def contract_pairwise(
     right: Tile | None,
     entries: int,
     add_block: AddBlock,
+    *,
+    fused: bool = False,
 ) -> None:
     """Contract one layer of two tiles, without the rows that are looked up in its weight.
 
@@ -38,10 +41,14 @@ def contract_pairwise(
         right: the same of the column tile; None for the tile with itself, of which the lower triangle is made.
         entries: kernel rows per sample: 1 if Jacobian rows are contracted, otherwise all rows.
         add_block: takes blocks (row samples · entries, column samples · entries), in float32 or float64.
+        fused: whether Gram matrices are multiplied and summed in one step, see :mod:`ooc_ntk.compute.fused`.
+
+    Raises:
+        InputError: if they are to be fused and Triton is not installed.
     """
     inputs, gradients = left[:2]
     other_inputs, other_gradients = (right or left)[:2]
-    step, other_step = pairwise_steps(factors, entries)
+    step, other_step = pairwise_steps(factors, entries, on_device=inputs.device.type != "cpu")
     product = _InputProduct(factors)
     for start in range(0, len(inputs), step):
         stop = min(start + step, len(inputs))
@@ -50,15 +57,17 @@ def contract_pairwise(
         last = len(other_inputs) if right is not None else stop
         for first in range(0, last, other_step):
             end = min(first + other_step, last)
-            summed = product(own, product.prepare(other_inputs[first:end]), stop - start, end - first)
+            sides = stop - start, end - first
+            products = multiply(own, product.prepare(other_inputs[first:end]))
             weights = multiply(own_gradients, _matrix(other_gradients[first:end], entries))
-            if weights.dtype == torch.bfloat16:
-                weights, summed = weights.float(), summed.float()
-            add_block(
-                sum_positions(summed, weights, stop - start, end - first, factors.positions, entries),
-                start * entries,
-                first * entries,
-            )
+            if fused:
+                block = sum_windows(products, weights, factors, *sides, entries)
+            else:
+                summed = product.summed(products, *sides)
+                if weights.dtype == torch.bfloat16:
+                    weights, summed = weights.float(), summed.float()
+                block = sum_positions(summed, weights, *sides, factors.positions, entries)
+            add_block(block, start * entries, first * entries)
 
 
 def looked_up(tile: Tile) -> Tile:
@@ -153,12 +162,12 @@ class _InputProduct:
             found = inputs.view(len(inputs), factors.positions if window is None else window.pixels, -1)
         return found.transpose(0, 1).reshape(-1, found.shape[2])
 
-    def __call__(self, left: Tensor, right: Tensor, rows: int, columns: int) -> Tensor:
-        found = multiply(left, right)
+    def summed(self, products: Tensor, rows: int, columns: int) -> Tensor:
+        """Inner products of positions, (positions · rows, positions · columns); may overwrite what is given."""
         window = self._factors.window
         if window is not None and self._factors.by_pixels:
-            found = _sum_shifts(found, window, rows, columns)
-        return found.add_(1) if self._factors.bias else found
+            products = _sum_shifts(products, window, rows, columns)
+        return products.add_(1) if self._factors.bias else products
 
 
 def _sum_shifts(products: Tensor, window: Window, rows: int, columns: int) -> Tensor:

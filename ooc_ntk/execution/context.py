@@ -16,6 +16,7 @@ import torch
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator, check_precision, tf32
 from ooc_ntk.compute.device import deterministic_device
+from ooc_ntk.compute.fused import load_fused
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
     limited_threads,
@@ -438,6 +439,8 @@ def reproducible(plan: Plan) -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     filling = memory.fill_uninitialized_memory
     check_precision(plan.precision, plan.device)
+    if any(block.fused for block in plan.blocks):
+        load_fused()  # refuses before anything is derived
     kind = torch.device(plan.device).type
     products = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

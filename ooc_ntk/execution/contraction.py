@@ -253,7 +253,7 @@ def _add_span(
         if block.contraction == "gemm":
             accumulator.add_factored(factors, one, other, entries)
         elif block.contraction == "pairwise":
-            accumulator.add_pairwise(factors, one, other, entries)
+            accumulator.add_pairwise(factors, one, other, entries, fused=block.fused)
         else:
             accumulator.add_matching(one, other, entries)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ooc_ntk.compute.check import checked_structure, with_matches
-from ooc_ntk.compute.contract import TORCH_DTYPE, measure_block, tf32
+from ooc_ntk.compute.contract import TORCH_DTYPE, measure_block, measure_fused, tf32
 from ooc_ntk.compute.discover import find_structure
 from ooc_ntk.compute.features import FeatureModel
 from ooc_ntk.compute.jacobian import ModelBatch
@@ -34,11 +34,12 @@ from ooc_ntk.inputs.joined import split_joined
 from ooc_ntk.inputs.samples import Samples, digest_samples
 from ooc_ntk.planning.budget import Limits
 from ooc_ntk.planning.factors import LayerFactors
-from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
+from ooc_ntk.planning.memory import DEVICE_POSITIONS, LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
 from ooc_ntk.planning.projection import SPARSE_KINDS
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import ParameterBlock, Workload
+from ooc_ntk.units import item_bytes
 
 from .context import SampleReader
 from .lengths import cut_share
@@ -61,6 +62,14 @@ DECIDED = 6.0
 
 #: Positions of the tile on which both are timed, all samples together.
 TIMED_POSITIONS = 1024
+
+
+#: The same on a device: one whole block of a pairwise contraction.
+DEVICE_TIMED_POSITIONS = DEVICE_POSITIONS[0]
+
+
+#: Bytes of the factors of such a tile at most, which are made twice (a choice).
+DEVICE_TIMED_BYTES = 2**28
 
 
 #: Samples of train and of test that are read twice before anything is computed, spread evenly, to catch data sets that
@@ -294,10 +303,15 @@ def _together(batches: Sequence[ModelBatch]) -> ModelBatch:
 
 
 def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows: int) -> tuple[ParameterBlock, ...]:
-    """Time both contractions of blocks for which the counted FLOPs do not decide by far."""
+    """Time both contractions of blocks for which the counted FLOPs do not decide by far.
+
+    On a device pairwise contraction is timed wherever it may be chosen: it has a fused kernel, which wins or does not.
+    """
     entries = rows if prepared.job.kernel == "full" else 1
     precision, device, samples = prepared.job.precision, prepared.device, len(prepared.reader)
-    timed: dict[LayerFactors, tuple[float, float]] = {}
+    on_device = device != "cpu"
+    positions = DEVICE_TIMED_POSITIONS if on_device else TIMED_POSITIONS
+    timed: dict[LayerFactors, tuple[float, float, float]] = {}
     found = []
     for block in blocks:
         factors = block.factors
@@ -307,14 +321,18 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
         pairs = max(1.0, samples / 2)
         gemm = factors.dense_pair_flops(rows, entries) + factors.expand_flops(rows) / pairs
         ratio = factors.pairwise_pair_flops(rows, entries) / gemm
-        if not 1 / DECIDED < ratio < DECIDED:
+        if ratio >= DECIDED or (ratio <= 1 / DECIDED and not on_device):
             found.append(block)
             continue
         if factors not in timed:
-            tile = max(2, min(samples, TIMED_POSITIONS // factors.positions))
-            timed[factors] = measure_block(factors, rows, entries, precision, device, tile)
-        expand, pairwise = timed[factors]
-        found.append(replace(block, expand_seconds=expand, pairwise_seconds=pairwise))
+            tile = max(2, min(samples, positions // factors.positions))
+            if on_device:
+                tile = max(2, min(tile, DEVICE_TIMED_BYTES // factors.held_bytes(rows, item_bytes(precision))))
+            how = factors, rows, entries, precision, device, tile
+            timed[factors] = (*measure_block(*how), measure_fused(*how))
+        expand, pairwise, fused = timed[factors]
+        fastest = min(pairwise, fused)
+        found.append(replace(block, expand_seconds=expand, pairwise_seconds=fastest, fused=fused < pairwise))
     return tuple(found)
 
 

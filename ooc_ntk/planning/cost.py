@@ -12,7 +12,7 @@ from ooc_ntk.units import partial_products
 
 from .layers import layer_names
 from .layout import CONTRACTION_COLUMNS, Layout
-from .memory import fixed_host_bytes, folds, group_rows, slab_rows, store_bytes
+from .memory import DEVICE_POSITIONS, fixed_host_bytes, folds, group_rows, slab_rows, store_bytes
 from .rates import CALIBRATED_DEPTH, MachineRates
 from .spans import Choice
 from .superblocks import kept_panels, panel_loads
@@ -30,7 +30,6 @@ ENTRY_SECONDS: Final = 1e-8
 
 #: Samples of the sub-tiles in which pairwise contractions of several positions are made: about this many positions.
 PAIRWISE_POSITIONS: Final = 512
-
 
 #: Share of the rates of products that expanding and multiplying in turns reaches (measured on MLP, ResNet, ViT and a
 #: small convolutional network, 64 to 625 samples per tile: 0.63 to 0.77).
@@ -190,7 +189,8 @@ def pair_seconds(workload: Workload, block: ParameterBlock, choice: Choice, rate
     if choice.contraction == "pairwise" and block.pairwise_seconds is not None:
         return block.pairwise_seconds
     flops = factors.pairwise_pair_flops(rows, entries)
-    sub = edge * entries if factors.single else PAIRWISE_POSITIONS
+    sub = PAIRWISE_POSITIONS if workload.device == "cpu" else DEVICE_POSITIONS[0]
+    sub = edge * entries if factors.single else sub
     seconds = rates.gemm_seconds(1, 1, flops // 2, workload.precision, edge=sub)
     return seconds + rates.element_seconds(factors.pairwise_elements(entries))
 

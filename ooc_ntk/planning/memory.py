@@ -68,6 +68,10 @@ UNFOLDED_BYTES: Final = 16 * 2**20
 ROW_POSITIONS: Final = 512
 COLUMN_POSITIONS: Final = 1024
 
+#: The same of rows and of columns on a device, whose processors small blocks leave idle: 128 MiB each in float32
+#: (guessed: a product of 4,096 × 8,192 has some 2,000 pieces of 128 × 128 for some 100 processors).
+DEVICE_POSITIONS: Final = (4096, 8192)
+
 #: Gram blocks that a pairwise contraction holds at once: of inputs (three, while shifts are summed one dimension after
 #: the other), of gradients, and their product summed.
 PAIRWISE_BLOCKS: Final = 5
@@ -234,7 +238,8 @@ def split_bytes(workload: Workload, layout: Layout) -> int:
     pairs = 0
     for block, choice in zip(workload.blocks, layout.block_choices(workload), strict=True):
         if choice.contraction == "pairwise" and block.factors is not None:
-            sides, factors = pairwise_steps(block.factors, workload.entries_per_sample), block.factors
+            factors = block.factors
+            sides = pairwise_steps(factors, workload.entries_per_sample, on_device=workload.device != "cpu")
             # Of the rows inputs and gradients, of the columns one of them; windows may be unfolded.
             most = max(factors.input_items, factors.positions * factors.inputs, rows * factors.gradient_items)
             items = (2 * min(sides[0], layout.tile_samples) + min(sides[1], layout.tile_samples)) * most
@@ -329,14 +334,15 @@ def sketch_terms(
     return terms
 
 
-def pairwise_steps(factors: LayerFactors, entries: int) -> tuple[int, int]:
+def pairwise_steps(factors: LayerFactors, entries: int, *, on_device: bool = False) -> tuple[int, int]:
     """Samples of the rows and of the columns of one block of a pairwise contraction (at least one each).
 
     >>> pairwise_steps(LayerFactors("linear", 64, 3, 5), entries=1)
     (8, 16)
     """
     size = _block_positions(factors, entries)
-    return max(1, ROW_POSITIONS // size), max(1, COLUMN_POSITIONS // size)
+    rows, columns = DEVICE_POSITIONS if on_device else (ROW_POSITIONS, COLUMN_POSITIONS)
+    return max(1, rows // size), max(1, columns // size)
 
 
 def _block_positions(factors: LayerFactors, entries: int) -> int:
@@ -353,9 +359,11 @@ def crossed_steps(factors: LayerFactors, rows: int) -> tuple[int, int]:
     return max(1, ROW_POSITIONS // factors.positions), max(1, COLUMN_POSITIONS // (factors.lookups * rows))
 
 
-def pairwise_bytes(factors: LayerFactors, tile_samples: int, rows: int, entries: int, item_bytes: int) -> int:
+def pairwise_bytes(
+    factors: LayerFactors, tile_samples: int, rows: int, entries: int, item_bytes: int, *, on_device: bool = False
+) -> int:
     """Bytes of the Gram blocks of a pairwise contraction, and of what is copied or unfolded for them."""
-    sides = [min(step, tile_samples) for step in pairwise_steps(factors, entries)]
+    sides = [min(step, tile_samples) for step in pairwise_steps(factors, entries, on_device=on_device)]
     blocks = PAIRWISE_BLOCKS * sides[0] * sides[1] * _block_positions(factors, entries) ** 2
     unfolded = 0
     if factors.window is not None and not factors.by_pixels:
@@ -389,9 +397,8 @@ def workspace_bytes(workload: Workload, layout: Layout) -> int:
             least = workload.rows_per_sample * taps if workload.entries_per_sample > 1 else taps
             total = max(total, 2 * tile * max(EXPANDED_ITEMS, least) * item + 2 * UNFOLDED_BYTES)
         elif choice.contraction == "pairwise":
-            total = max(
-                total, pairwise_bytes(block.factors, tile, workload.rows_per_sample, workload.entries_per_sample, item)
-            )
+            sizes = tile, workload.rows_per_sample, workload.entries_per_sample, item
+            total = max(total, pairwise_bytes(block.factors, *sizes, on_device=workload.device != "cpu"))
         elif choice.representation == "tokens":
             # The rows of a side, merged by token, and the sorted copy of them.
             total = max(total, 4 * tile * workload.rows_per_sample * block.factors.gradient_items * item)

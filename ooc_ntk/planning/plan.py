@@ -48,6 +48,7 @@ class PlannedBlock:
         factors: shapes of its factors, None if it has none.
         dense_bytes: bytes that its tiles would take as dense gradients.
         dense_flops: contraction FLOPs that these would take.
+        fused: whether Gram matrices are multiplied and summed by the fused kernel (pairwise contraction on a device).
     """
 
     name: str
@@ -63,6 +64,7 @@ class PlannedBlock:
     factors: LayerFactors | None = None
     dense_bytes: int = 0
     dense_flops: int = 0
+    fused: bool = False
 
     @property
     def columns(self) -> int:
@@ -343,6 +345,9 @@ class Plan:
             [b.name, b.parameters, b.start, b.stop, b.representation, b.contraction, b.source, _shape(b.factors)]
             for b in self.blocks
         ]
+        fused = [b.name for b in self.blocks if b.fused]
+        if fused:
+            covered["fused"] = fused
         text = json.dumps(covered, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

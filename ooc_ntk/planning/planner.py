@@ -21,7 +21,7 @@ from .projection import SPARSE_KINDS
 from .rates import MachineRates
 from .representation import POLICIES, REPRESENTATIONS, choose
 from .sketched import features_workload, from_factors
-from .spans import DENSE, PROJECTED, TENSOR_SKETCHED, Choice
+from .spans import DENSE, PAIRWISE, PROJECTED, TENSOR_SKETCHED, Choice
 from .superblocks import ORDERS
 from .tiles import Range, SampleGrid, even_ranges
 from .workers import one_worker
@@ -357,6 +357,7 @@ def _beside_dense(job: Workload, block: ParameterBlock, choice: Choice, held: in
         factors=block.factors,
         dense_bytes=job.samples * job.rows_per_sample * job.held_item_bytes * block.columns,
         dense_flops=block_flops(job, block, DENSE),
+        fused=block.fused and choice == PAIRWISE,
     )
 
 

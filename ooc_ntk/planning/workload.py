@@ -27,6 +27,7 @@ class ParameterBlock:
         factors: shapes of its factors, None if it has none and is only ever dense.
         expand_seconds: measured seconds to expand the factors of one sample, None where they were not timed.
         pairwise_seconds: measured seconds to contract one pair of samples pairwise, None where it was not timed.
+        fused: whether the fused kernel was the faster way to do so.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ParameterBlock:
     factors: LayerFactors | None = None
     expand_seconds: float | None = None
     pairwise_seconds: float | None = None
+    fused: bool = False
 
     @property
     def columns(self) -> int:
