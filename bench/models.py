@@ -23,6 +23,21 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Module:
     )
 
 
+def convolutional() -> nn.Module:
+    """A small convolutional network with 10 outputs for 28×28 digits."""
+    torch.manual_seed(SEED)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 10),
+    ).eval()
+
+
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with batch norm and a shortcut (He et al. 2016)."""
 

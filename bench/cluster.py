@@ -1,0 +1,207 @@
+"""What worker processes cost and bring: scheduling overhead, memory of driver and scheduler, two workers over one.
+
+``python -m bench.cluster`` runs, one after another:
+
+* ``overhead``: tasks that only sleep 2 s each, on two workers: wall seconds over those that the sleeping takes (bar: 3%
+  more);
+* ``memory``: tasks that only sleep, 100,000 of them: what driver and scheduler, which are one process, take more than
+  when they were idle (bar: 300 MB);
+* ``scaling``: the exact kernel of a small convolutional network by one single-thread worker and by two, in turns: the
+  ratio of their seconds from the first task to the last commit (bar: 1.7), and with starting the workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from distributed import get_worker
+
+import ooc_ntk
+from ooc_ntk.execution.cluster.dispatch import Dispatcher
+from ooc_ntk.execution.cluster.options import Cluster
+from ooc_ntk.execution.cluster.start import client_of
+from ooc_ntk.execution.concurrent import wall_seconds
+from ooc_ntk.planning.tasks import Task
+from ooc_ntk.storage.manifest import Manifest, Receipt
+
+from .bars import checked
+from .exact import machine
+from .process import ROOT
+from .table import aligned
+
+#: Share of the wall that handing out may cost, bytes that 100,000 tasks may take, and what a second worker brings.
+OVERHEAD, MEMORY, SCALING = 0.03, 300e6, 1.7
+
+#: Topic under which sleeping tasks report.
+SESSION: Final = "bench"
+
+
+def sleep_there(key: str, seconds: float) -> None:
+    """A task that only sleeps, and sends the receipt that a real one would."""
+    started = time.time()
+    time.sleep(seconds)
+    worker = get_worker()
+    receipt = Receipt(key, time.time() - started, started=started, worker=str(worker.name))
+    worker.log_event(SESSION, {"task": key, "receipt": receipt.to_json()})
+
+
+class Sleeping:
+    """Work of a dispatcher: tasks that only sleep. See :class:`ooc_ntk.execution.cluster.dispatch.Job`."""
+
+    session = SESSION
+    function = staticmethod(sleep_there)
+
+    def __init__(self, seconds: float, watch: Callable[[int], None] = lambda done: None) -> None:  # noqa: ARG005
+        """Sleep so long in each; ``watch`` is told how many are done."""
+        self.seconds, self.done, self._watch = seconds, 0, watch
+
+    def weight(self, task: Task) -> float:
+        """All are alike."""
+        del task
+        return 1.0
+
+    def arguments(self, task: Task) -> tuple[Any, ...]:
+        """What the function is called with."""
+        return task.key, self.seconds
+
+    def commit(self, task: Task, receipt: Receipt) -> None:
+        """Count a task; its receipt is not kept, as a driver would not."""
+        del task, receipt
+        self.done += 1
+        self._watch(self.done)
+
+    def reached(self, task: Task, done: float) -> None:
+        """Nothing is told."""
+
+    def check_stop(self) -> None:
+        """Nothing stops it."""
+
+    def say(self, text: str) -> None:
+        """Print it."""
+        print(f"  {text}")
+
+    def stop(self, workers: list[str] | None, key: str | None) -> None:
+        """Nothing has to."""
+
+
+def nothing(task: Task) -> tuple[Task, ...]:
+    """What a task waits for."""
+    del task
+    return ()
+
+
+def sleeping_tasks(count: int) -> list[Task]:
+    """So many tasks that wait for nothing."""
+    return [Task("kernel", 0, index, 0) for index in range(count)]
+
+
+def overhead(smoke: bool, workers: int = 2) -> list[str]:
+    """Wall seconds of sleeping tasks beside what the sleeping takes."""
+    count, seconds = (6, 0.2) if smoke else (60, 2.0)
+    job = Sleeping(seconds)
+    with client_of(Cluster(workers=workers), 1) as client:
+        Dispatcher(client, Sleeping(0.0), 60).run(sleeping_tasks(workers), nothing)  # everything is imported
+        dispatcher = Dispatcher(client, job, 60)
+        start = time.perf_counter()
+        dispatcher.run(sleeping_tasks(count), nothing)
+        wall = time.perf_counter() - start
+    least = count * seconds / workers
+    share = wall / least - 1
+    return [
+        f"overhead: {count} tasks of {seconds} s on {workers} workers: {wall:.2f} s, the sleeping alone {least:.2f} s",
+        "  " + checked("wall / sleeping − 1", share, OVERHEAD, smoke),
+    ]
+
+
+def memory(smoke: bool, workers: int = 4) -> list[str]:
+    """What so many tasks take of the process that is driver and scheduler."""
+    count, seconds = (200, 0.0) if smoke else (100_000, 0.001)
+    process, peaks = psutil.Process(), [0]
+
+    def watch(done: int) -> None:
+        if done % 500 == 1:
+            peaks.append(process.memory_info().rss)
+
+    with client_of(Cluster(workers=workers), 1) as client:
+        Dispatcher(client, Sleeping(0.0), 60).run(sleeping_tasks(2 * workers), nothing)
+        time.sleep(1.0)
+        idle = process.memory_info().rss
+        job, tasks = Sleeping(seconds, watch), sleeping_tasks(count)
+        start = time.perf_counter()
+        Dispatcher(client, job, 60).run(tasks, nothing)
+        wall = time.perf_counter() - start
+    more = max(peaks) - idle
+    return [
+        f"memory: {count:,} tasks of {seconds} s on {workers} workers: idle {idle / 1e6:.0f} MB, peak "
+        f"{max(peaks) / 1e6:.0f} MB, {count / wall:.0f} tasks/s",
+        "  " + checked("peak − idle, MB", more / 1e6, MEMORY / 1e6, smoke),
+    ]
+
+
+def scaling(smoke: bool, repeats: int = 3) -> list[str]:
+    """Two single-thread workers over one, on the same plan."""
+    samples, tile = (40, 10) if smoke else (1600, 100)
+    job = ooc_ntk.Job("bench.models:convolutional", f"mnist5k[0:{samples}]", device="cpu", base=ROOT)
+    preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=tile, superblock_tiles=1, workers=2)
+    table, ratios = [("workers", "tasks s", "with start s", "tasks", "busy")], []
+    with tempfile.TemporaryDirectory() as folder:
+        plan = ooc_ntk.plan(job, preferences=preferences)
+        assert plan.threads == 1 or smoke
+        for repeat in range(1 if smoke else repeats):
+            took = {}
+            for workers in (1, 2):
+                out = Path(folder) / f"{repeat}-{workers}"
+                start = time.perf_counter()
+                ooc_ntk.run(job, out, plan=plan, scheduler=Cluster(workers=workers), progress=False, proof=False)
+                whole = time.perf_counter() - start
+                receipts = [receipt for receipt in _receipts(out) if receipt.worker]
+                took[workers] = wall_seconds(receipts)
+                busy = sum(receipt.seconds for receipt in receipts) / workers / took[workers]
+                row = (str(workers), f"{took[workers]:.2f}", f"{whole:.2f}", str(len(receipts)), f"{busy:.0%}")
+                table.append(row)
+            ratios.append(took[1] / took[2])
+    ratio = statistics.median(ratios)
+    return [
+        f"scaling: trace kernel of a convolutional network, N = {samples:,}, C = 10, P = {plan.columns:,}, "
+        f"{plan.task_count} tasks, one thread each, in turns",
+        *aligned(table),
+        f"  of {', '.join(f'{each:.2f}' for each in ratios)} the median",
+        "  " + checked("one worker / two workers", ratio, SCALING, smoke, at_least=True),
+    ]
+
+
+def _receipts(out: Path) -> list[Receipt]:
+    manifest = Manifest(out, read_only=True)
+    try:
+        return list(manifest.receipts().values())
+    finally:
+        manifest.close()
+
+
+PARTS: Final = {"overhead": overhead, "memory": memory, "scaling": scaling}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts that are asked for and print their figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the tests")
+    given = parser.parse_args(arguments)
+    print(", ".join(f"{name} {value}" for name, value in machine(1).items()))
+    for part in given.parts:
+        print()
+        for line in PARTS[part](given.smoke):
+            print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
