@@ -46,7 +46,7 @@ MOST_KILLED: Final = 6
 MOST_BROKEN: Final = 8
 
 #: Seconds in which tasks stop when they are asked to.
-STOP_SECONDS: Final = 6.0
+STOP_SECONDS: Final = 4.0
 
 
 class Job(Protocol):

@@ -91,7 +91,11 @@ def client_of(options: Cluster, threads: int) -> Iterator[Client]:
         elif options.scheduler is not None:
             client = opened.enter_context(_connected(options.scheduler))
         else:
-            settings = {"distributed.scheduler.work-stealing": False, "distributed.comm.timeouts.connect": "10s"}
+            settings = {
+                "distributed.scheduler.work-stealing": False,
+                "distributed.comm.timeouts.connect": "10s",
+                "distributed.worker.daemon": False,  # workers may have processes that decode images
+            }
             opened.enter_context(dask.config.set(settings))
             cluster = opened.enter_context(_started(options, threads))
             client = opened.enter_context(Client(cluster, set_as_default=False))
@@ -131,6 +135,7 @@ def _started(options: Cluster, threads: int) -> LocalCluster:
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
         "env": dict.fromkeys(names, count),
+        "preload": "ooc_ntk.execution.cluster.preload",
     }
     try:
         if options.devices is None:
