@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections import defaultdict
 from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from typing import Any, Final
 
 from distributed import Client
@@ -104,8 +105,10 @@ class ClusterExecutor:
     def _connected(self, plan: Plan, work: Work) -> Client:
         if self._client is None:
             self._client = self._opened.enter_context(client_of(self.options, plan.threads))
-            if self._client.dashboard_link:
-                work.say(f"dashboard: {self._client.dashboard_link}")
+            link = self._client.dashboard_link
+            if link:
+                needs = "" if find_spec("bokeh") else "  (pip install 'ooc-ntk[cluster]' first: it needs Bokeh)"
+                work.say(f"dashboard: {link}{needs}")
         return self._client
 
 
