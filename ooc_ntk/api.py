@@ -47,6 +47,7 @@ from .planning.rates import MachineRates
 from .results import fit, nearest, spectrum, surrogate
 from .storage import again
 from .storage.directory import RunDirectory
+from .storage.storeurl import checked_store
 from .units import parse_bytes
 
 __all__ = [
@@ -110,6 +111,7 @@ def plan(
     preferences: Preferences | None = None,
     out: str | Path | None = None,
     rates: MachineRates | None = None,
+    store: str | None = None,
 ) -> Plan:
     """Plan a job: load it, probe it on its device, and choose how to run it. Computes no kernel.
 
@@ -121,6 +123,7 @@ def plan(
         preferences: what to fix by hand: dataflow, tile size, passes, representation, or no layer rules.
         out: where the run will be, for the free disk space; None is the current folder.
         rates: machine rates; None uses the calibrated ones.
+        store: where tiles and kernel will go, as for :func:`run`; the disk that is planned is then the store's.
 
     Returns:
         The plan. ``print(plan)`` shows it.
@@ -130,7 +133,8 @@ def plan(
         BudgetError: if no plan fits; says the smallest budget that would do.
     """
     before = peak_resident_bytes()
-    return planned(prepare(job), before, budget, preferences, Path(out or "."), rates)
+    store = None if store is None else checked_store(store)
+    return planned(prepare(job), before, budget, preferences, Path(out or "."), rates, store)
 
 
 def run(
@@ -144,6 +148,7 @@ def run(
     progress: bool | Observer = True,
     watch_disk: str | int | None = None,
     proof: bool = True,
+    store: str | None = None,
 ) -> Kernel:
     """Compute a job's kernel into a run directory, or go on where an earlier run of the same job stopped.
 
@@ -162,6 +167,8 @@ def run(
             fill the disk, and stops there.
         proof: whether the last step proves as many samples of the kernel, against ``J(Jᵀv)`` in float64, as a tenth of
             the run's time and the promised memory allow.
+        store: URL of a store that tiles and kernel go to, ``s3://bucket/prefix``, or ``file:///folder`` of a shared
+            file system; the rest stays in ``out``, which remembers it. Credentials come from the environment alone.
 
     Returns:
         The finished kernel.
@@ -177,7 +184,9 @@ def run(
     """
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan must be a Plan, got {type(plan).__name__}; read a saved one with Plan.load(path)")
-    asked = Asked(plan=plan, budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk), proof=proof)
+    asked = Asked(
+        plan=plan, budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk), proof=proof, store=store
+    )
     run_job(job, run_directory(out), asked, executor_named(scheduler), progress)
     return Kernel(out)
 
@@ -342,10 +351,10 @@ def open_checkpoints(path: str | Path) -> Checkpoints:
 
 
 def open(path: str | Path) -> Kernel:  # noqa: A001 - `ooc_ntk.open`, as `zarr.open`
-    """Open the finished kernel of a run directory.
+    """Open the finished kernel of a run directory, or of a run's store.
 
     Args:
-        path: the run directory.
+        path: the run directory; or the URL of the store that its tiles went to, which is enough to read the kernel.
 
     Returns:
         The kernel.
