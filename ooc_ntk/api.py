@@ -47,7 +47,8 @@ from .planning.rates import MachineRates
 from .results import fit, nearest, spectrum, surrogate
 from .storage import again
 from .storage.directory import RunDirectory
-from .storage.storeurl import checked_store
+from .storage.mirror import mirror_paper
+from .storage.storeurl import checked_store, files_at
 from .units import parse_bytes
 
 __all__ = [
@@ -131,9 +132,12 @@ def plan(
     Raises:
         InputError: if the job is wrong.
         BudgetError: if no plan fits; says the smallest budget that would do.
+        StorageError: if the store cannot be reached.
     """
     before = peak_resident_bytes()
-    store = None if store is None else checked_store(store)
+    if store is not None:
+        store = checked_store(store)
+        files_at(store).names()  # one that cannot be used is refused before the model is measured
     return planned(prepare(job), before, budget, preferences, Path(out or "."), rates, store)
 
 
@@ -472,7 +476,9 @@ def verify(
     finally:
         if prepared is not None:
             prepared.reader.close()
-    keep_audit(RunDirectory(path), kernel.plan, found)
+    directory = RunDirectory(path)
+    keep_audit(directory, kernel.plan, found)
+    mirror_paper(directory, again.AUDIT)
     return found
 
 

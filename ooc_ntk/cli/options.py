@@ -364,7 +364,7 @@ DiskOption = Annotated[
     str | None,
     typer.Option(
         "--disk",
-        help="Size the run directory may grow to. (default: 80% of what is free)",
+        help="Size the run may grow to, in its directory or its store. (default: 80% of what is free)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),
@@ -373,6 +373,15 @@ SchedulerOption = Annotated[
     str | None,
     typer.Option(
         "--scheduler", help="threads or serial. (default: threads)", autocompletion=complete("threads", "serial")
+    ),
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="Where tiles and kernel go in place of --out: s3://bucket/prefix, or file:///folder of a shared file "
+        "system. Credentials come from the environment. (default: --out; a run remembers its store)",
+        show_default=False,
     ),
 ]
 MoreOption = Annotated[

@@ -219,8 +219,8 @@ def execute(
             if stop.event.is_set():  # after the last task had looked
                 raise RunInterrupted("stopped; all tiles are finished, the same command ends the run", stop.signal)
         _keep_batches(plan, directory, manifest)
-        _sweep_away(directory)
         write_mirror(directory, manifest)
+        _sweep_away(directory)
         return seconds
     except BaseException:
         with suppress(OSError):

@@ -55,6 +55,7 @@ class TileArray:
             StorageError: if an array of another shape, tile or dtype is there.
         """
         place, metadata = self.files.place(self.name), f"{self.name}/zarr.json"
+        self._check_usable(metadata)
         there = None
         with suppress(StorageError):  # metadata that cannot be read are written anew
             there = self.open()
@@ -72,6 +73,15 @@ class TileArray:
             raise
         except OSError as error:
             raise storage_error("creating", place, error) from error
+
+    def _check_usable(self, metadata: str) -> None:
+        """Let an object store that cannot be used say so here, and not as metadata that cannot be read."""
+        try:
+            self.files.read_text(metadata)
+        except StorageError:
+            raise
+        except OSError:
+            return
 
     def _write_metadata(self, attributes: Mapping[str, Any]) -> None:
         zarr.create_array(
@@ -94,9 +104,10 @@ class TileArray:
             StorageError: if it is not there or cannot be read.
         """
         try:
+            self.files.read_text(f"{self.name}/zarr.json")  # which says what is wrong, where Zarr might not
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", category=UserWarning)
-                return zarr.open_array(self.files.zarr_store(read_only=True), path=self.name, mode="r")
+                return zarr.open_array(self.files.zarr_store(read_only=True), path=self.name, mode="r", zarr_format=3)
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise StorageError(f"there is no array {self.name} in {self.files.place('')}: {error}") from error
         except StorageError:

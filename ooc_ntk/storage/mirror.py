@@ -134,13 +134,19 @@ def write_mirror(directory: RunDirectory, manifest: Manifest) -> None:
 
 
 def mirror_paper(directory: RunDirectory, name: str) -> None:
-    """Copy one of the run's papers into its store, if it is there and the run has a store.
+    """Copy a small one of the run's papers into its store, if it is there and the run has a store.
 
     Raises:
         StorageError: if it cannot be read or written.
     """
-    if directory.store is not None and (directory.root / name).exists():
-        _copy_in(directory.files, directory.root / name, name)
+    source = directory.root / name
+    if directory.store is None or not source.exists():
+        return
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise storage_error("copying", source, error) from error
+    directory.files.write_whole(name, data)
 
 
 def _copy_in(files: Files, source: Path, name: str) -> None:

@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -195,12 +195,17 @@ class ObjectFiles(Files):
             FileNotFoundError: if it is not there.
             StorageError: if it cannot be read.
         """
+        file, window = self.open(path), _READS_AT_ONCE * PIECE_BYTES
         parts: list[bytes] = []
-        file = self.open(path)
+        if stop is None:  # most are small: one request tells
+            buffer = np.empty(PIECE_BYTES, dtype=np.uint8)
+            count = file.read_piece(buffer, start)
+            parts.append(buffer[:count].tobytes())
+            if count < buffer.size:
+                return parts[0]
+            start += count
         while stop is None or start < stop:
-            wanted = _READS_AT_ONCE * PIECE_BYTES if stop is None else min(stop - start, _READS_AT_ONCE * PIECE_BYTES)
-            # Metadata are small: nothing is made ready for more of an object whose size is not known.
-            buffer = np.empty(min(wanted, PIECE_BYTES) if stop is None and not parts else wanted, dtype=np.uint8)
+            buffer = np.empty(window if stop is None else min(stop - start, window), dtype=np.uint8)
             count = file.read_at(buffer, start)
             parts.append(buffer[:count].tobytes())
             start += count
@@ -432,15 +437,18 @@ class OpenObject:
         step = min(PIECE_BYTES, max(_LEAST_BYTES, -(-target.size // _READS_AT_ONCE)))
         starts = range(0, target.size, step)
         if len(starts) < 2:
-            return self._read(target, offset)
+            return self.read_piece(target, offset)
+        asked = [_pool().submit(self.read_piece, target[at : at + step], offset + at) for at in starts]
+        wait(asked)  # all of them, whatever becomes of one: the memory is the caller's again after this
         done = 0
-        counts = _pool().map(lambda at: self._read(target[at : at + step], offset + at), starts)
-        for count, start in zip(counts, starts, strict=True):
+        for one, start in zip(asked, starts, strict=True):
+            count = one.result()
             if done == start:  # what comes after a short piece is past the end
                 done += count
         return done
 
-    def _read(self, target: NDArray[np.uint8], offset: int) -> int:
+    def read_piece(self, target: NDArray[np.uint8], offset: int) -> int:
+        """As :meth:`read_at`, by one request."""
         if not target.size:
             return 0
 

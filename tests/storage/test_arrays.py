@@ -98,13 +98,13 @@ def test_an_array_that_is_not_there(tmp_path):
         open_tile_array(tmp_path, "diagonal")
 
 
-def test_metadata_that_cannot_be_read_are_a_storage_error(tmp_path, monkeypatch):
+def test_metadata_that_cannot_be_read_are_a_storage_error(array, monkeypatch):
     def fail(*arguments, **more):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(zarr, "open_array", fail)
     with pytest.raises(StorageError, match=r"reading .*kernel\.zarr failed: Input/output error"):
-        open_tile_array(tmp_path, "kernel.zarr")
+        open_tile_array(array.files, "kernel.zarr")
 
 
 def test_opened_arrays_cannot_be_written(array):
