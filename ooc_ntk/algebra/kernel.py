@@ -56,11 +56,10 @@ class Kernel(KernelOperator):
             StorageError: if there is no run.
             IncompleteRunError: if the run is not finished.
         """
-        self._fetched: object = None  # a folder that is deleted with this kernel
-        if is_store(path):
-            directory, self._fetched = open_mirror(str(path))
-        else:
-            directory = RunDirectory(path)
+        directory = open_mirror(str(path)) if is_store(path) else RunDirectory(path)
+        self._fetched: RunDirectory | None = (
+            directory if is_store(path) else None
+        )  # its folder is deleted with this kernel
         self.path, self._place = directory.root, str(path)
         if not directory.holds_run:
             raise no_run(self.path)

@@ -47,7 +47,9 @@ def plan(
     with reporting_errors():
         from ooc_ntk import api
         from ooc_ntk.report.tables import many_runs, plan_table
+        from ooc_ntk.storage.storeurl import checked_store
 
+        store = None if store is None else checked_store(store)  # before anything shows it
         wanted, budget = flags.describe()
         if flags.checkpoints:
             wanted = wanted.with_model(weights=flags.checkpoints[0])
@@ -85,7 +87,9 @@ def run(
     """
     with reporting_errors():
         from ooc_ntk.storage.again import is_done
+        from ooc_ntk.storage.storeurl import checked_store
 
+        store = None if store is None else checked_store(store)  # before anything shows it
         command = {**flags.asked(), "plan": str(plan_file), "scheduler": scheduler, "store": store}
         if is_done(out, command):
             if not quiet:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 import tempfile
 import uuid
+import weakref
 from pathlib import Path
 from typing import Final
 
@@ -171,14 +173,14 @@ def _copy_in(files: Files, source: Path, name: str) -> None:
         staged.discard()
 
 
-def open_mirror(url: str) -> tuple[RunDirectory, tempfile.TemporaryDirectory[str]]:
+def open_mirror(url: str) -> RunDirectory:
     """Fetch the papers of a run from its store into a folder of this process alone.
 
     Args:
         url: the store.
 
     Returns:
-        The run, and the folder, which is deleted when nothing refers to it any more.
+        The run; its folder is deleted when nothing refers to it any more.
 
     Raises:
         InputError: if the URL is none, may hold a secret, or obstore is not installed.
@@ -186,26 +188,28 @@ def open_mirror(url: str) -> tuple[RunDirectory, tempfile.TemporaryDirectory[str
     """
     store = checked_store(url)
     files = files_at(store)
-    folder = tempfile.TemporaryDirectory(prefix="ooc-ntk-")
+    folder = Path(tempfile.mkdtemp(prefix="ooc-ntk-"))
+    directory = RunDirectory(folder, store)
+    weakref.finalize(directory, shutil.rmtree, folder, ignore_errors=True)
     try:
         for name in ("plan.json", "job.toml", "manifest", "audit.json"):
             try:
-                _copy_out(files, name, Path(folder.name) / name)
+                _copy_out(files, name, folder / name)
             except FileNotFoundError:
                 if name != "audit.json":
                     raise StorageError(
                         f"{store} holds no finished run: there is no {name} in it; open the run directory of the run "
                         "instead"
                     ) from None
-        manifest = Manifest(Path(folder.name))
+        manifest = Manifest(folder)
         try:
             manifest.set_meta(STORE, store)  # it may have been copied from elsewhere
         finally:
             manifest.close()
     except BaseException:
-        folder.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    return RunDirectory(folder.name, store), folder
+    return directory
 
 
 def _copy_out(files: Files, name: str, target: Path) -> None:
