@@ -21,6 +21,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.planner import Preferences, make_plan
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.planning.representation import allowed_choices
+from ooc_ntk.planning.scratch import STORE_BYTES
 from ooc_ntk.planning.workload import Workload
 from ooc_ntk.storage.again import AUDIT
 from ooc_ntk.storage.directory import RunDirectory
@@ -120,6 +121,8 @@ def measured(
     layer_rules = preferences is None or preferences.layer_rules
     every_output = preferences is not None and preferences.every_output
     workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
+    if store is not None and free is None:  # an object store, and no folder
+        workload = replace(workload, baseline_bytes=workload.baseline_bytes + STORE_BYTES)
     after = peak_resident_bytes()
     return replace(workload, planning_bytes=after if after > before else 0), limits, rates
 

@@ -62,7 +62,16 @@ class RunDirectory:
             InputError: if what object stores need is not installed.
             StorageError: if the manifest cannot be read.
         """
-        return LocalFiles(self.root) if self.store is None else files_at(self.store, self._upload_folder)
+        if self.store is None:
+            return LocalFiles(self.root)
+        # Weakly: what still reads from the store must not keep a temporary folder of this run.
+        mine = weakref.WeakMethod(self._upload_folder)
+
+        def scratch() -> Path:
+            found = mine()
+            return Path(tempfile.gettempdir()) if found is None else found()
+
+        return files_at(self.store, scratch)
 
     @cached_property
     def local(self) -> Path:

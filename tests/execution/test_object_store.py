@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from rich.console import Console
 from torch import nn
 
 import ooc_ntk
@@ -28,7 +30,8 @@ from ooc_ntk.errors import InputError, OocNtkError, RunConflictError, StorageErr
 from ooc_ntk.execution import driver
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
-from ooc_ntk.planning.scratch import scratch_bytes
+from ooc_ntk.planning.scratch import STORE_BYTES, scratch_bytes
+from ooc_ntk.report.tables import info_table
 from ooc_ntk.storage import retries
 from ooc_ntk.storage.manifest import Manifest
 from tests.s3 import BUCKET, KEY, SECRET, TOKEN, answering, environment, set_environment
@@ -180,6 +183,9 @@ def test_the_kernel_answers_from_its_store(tmp_path, url):
     found = ooc_ntk.info(out)
     assert found.finished
     assert found.store == url
+    shown = Console(file=io.StringIO(), width=200)
+    shown.print(info_table(found))
+    assert f"{url}, which has tiles and kernel" in shown.file.getvalue()
     assert json.loads(found.to_json())["store"] == url
     fitted = ooc_ntk.fit(out, targets, ridge=1.0)
     assert np.array_equal(
@@ -208,7 +214,7 @@ def test_others_read_the_kernel(tmp_path, url, prefix):
     assert np.array_equal(zarr.open_array(plain, path="kernel.zarr", mode="r")[:], wanted)
 
 
-@pytest.mark.parametrize("name", ["spill", "superblocks", "passes", "projected"])
+@pytest.mark.parametrize("name", ["spill", "passes", "projected"])
 def test_scratch_files_stay_below_what_is_said(tmp_path, url, monkeypatch, name):
     held, peak = {}, [0]
     append, discard = objects.StagedObject.append, objects.StagedObject.discard
@@ -224,6 +230,18 @@ def test_scratch_files_stay_below_what_is_said(tmp_path, url, monkeypatch, name)
     papers = max(path.stat().st_size for path in (tmp_path / "run").iterdir() if path.is_file())
     assert not held
     assert 0 < peak[0] <= max(scratch_bytes(make_plan(name)), papers)
+
+
+def test_the_plan_counts_what_a_store_takes(tmp_path, url):
+    rates = replace(UNCALIBRATED, machine="tests", measured=True)
+    given = {"preferences": ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE), "rates": rates, "out": tmp_path}
+    local, stored, shared = (
+        ooc_ntk.plan(make_job(), **given, store=store) for store in (None, url, f"file://{tmp_path / 'shared'}")
+    )
+    assert stored.promised.host_bytes - local.promised.host_bytes > STORE_BYTES / 2
+    assert shared.promised.host_bytes - local.promised.host_bytes < STORE_BYTES / 2
+    assert stored.limits.disk > 2**50 > local.limits.disk  # no bucket says how full it is
+    assert stored.digest == local.digest
 
 
 # --- stops -----------------------------------------------------------------------------------------------------------
@@ -264,15 +282,15 @@ def watching(monkeypatch):
         yield performed, begun, Observer(begin=lambda totals, remaining: begun.append(remaining))
 
 
-@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("name", "key", "before"),
     [
-        ("spill", "rows-0-2-0"),
-        ("spill", "kernel-0-3-1"),
-        ("passes", "kernel-1-2-2"),
-        ("passes", "release-1-0-0"),
-        ("projected", "kernel-0-0-0"),
+        ("spill", "rows-0-2-0", True),
+        ("spill", "kernel-0-3-1", False),
+        ("passes", "kernel-1-2-2", True),
+        ("passes", "release-1-0-0", True),
+        ("passes", "release-1-0-0", False),
+        ("projected", "kernel-0-0-0", True),
     ],
 )
 def test_a_run_that_died_goes_on(tmp_path, url, monkeypatch, name, key, before):
@@ -306,8 +324,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("file", ["kernel.zarr/c/2/1", "diagonal/c/1", "diagonal/c/4"])
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [("deleted", "kernel.zarr/c/2/1"), ("altered", "diagonal/c/1"), ("truncated", "diagonal/c/4")],
+)
 def test_a_damaged_object_of_a_finished_run_is_computed_again(tmp_path, s3, prefix, url, caplog, file, damage):
     out = tmp_path / "run"
     run("spill", out, url)
@@ -513,7 +533,6 @@ def test_secrets_are_nowhere(tmp_path, s3, prefix, url):
     said = command("run", *ARGUMENTS, "--out", "run", "--store", url)
     assert f"{url}/kernel.zarr" in said
     assert "nothing to do" not in said
-    assert url in " ".join(command("info", "run").split())
     assert "passed" in command("verify", "run")
     for path in tmp_path.rglob("*"):
         if path.is_file():
@@ -521,5 +540,3 @@ def test_secrets_are_nowhere(tmp_path, s3, prefix, url):
     for data in s3.objects(prefix).values():
         check_no_secret(data)
     assert len(s3.objects(prefix)) > 10
-    again = command("run", *ARGUMENTS, "--out", "run")
-    assert "complete" in again
