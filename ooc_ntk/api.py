@@ -48,7 +48,7 @@ from .results import fit, nearest, spectrum, surrogate
 from .storage import again
 from .storage.directory import RunDirectory
 from .storage.mirror import mirror_paper
-from .storage.storeurl import checked_store, files_at
+from .storage.storeurl import checked_store, files_at, is_store
 from .units import parse_bytes
 
 __all__ = [
@@ -384,8 +384,8 @@ def open_features(
     """Open projected features as a kernel whose entries are computed when they are asked for.
 
     Args:
-        path: a run directory of a projected kernel, or the folder of a :class:`Featurizer`; or a file of TRAK or
-            projection_ntk: a NumPy file (TRAK's ``grads.mmap`` is one) or a raw memory map.
+        path: a run directory of a projected kernel, or its store's URL, or the folder of a :class:`Featurizer`; or a
+            file of TRAK or projection_ntk: a NumPy file (TRAK's ``grads.mmap`` is one) or a raw memory map.
         parameters: number of parameters (P) of the model, which brings the features of TRAK and projection_ntk to the
             exact kernel's scale; None if they are on it.
         dim: columns; needed for a raw file, checked otherwise.
@@ -402,11 +402,11 @@ def open_features(
         InputError: if there is no such file, or its size does not match.
         StorageError: if the run directory holds no finished run.
     """
-    path = Path(path)
-    if (path / STATE).exists():
+    store, path = str(path) if is_store(path) else None, Path(path)
+    if store is None and (path / STATE).exists():
         return Kernel.of_features(path, fed_features(path))
-    if path.is_dir():
-        kernel = Kernel(path)
+    if store is not None or path.is_dir():
+        kernel = Kernel(store or path)
         _ = kernel.features  # refuses an exact kernel
         return kernel
     return Kernel.of_features(
@@ -469,14 +469,14 @@ def verify(
         raise InputError("samples=0 recomputes nothing, and full=True everything; leave one of them out")
     if samples:
         prepared = prepare(job or describe_job(None, {}, run=path)[0])
-        check_same_job(RunDirectory(path), prepared.digests)
+        check_same_job(RunDirectory(kernel.path), prepared.digests)
     assert kernel.plan is not None  # it was opened from a run directory
     try:
         found = audit(kernel.path, kernel.plan, prepared, samples, seed, advance, full=full)
     finally:
         if prepared is not None:
             prepared.reader.close()
-    directory = RunDirectory(path)
+    directory = RunDirectory(kernel.path)
     keep_audit(directory, kernel.plan, found)
     mirror_paper(directory, again.AUDIT)
     return found

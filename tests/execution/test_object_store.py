@@ -180,6 +180,9 @@ def test_the_kernel_answers_from_its_store(tmp_path, url):
         assert np.array_equal(kernel.entries.rows(np.array([28, 0, 28])), local.entries.rows(np.array([28, 0, 28])))
         assert np.array_equal(pickle.loads(pickle.dumps(kernel.zarr))[:], np.asarray(local))
     assert ooc_ntk.verify(out, make_job()).passed
+    assert ooc_ntk.verify(url, make_job(), samples=2).passed
+    with pytest.raises(InputError, match="written into a run directory, and s3://.* is a store"):
+        ooc_ntk.fit(url, targets, ridge=1.0)
     found = ooc_ntk.info(out)
     assert found.finished
     assert found.store == url
@@ -195,6 +198,7 @@ def test_the_kernel_answers_from_its_store(tmp_path, url):
 
 def test_scores_go_where_they_are_told(tmp_path, url):
     kernel = run("projected", tmp_path / "run", url)
+    assert ooc_ntk.open_features(url).features.dim == 32
     scores = np.asarray(kernel.attribution(1.0))
     assert (tmp_path / "run" / "attribution.zarr").is_dir()
     mirrored = ooc_ntk.open(url)
