@@ -27,7 +27,7 @@ from torch import nn
 
 import ooc_ntk
 from ooc_ntk.errors import InputError, OocNtkError, RunConflictError, StorageError, TransientStorageError
-from ooc_ntk.execution import driver
+from ooc_ntk.execution import driver, work
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.planning.scratch import STORE_BYTES, scratch_bytes
@@ -275,14 +275,14 @@ def crash_at_commit(key: str, *, before: bool):
 
 @contextmanager
 def watching(monkeypatch):
-    performed, begun, original = [], [], driver.perform
+    performed, begun, original = [], [], work.publish
 
-    def perform(context, task, *upstream):
+    def publish(context, task, *more):
         performed.append(task.key)
-        return original(context, task, *upstream)
+        return original(context, task, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "perform", perform)
+        patch.setattr(work, "publish", publish)
         yield performed, begun, Observer(begin=lambda totals, remaining: begun.append(remaining))
 
 
@@ -298,25 +298,25 @@ def watching(monkeypatch):
     ],
 )
 def test_a_run_that_died_goes_on(tmp_path, url, monkeypatch, name, key, before):
-    out = tmp_path / "run"
+    out, wanted = tmp_path / "run", expected(name)
     with crash_at_commit(key, before=before):
         run(name, out, url)
     with watching(monkeypatch) as (performed, begun, observer):
-        assert bits(run(name, out, progress=observer)) == expected(name)  # the run knows its store
+        assert bits(run(name, out, progress=observer)) == wanted  # the run knows its store
     written = not key.startswith("release")
     assert begun[0].adopted == ([key] if before and written else [])
     assert key not in performed or (before and not written)
 
 
 def test_what_was_not_committed_and_is_not_whole_is_done_again(tmp_path, s3, prefix, url, monkeypatch):
-    out = tmp_path / "run"
+    out, wanted = tmp_path / "run", expected("spill")
     with crash_at_commit("kernel-0-2-1", before=True):
         run("spill", out, url)
     (receipt,) = (path for path in s3.objects(prefix) if path.startswith("pending/"))
     path = json.loads(s3.objects(prefix)[receipt])["files"][0]["path"]
     s3.put(f"{prefix}/{path}", s3.objects(prefix)[path][::-1])
     with watching(monkeypatch) as (performed, begun, observer):
-        assert bits(run("spill", out, progress=observer)) == expected("spill")
+        assert bits(run("spill", out, progress=observer)) == wanted
     assert begun[0].adopted == []
     assert "kernel-0-2-1" in performed
 
@@ -381,7 +381,7 @@ def test_the_store_has_the_papers_after_every_pass(tmp_path, s3, prefix, url):
 def test_a_store_that_goes_away_stops_the_run_and_it_goes_on(tmp_path, url, s3, monkeypatch):
     monkeypatch.setattr(retries, "CALL_DELAYS", (0.0,))
     monkeypatch.setattr(retries, "TASK_DELAYS", (0.0, 0.0))
-    out, original = tmp_path / "run", Manifest.commit
+    out, original, wanted = tmp_path / "run", Manifest.commit, expected("spill")
     get, put, down = objects.obstore.get_range, objects.obstore.put, []
 
     def failing(work):
@@ -404,7 +404,7 @@ def test_a_store_that_goes_away_stops_the_run_and_it_goes_on(tmp_path, url, s3, 
         with pytest.raises(TransientStorageError, match=r"127\.0\.0\.1:\d+ cannot be reached"):
             run("spill", out, url)
     with watching(monkeypatch) as (performed, _, observer):
-        assert bits(run("spill", out, progress=observer)) == expected("spill")
+        assert bits(run("spill", out, progress=observer)) == wanted
     assert "kernel-0-1-1" not in performed
 
 
