@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ooc_ntk.compute.machine import free_host_bytes
 from ooc_ntk.errors import BudgetError, InputError
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.files import LocalFiles
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.units import format_bytes
 
 from .features import Features

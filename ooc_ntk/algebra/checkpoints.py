@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ooc_ntk.errors import InputError, StorageError
 from ooc_ntk.storage.arrays import TileArray, open_tile_array
 from ooc_ntk.storage.atomic import write_whole
-from ooc_ntk.storage.files import LocalFiles
+from ooc_ntk.storage.local import LocalFiles
 
 from .kernel import Kernel
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ooc_ntk.storage.arrays import TileArray, TileRows
 from ooc_ntk.storage.atomic import FileRecord
-from ooc_ntk.storage.files import Files, files_of
+from ooc_ntk.storage.files import Files
+from ooc_ntk.storage.local import files_of
 from ooc_ntk.storage.stripes import TileStripes
 
 from .features import Features

@@ -16,7 +16,8 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.arrays import TileRows, index_numbers, open_tile_array
 from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.files import Files, LocalFiles
+from ooc_ntk.storage.files import Files
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.mirror import open_mirror
 from ooc_ntk.storage.storeurl import is_store

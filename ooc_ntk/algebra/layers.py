@@ -12,7 +12,8 @@ from numpy.typing import DTypeLike, NDArray
 from ooc_ntk.errors import InputError, unknown_name
 from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.atomic import FileRecord
-from ooc_ntk.storage.files import Files, files_of
+from ooc_ntk.storage.files import Files
+from ooc_ntk.storage.local import files_of
 
 from .entries import TileEntries
 from .operator import KernelOperator

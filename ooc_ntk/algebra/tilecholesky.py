@@ -29,7 +29,7 @@ from ooc_ntk.planning.solving import BLOCK_TILES, cholesky_bound_bytes, tile_cho
 from ooc_ntk.storage.ahead import ReadAhead
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, raw_bytes
-from ooc_ntk.storage.files import LocalFiles
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.reading import aligned_buffer
 from ooc_ntk.storage.retries import retried, storage_error
 

@@ -33,7 +33,8 @@ from ooc_ntk.stopping import Stop
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.files import Staged, free_disk_bytes
+from ooc_ntk.storage.files import Staged
+from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.storage.retries import retries
 from ooc_ntk.units import STORED_DTYPE, format_bytes
 

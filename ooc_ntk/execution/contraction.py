@@ -14,7 +14,8 @@ from ooc_ntk.planning.spans import Span
 from ooc_ntk.planning.superblocks import KernelTile
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.files import Staged, read_checked, read_stripes
+from ooc_ntk.storage.checked import read_checked, read_stripes
+from ooc_ntk.storage.files import Staged
 
 from .context import Outcome, RunContext
 from .layers import LayerSums, layers_array

@@ -11,7 +11,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.spans import Part
 from ooc_ntk.storage import gds
 from ooc_ntk.storage.atomic import FileRecord
-from ooc_ntk.storage.files import LocalFiles
+from ooc_ntk.storage.local import LocalFiles
 
 from .stores import DiskStore
 

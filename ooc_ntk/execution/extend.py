@@ -25,7 +25,7 @@ from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.stopping import stoppable
 from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.files import free_disk_bytes
+from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import HISTORY, Generations, complete_swap, read_history, swap_in
 from ooc_ntk.units import format_bytes, format_seconds

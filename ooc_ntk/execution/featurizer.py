@@ -29,7 +29,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.planner import Preferences
 from ooc_ntk.planning.projection import Projection
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.files import LocalFiles
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.reading import checksum_file
 from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE
 

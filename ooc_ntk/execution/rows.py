@@ -20,7 +20,8 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.files import Staged, read_checked
+from ooc_ntk.storage.checked import read_checked
+from ooc_ntk.storage.files import Staged
 from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .blame import check_finite_factor, failing_on, named_errors, not_finite, where

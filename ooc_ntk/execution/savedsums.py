@@ -18,7 +18,7 @@ import torch
 
 from ooc_ntk.errors import StorageError
 from ooc_ntk.storage.atomic import StagedFile
-from ooc_ntk.storage.files import free_disk_bytes
+from ooc_ntk.storage.local import free_disk_bytes
 
 from .context import RunContext
 

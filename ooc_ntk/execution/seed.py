@@ -19,7 +19,9 @@ from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray, open_tile_array
 from ooc_ntk.storage.atomic import FileRecord
-from ooc_ntk.storage.files import LocalFiles, Staged, read_checked
+from ooc_ntk.storage.checked import read_checked
+from ooc_ntk.storage.files import Staged
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.manifest import Manifest, Receipt
 
 from .context import Outcome, RunContext

@@ -25,7 +25,7 @@ from ooc_ntk.planning.scratch import STORE_BYTES
 from ooc_ntk.planning.workload import Workload
 from ooc_ntk.storage.again import AUDIT
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.files import free_disk_bytes
+from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.storage.mirror import check_recorded, check_store, mirror_paper
 from ooc_ntk.storage.storeurl import files_at
 

@@ -19,7 +19,8 @@ from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord
-from ooc_ntk.storage.files import Files, LocalFiles, Staged
+from ooc_ntk.storage.files import Files, Staged
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.reading import Reader, aligned_buffer, padded
 from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE, format_bytes
 

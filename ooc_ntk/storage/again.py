@@ -18,7 +18,7 @@ from ooc_ntk.planning.plan import Plan
 
 from .atomic import write_whole
 from .directory import RunDirectory
-from .files import file_stamp
+from .local import file_stamp
 from .manifest import Manifest
 
 #: File that holds the command and the stamps, and that of what an audit saw.

@@ -19,7 +19,9 @@ from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.tiles import Range
 
 from .atomic import FileRecord
-from .files import Files, Staged, files_of, read_stripes
+from .checked import read_stripes
+from .files import Files, Staged
+from .local import files_of
 from .retries import storage_error
 
 #: What a missing tile reads as where the dtype has no NaN: bf16's NaN as bits, and no token.
@@ -55,10 +57,16 @@ class TileArray:
             StorageError: if an array of another shape, tile or dtype is there.
         """
         place, metadata = self.files.place(self.name), f"{self.name}/zarr.json"
-        self._check_usable(metadata)
         there = None
-        with suppress(StorageError):  # metadata that cannot be read are written anew
-            there = self.open()
+        try:
+            self.files.read_text(metadata)
+        except StorageError:  # of an object store that cannot be used
+            raise
+        except OSError:
+            pass  # metadata that cannot be read are written anew
+        else:
+            with suppress(StorageError):
+                there = self.open()
         if there is not None:
             if (there.shape, there.chunks, there.dtype.str) != (self.shape, self.chunks, self.dtype):
                 raise StorageError(
@@ -73,15 +81,6 @@ class TileArray:
             raise
         except OSError as error:
             raise storage_error("creating", place, error) from error
-
-    def _check_usable(self, metadata: str) -> None:
-        """Let an object store that cannot be used say so here, and not as metadata that cannot be read."""
-        try:
-            self.files.read_text(metadata)
-        except StorageError:
-            raise
-        except OSError:
-            return
 
     def _write_metadata(self, attributes: Mapping[str, Any]) -> None:
         zarr.create_array(

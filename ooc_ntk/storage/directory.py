@@ -15,9 +15,10 @@ from typing import Any, Final
 from ooc_ntk.errors import RunConflictError, StorageError
 
 from .atomic import TEMPORARY, write_whole
-from .files import Files, LocalFiles
+from .files import Files
+from .local import LocalFiles
 from .lock import HELD, LOCK, hold
-from .manifest import Receipt, recorded_meta
+from .manifest import Manifest, Receipt
 from .retries import retried, storage_error
 from .storeurl import checked_store, files_at
 
@@ -223,3 +224,18 @@ class RunDirectory:
         """Bytes of all files, here and in the store."""
         here = LocalFiles(self.root).size_bytes()
         return here if self.store is None else here + self.files.size_bytes()
+
+
+def recorded_meta(root: Path, name: str) -> str | None:
+    """A named text of a manifest, None where there is no manifest or no such text.
+
+    Raises:
+        StorageError: if it cannot be read.
+    """
+    if not (root / "manifest").exists():
+        return None
+    manifest = Manifest(root, read_only=True)
+    try:
+        return manifest.meta(name)
+    finally:
+        manifest.close()

@@ -17,7 +17,8 @@ from ooc_ntk.errors import StorageError
 
 from . import retries
 from .atomic import FileRecord
-from .files import Files, LocalFiles
+from .files import Files
+from .local import LocalFiles
 from .retries import TRANSIENT, note_retry, storage_error
 
 #: Version of the manifest's tables.
@@ -350,18 +351,3 @@ class Manifest:
                 copy.close()
         except (sqlite3.Error, OSError) as error:
             raise StorageError(f"cannot copy the manifest of {self._root} to {path}: {error}") from error
-
-
-def recorded_meta(root: Path, name: str) -> str | None:
-    """A named text of a manifest, None where there is no manifest or no such text.
-
-    Raises:
-        StorageError: if it cannot be read.
-    """
-    if not (root / "manifest").exists():
-        return None
-    manifest = Manifest(root, read_only=True)
-    try:
-        return manifest.meta(name)
-    finally:
-        manifest.close()

@@ -20,9 +20,10 @@ import numpy as np
 
 from ooc_ntk.errors import RunConflictError, StorageError
 
-from .directory import STORE, RunDirectory
-from .files import Files, LocalFiles
-from .manifest import Manifest, recorded_meta
+from .directory import STORE, RunDirectory, recorded_meta
+from .files import Files
+from .local import LocalFiles
+from .manifest import Manifest
 from .retries import storage_error
 from .storeurl import checked_store, files_at
 

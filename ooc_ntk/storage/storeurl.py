@@ -11,7 +11,8 @@ from urllib.parse import unquote, urlsplit
 
 from ooc_ntk.errors import InputError
 
-from .files import Files, LocalFiles
+from .files import Files
+from .local import LocalFiles
 
 #: Bytes in names that every object store and every URL takes as they are.
 _PREFIX: Final = re.compile(r"[\w.=+,()!' @-]*")

@@ -15,7 +15,8 @@ from ooc_ntk.errors import StorageError
 from .ahead import ReadAhead
 from .arrays import TileArray
 from .atomic import FileRecord
-from .files import Files, Opened, raise_if_misread
+from .checked import raise_if_misread
+from .files import Files, Opened
 from .reading import aligned_buffer, differs, missing
 from .retries import storage_error
 

@@ -12,11 +12,12 @@ import pytest
 import zarr
 
 from ooc_ntk.errors import DamagedFileError, InputError, StorageError, TransientStorageError
-from ooc_ntk.storage import objects, retries
+from ooc_ntk.storage import objectreads, objects, objectwrites, retries
 from ooc_ntk.storage.arrays import TileArray, TileRows, add_attributes, open_tile_array
 from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.checked import read_checked, read_stripes
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.files import LocalFiles, read_checked, read_stripes
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.manifest import Manifest, Receipt
 from ooc_ntk.storage.retries import retries as retries_so_far
 from ooc_ntk.storage.storeurl import checked_store, files_at, is_store
@@ -138,19 +139,19 @@ def test_an_object_appears_whole_and_the_scratch_file_goes(files, s3, prefix, tm
 
 
 def test_a_large_object_is_sent_in_parts_and_the_last_may_be_short(files, s3, prefix, monkeypatch):
-    monkeypatch.setattr(objects, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(objectwrites, "PART_BYTES", 5 * 2**20)
     data = np.random.default_rng(1).integers(0, 256, 11 * 2**20 + 17, dtype=np.uint8)
     file = files.stage("large")
     file.append(data)
     record = file.seal()
     assert s3.objects(prefix)["large"] == data.tobytes()
-    assert files.stamp("large").endswith('-3"')  # the entity tag of three parts
+    assert files.stamp("large").endswith("-3")  # the entity tag of three parts
     assert files.checksum("large") == record.crc32c
     assert s3.unfinished() == 0
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(files, s3, prefix, monkeypatch):
-    monkeypatch.setattr(objects, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(objectwrites, "PART_BYTES", 5 * 2**20)
     file = files.stage("broken")
     file.append(np.zeros(11 * 2**20, np.uint8))
     whole, left = file._file, [0, 1, 1]
@@ -209,8 +210,9 @@ def test_names_sizes_and_deleting(files, s3, prefix):
 
 @pytest.mark.parametrize("size", [0, 1, 4999, 5000, 70_001])
 def test_whole_reads_are_checked(files, size, monkeypatch):
-    monkeypatch.setattr(objects, "PIECE_BYTES", 5000)
-    monkeypatch.setattr(objects, "_LEAST_BYTES", 700)
+    for module in (objects, objectreads):
+        monkeypatch.setattr(module, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(objectreads, "_LEAST_BYTES", 700)
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     record = files.write_whole("tile", data.tobytes())
     buffer = np.empty(size + 8, np.uint8)
@@ -302,7 +304,7 @@ def test_an_array_of_another_shape_is_refused(array):
 
 @pytest.mark.parametrize("gap", [0, 2**18])
 def test_rows_are_read_without_their_chunks(array, monkeypatch, gap):
-    monkeypatch.setattr(objects, "_GAP_BYTES", gap)
+    monkeypatch.setattr(objectreads, "_GAP_BYTES", gap)
     rows = TileRows(array[0].files, "kernel.zarr")
     assert np.array_equal(rows[[3, 21, 3, 19, 0]], VALUES[[3, 21, 3, 19, 0]])
     assert np.array_equal(rows[4:17], VALUES[4:17])
@@ -317,7 +319,7 @@ def test_the_diagonal_is_read(files, monkeypatch):
     made.create()
     for i in range(3):
         made.stage(made.chunk_path((i, i)), square[10 * i : 10 * i + 10, 10 * i : 10 * i + 10]).seal()
-    monkeypatch.setattr(objects, "PIECE_BYTES", 100)
+    monkeypatch.setattr(objectreads, "PIECE_BYTES", 100)
     assert np.array_equal(TileRows(files, "kernel.zarr").diagonal(22), square.diagonal()[:22])
 
 

@@ -11,7 +11,7 @@ import pytest
 from ooc_ntk.errors import DamagedFileError, StorageError, TransientStorageError
 from ooc_ntk.storage import gds, reading, retries
 from ooc_ntk.storage.atomic import write_whole
-from ooc_ntk.storage.files import read_checked, read_stripes
+from ooc_ntk.storage.checked import read_checked, read_stripes
 from ooc_ntk.storage.reading import (
     ALIGNMENT,
     FileReader,
