@@ -81,6 +81,7 @@ def environment(endpoint: str, **more: str) -> dict[str, str]:
         "AWS_REGION": "us-east-1",
         "AWS_ALLOW_HTTP": "true",
         "AWS_ENDPOINT_URL": endpoint,
+        "NO_PROXY": "127.0.0.1",
         **more,
     }
 

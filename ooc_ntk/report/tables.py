@@ -18,6 +18,9 @@ from ooc_ntk.units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from ooc_ntk.api import Audit, Drift, RunInfo
 
+#: Disk limits above this are none: no bucket says how full it is.
+NO_LIMIT: Final = 2**58
+
 #: Blocks shown before the rest is summed up in one line.
 SHOWN_BLOCKS: Final = 10
 
@@ -35,6 +38,8 @@ def plan_table(plan: Plan, *, every_block: bool = False, store: str | None = Non
     """
     pairs = list(plan.summary())
     if store is not None:
+        disk = format_bytes(plan.promised.disk_bytes)
+        pairs = [(name, disk if name == "disk" and plan.limits.disk > NO_LIMIT else value) for name, value in pairs]
         pairs.append(
             ("store", f"{store}: 'disk' above is there; here up to {format_bytes(scratch_bytes(plan))} of scratch")
         )

@@ -74,6 +74,7 @@ def claim_store(directory: RunDirectory, manifest: Manifest) -> None:
     if mine is None:
         mine = uuid.uuid4().hex
         manifest.set_meta(STORE_ID, mine)
+    if manifest.meta(STORE) != directory.store:  # of a run that was cut off before it had a plan, it may be another
         manifest.set_meta(STORE, directory.store)
     said = {"id": mine, "run": str(directory.root.absolute()), "host": socket.gethostname()}
     if not directory.files.write_new(OWNER, (json.dumps(said) + "\n").encode()):

@@ -445,6 +445,15 @@ def test_a_run_whose_planning_was_cut_off_keeps_its_store(tmp_path, url, monkeyp
     assert bits(run("superblocks", tmp_path / "run", url)) == expected("superblocks")
 
 
+def test_a_run_that_was_cut_off_before_it_had_a_plan_may_have_another_store(tmp_path, url, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "versions", lambda: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            run("superblocks", tmp_path / "run", url)
+    assert bits(run("superblocks", tmp_path / "run", url + "-other")) == expected("superblocks")
+    assert ooc_ntk.info(tmp_path / "run").store == url + "-other"
+
+
 def test_what_needs_renames_is_refused(tmp_path, url):
     run("superblocks", tmp_path / "run", url)
     with pytest.raises(InputError, match=r"nothing can be renamed, so it cannot be extended"):
@@ -488,6 +497,18 @@ def test_a_wrong_store_is_one_line(cli, s3, tmp_path, store, said):
         assert said in " ".join(found.output.split())
         check_no_secret(found.output)
     assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_the_same_command_has_nothing_to_do(cli, s3, prefix, url):
+    words = ("run", "digits[0:12]", "mlp,width=4", "--tile-samples", "5", "--out", "run", "--store", url)
+    shown = " ".join(cli(*words).output.split())
+    assert f"kernel: {url}/kernel.zarr" in shown
+    assert f"store {url}: 'disk' above is there; here up to" in shown
+    assert "PiB" not in shown
+    assert "nothing to do" in cli(*words).output
+    s3.delete(f"{prefix}/kernel.zarr/c/0/0")
+    assert "nothing to do" not in cli(*words).output
+    assert "kernel.zarr/c/0/0" in s3.objects(prefix)
 
 
 def test_checkpoints_have_no_store(cli, url):
