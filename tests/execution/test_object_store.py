@@ -27,12 +27,13 @@ from torch import nn
 
 import ooc_ntk
 from ooc_ntk.errors import InputError, OocNtkError, RunConflictError, StorageError, TransientStorageError
-from ooc_ntk.execution import driver, work
+from ooc_ntk.execution import driver, sums, work
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.planning.scratch import STORE_BYTES, scratch_bytes
 from ooc_ntk.report.tables import info_table
 from ooc_ntk.storage import retries
+from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
 from tests.s3 import BUCKET, KEY, SECRET, TOKEN, answering, environment, set_environment
 
@@ -246,6 +247,28 @@ def test_the_plan_counts_what_a_store_takes(tmp_path, url):
     assert shared.promised.host_bytes - local.promised.host_bytes < STORE_BYTES / 2
     assert stored.limits.disk > 2**50 > local.limits.disk  # no bucket says how full it is
     assert stored.digest == local.digest
+
+
+@pytest.mark.parametrize("name", ["superblocks", "passes", "projected"])
+def test_task_bodies_need_no_run_directory(tmp_path, url, monkeypatch, name):
+    """Tasks as a worker on another machine performs them, sums on its disk included: by plan, path and URL alone."""
+    monkeypatch.setattr(sums, "FOLDED_SPANS", 1)
+    monkeypatch.setattr(sums, "SAVED_SECONDS", 0.0)
+    monkeypatch.setattr(sums, "SAVED_SHARE", 0.0)
+    job, made, there = make_job(**CASES[name][0]), driver.RunContext, []
+    given = {"plan": replace(make_plan(name), saves_sums=True), "progress": False}
+    wanted = bits(ooc_ntk.run(job, tmp_path / "local", **given))
+
+    def elsewhere(plan, directory, *more):
+        there.append(RunDirectory(tmp_path / "not here", directory.store))
+        return made(plan, there[-1], *more)
+
+    monkeypatch.setattr(driver, "RunContext", elsewhere)
+    assert bits(ooc_ntk.run(job, tmp_path / "run", store=url, **given)) == wanted
+    (away,) = there
+    assert not away.root.exists()
+    assert away.local != away.root
+    assert not list(away.local.rglob("*.tmp-*"))
 
 
 # --- stops -----------------------------------------------------------------------------------------------------------
