@@ -25,6 +25,7 @@ from ooc_ntk.planning.scratch import STORE_BYTES
 from ooc_ntk.planning.workload import Workload
 from ooc_ntk.storage.again import AUDIT
 from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.diskrate import measure_store
 from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.storage.mirror import check_recorded, check_store, mirror_paper
 from ooc_ntk.storage.storeurl import files_at
@@ -112,6 +113,7 @@ def measured(
     Returns:
         The workload, the limits in bytes and the machine's rates: all that a plan is made of.
     """
+    given = rates is not None
     rates = rates or cached_rates(prepared.device)
     if not rates.measured:
         logger.info("first plan on this machine: calibrating for a few seconds")
@@ -122,6 +124,15 @@ def measured(
     every_output = preferences is not None and preferences.every_output
     workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
     if store is not None and free is None:  # an object store, and no folder
+        if not given:
+            seen = measure_store(files_at(store))
+            rates = replace(
+                rates,
+                disk_write=seen.write,
+                disk_read=seen.read,
+                commit_seconds=seen.commit_seconds,
+                direct_wins=False,
+            )
         workload = replace(workload, baseline_bytes=workload.baseline_bytes + STORE_BYTES)
     after = peak_resident_bytes()
     return replace(workload, planning_bytes=after if after > before else 0), limits, rates

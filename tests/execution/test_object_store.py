@@ -27,13 +27,14 @@ from torch import nn
 
 import ooc_ntk
 from ooc_ntk.errors import InputError, OocNtkError, RunConflictError, StorageError, TransientStorageError
-from ooc_ntk.execution import driver, sums, work
+from ooc_ntk.execution import driver, session, sums, work
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.planning.scratch import STORE_BYTES, scratch_bytes
 from ooc_ntk.report.tables import info_table
 from ooc_ntk.storage import retries
 from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.diskrate import DiskRates
 from ooc_ntk.storage.manifest import Manifest
 from tests.s3 import BUCKET, KEY, SECRET, TOKEN, answering, environment, set_environment
 
@@ -269,6 +270,18 @@ def test_task_bodies_need_no_run_directory(tmp_path, url, monkeypatch, name):
     assert not away.root.exists()
     assert away.local != away.root
     assert not list(away.local.rglob("*.tmp-*"))
+
+
+def test_a_plan_counts_with_what_the_store_was_seen_to_do(tmp_path, url, s3, prefix, monkeypatch):
+    slow = DiskRates(write=1e3, read=1e3, commit_seconds=1.0, direct_wins=False)
+    given = {"preferences": ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE), "out": tmp_path}
+    local = ooc_ntk.plan(make_job(), **given)
+    found = ooc_ntk.plan(make_job(), **given, store=url)
+    assert s3.objects(prefix) == {}
+    monkeypatch.setattr(session, "measure_store", lambda files: slow)
+    stored = ooc_ntk.plan(make_job(), **given, store=url)
+    assert found.digest == local.digest == stored.digest
+    assert stored.promised.seconds > 5 > found.promised.seconds
 
 
 # --- stops -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from ooc_ntk.errors import DamagedFileError, InputError, StorageError, TransientStorageError
-from ooc_ntk.storage import objectreads, objects, objectwrites, retries
+from ooc_ntk.storage import diskrate, objectreads, objects, objectwrites, retries
 from ooc_ntk.storage.arrays import TileArray, TileRows, add_attributes, open_tile_array
 from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.checked import read_checked, read_stripes
@@ -260,6 +260,24 @@ def test_stamps_of_many_are_those_of_each(files, monkeypatch):
     assert files.known_stamps([*paths[1:], "c/8"]) == {path: each[path] for path in paths[1:]}
     with pytest.raises(FileNotFoundError):
         files.stamps([*paths, "c/8"])
+
+
+def test_a_store_is_timed_and_left_as_it_was(files, s3, prefix, monkeypatch):
+    files.write_whole("kept", b"1")
+    asked, put = [], obstore.put
+
+    def slow(store, path, *more, **options):
+        asked.append(path)
+        time.sleep(0.05)
+        return put(store, path, *more, **options)
+
+    monkeypatch.setattr(obstore, "put", slow)
+    found = diskrate.measure_store(files)
+    assert len(asked) == 2 * diskrate.STORE_PROBES
+    assert 0 < found.write < diskrate.STORE_PROBE_BYTES / 0.05
+    assert found.read > 0
+    assert found.commit_seconds >= 3 * 0.05
+    assert s3.objects(prefix) == {"kept": b"1"}
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
