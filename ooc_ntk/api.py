@@ -49,6 +49,8 @@ from .planning.rates import MachineRates
 from .results import fit, nearest, spectrum, surrogate
 from .storage import again
 from .storage.directory import RunDirectory
+from .storage.mirror import mirror_paper
+from .storage.storeurl import checked_store, files_at, is_store
 from .units import parse_bytes
 
 __all__ = [
@@ -113,6 +115,7 @@ def plan(
     preferences: Preferences | None = None,
     out: str | Path | None = None,
     rates: MachineRates | None = None,
+    store: str | None = None,
 ) -> Plan:
     """Plan a job: load it, probe it on its device, and choose how to run it. Computes no kernel.
 
@@ -124,6 +127,7 @@ def plan(
         preferences: what to fix by hand: dataflow, tile size, passes, representation, or no layer rules.
         out: where the run will be, for the free disk space; None is the current folder.
         rates: machine rates; None uses the calibrated ones.
+        store: where tiles and kernel will go, as for :func:`run`; the disk that is planned is then the store's.
 
     Returns:
         The plan. ``print(plan)`` shows it.
@@ -131,9 +135,13 @@ def plan(
     Raises:
         InputError: if the job is wrong.
         BudgetError: if no plan fits; says the smallest budget that would do.
+        StorageError: if the store cannot be reached.
     """
     before = peak_resident_bytes()
-    return planned(prepare(job), before, budget, preferences, Path(out or "."), rates)
+    if store is not None:
+        store = checked_store(store)
+        files_at(store).names()  # one that cannot be used is refused before the model is measured
+    return planned(prepare(job), before, budget, preferences, Path(out or "."), rates, store)
 
 
 def run(
@@ -147,6 +155,7 @@ def run(
     progress: bool | Observer = True,
     watch_disk: str | int | None = None,
     proof: bool = True,
+    store: str | None = None,
 ) -> Kernel:
     """Compute a job's kernel into a run directory, or go on where an earlier run of the same job stopped.
 
@@ -166,6 +175,8 @@ def run(
             fill the disk, and stops there.
         proof: whether the last step proves as many samples of the kernel, against ``J(Jᵀv)`` in float64, as a tenth of
             the run's time and the promised memory allow.
+        store: URL of a store that tiles and kernel go to, ``s3://bucket/prefix``, or ``file:///folder`` of a shared
+            file system; the rest stays in ``out``, which remembers it. Credentials come from the environment alone.
 
     Returns:
         The finished kernel.
@@ -181,7 +192,9 @@ def run(
     """
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan must be a Plan, got {type(plan).__name__}; read a saved one with Plan.load(path)")
-    asked = Asked(plan=plan, budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk), proof=proof)
+    asked = Asked(
+        plan=plan, budget=budget, preferences=preferences, watch_disk=_disk_margin(watch_disk), proof=proof, store=store
+    )
     with closing(executor_of(scheduler)) as executor:
         run_job(job, run_directory(out), asked, executor, progress)
     return Kernel(out)
@@ -347,10 +360,10 @@ def open_checkpoints(path: str | Path) -> Checkpoints:
 
 
 def open(path: str | Path) -> Kernel:  # noqa: A001 - `ooc_ntk.open`, as `zarr.open`
-    """Open the finished kernel of a run directory.
+    """Open the finished kernel of a run directory, or of a run's store.
 
     Args:
-        path: the run directory.
+        path: the run directory; or the URL of the store that its tiles went to, which is enough to read the kernel.
 
     Returns:
         The kernel.
@@ -376,8 +389,8 @@ def open_features(
     """Open projected features as a kernel whose entries are computed when they are asked for.
 
     Args:
-        path: a run directory of a projected kernel, or the folder of a :class:`Featurizer`; or a file of TRAK or
-            projection_ntk: a NumPy file (TRAK's ``grads.mmap`` is one) or a raw memory map.
+        path: a run directory of a projected kernel, or its store's URL, or the folder of a :class:`Featurizer`; or a
+            file of TRAK or projection_ntk: a NumPy file (TRAK's ``grads.mmap`` is one) or a raw memory map.
         parameters: number of parameters (P) of the model, which brings the features of TRAK and projection_ntk to the
             exact kernel's scale; None if they are on it.
         dim: columns; needed for a raw file, checked otherwise.
@@ -394,11 +407,11 @@ def open_features(
         InputError: if there is no such file, or its size does not match.
         StorageError: if the run directory holds no finished run.
     """
-    path = Path(path)
-    if (path / STATE).exists():
+    store, path = str(path) if is_store(path) else None, Path(path)
+    if store is None and (path / STATE).exists():
         return Kernel.of_features(path, fed_features(path))
-    if path.is_dir():
-        kernel = Kernel(path)
+    if store is not None or path.is_dir():
+        kernel = Kernel(store or path)
         _ = kernel.features  # refuses an exact kernel
         return kernel
     return Kernel.of_features(
@@ -461,14 +474,16 @@ def verify(
         raise InputError("samples=0 recomputes nothing, and full=True everything; leave one of them out")
     if samples:
         prepared = prepare(job or describe_job(None, {}, run=path)[0])
-        check_same_job(RunDirectory(path), prepared.digests)
+        check_same_job(RunDirectory(kernel.path), prepared.digests)
     assert kernel.plan is not None  # it was opened from a run directory
     try:
         found = audit(kernel.path, kernel.plan, prepared, samples, seed, advance, full=full)
     finally:
         if prepared is not None:
             prepared.reader.close()
-    keep_audit(RunDirectory(path), kernel.plan, found)
+    directory = RunDirectory(kernel.path)
+    keep_audit(directory, kernel.plan, found)
+    mirror_paper(directory, again.AUDIT)
     return found
 
 

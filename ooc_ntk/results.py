@@ -25,6 +25,7 @@ from .jobs import describe_job
 from .planning.budget import Budget
 from .storage.directory import RunDirectory
 from .storage.results import check_writable, write_result
+from .storage.storeurl import checked_store, is_store
 
 
 def surrogate(
@@ -178,8 +179,14 @@ def _opened(path: str | Path, name: str) -> Kernel:
     """The kernel of a run, into whose directory a result can be written.
 
     Raises:
+        InputError: if it is a store, where no results are written.
         StorageError: if there is none, or it cannot.
     """
+    if is_store(path):
+        raise InputError(
+            f"the result of {name!r} is written into a run directory, and {checked_store(str(path))} is a store; give "
+            "the run directory, or compute with ooc_ntk.open(url)"
+        )
     kernel = Kernel(path)
     check_writable(kernel.path, name)
     return kernel

@@ -16,6 +16,7 @@ import ooc_ntk
 from ooc_ntk.cli import app
 from ooc_ntk.compute.rates import rates_path
 from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
+from tests import s3 as s3_server
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +75,19 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     monkeypatch.delitem(sys.path_importer_cache, ".", raising=False)
     runner = CliRunner()
     return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[s3_server.Server]:
+    with s3_server.serving() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server: s3_server.Server, monkeypatch: pytest.MonkeyPatch) -> s3_server.Server:
+    """A local S3 server, which the environment names."""
+    s3_server.set_environment(monkeypatch, s3_server.environment(_s3_server.endpoint))
+    return _s3_server
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from tests.inputs.images.real_files import write_cifar10, write_imagefolder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers are imported
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("migration.md", "data-and-models.md")
+PAGES = ("migration.md", "data-and-models.md", "object-stores.md")
 
 #: A block of code, with what a comment before it says of running it.
 BLOCK = re.compile(r"(?:^<!-- (not run|needs): (.+?) -->\n+)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -160,7 +160,9 @@ def _run(block: Block, folder: Path) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs_as_printed(page: str, page_folder: Path) -> None:
+def test_page_runs_as_printed(page: str, page_folder: Path, request: pytest.FixtureRequest) -> None:
+    if page == "object-stores.md":
+        request.getfixturevalue("s3")  # a local server, which the environment names
     for block in BLOCKS[page]:
         if block.kind in ("python", "console", "toml") and not block.reason:
             _run(block, page_folder)

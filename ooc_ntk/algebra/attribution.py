@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ooc_ntk.compute.machine import free_host_bytes
 from ooc_ntk.errors import BudgetError, InputError
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.units import format_bytes
 
 from .features import Features
@@ -54,7 +54,7 @@ def attribution_scores(features: Features, ridge: float, root: Path, name: str) 
         )
     factor = _factor(features, ridge)
     shape = (features.samples, features.train_samples)
-    array = TileArray(root, name, shape, (TILE, TILE), "<f4")
+    array = TileArray(LocalFiles(root), name, shape, (TILE, TILE), "<f4")
     _forget(root / name)
     array.create({"ridge": ridge, "sketch": features.sketch, "scores": "phi (Phi^T Phi + ridge I)^-1 Phi^T"})
     for top in range(0, shape[0], TILE):
@@ -65,9 +65,7 @@ def attribution_scores(features: Features, ridge: float, root: Path, name: str) 
 def _write_rows(features: Features, factor: NDArray[np.float64], array: TileArray, rows: range) -> None:
     """Score one row of tiles, some samples at a time, and append them to the files of all its tiles."""
     width = array.shape[1]
-    files = [
-        StagedFile(array.root, array.chunk_path((rows.start // TILE, number))) for number in range(-(-width // TILE))
-    ]
+    files = [array.files.stage(array.chunk_path((rows.start // TILE, number))) for number in range(-(-width // TILE))]
     try:
         for panel in _pieces(features, rows):
             left = _solved(features, factor, panel)

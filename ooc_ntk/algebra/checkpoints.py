@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ooc_ntk.errors import InputError, StorageError
 from ooc_ntk.storage.arrays import TileArray, open_tile_array
-from ooc_ntk.storage.atomic import StagedFile, write_whole
+from ooc_ntk.storage.atomic import write_whole
+from ooc_ntk.storage.local import LocalFiles
 
 from .kernel import Kernel
 
@@ -131,8 +132,8 @@ class Checkpoints:
     def _write_mean(self, folder: Path, attributes: dict[str, Any]) -> None:
         first = self._kernels[0]
         edge = first.chunk_rows
-        array = TileArray(folder, "kernel.zarr", first.shape, (edge, edge), first.dtype.str)
-        diagonal = TileArray(folder, "diagonal", (first.shape[0],), (edge,), "<f8")
+        array = TileArray(LocalFiles(folder), "kernel.zarr", first.shape, (edge, edge), first.dtype.str)
+        diagonal = TileArray(LocalFiles(folder), "diagonal", (first.shape[0],), (edge,), "<f8")
         folder.mkdir(parents=True, exist_ok=True)
         array.create(attributes)
         diagonal.create()
@@ -207,7 +208,7 @@ def _publish(array: TileArray, place: Sequence[int], values: NDArray[np.float64]
     """Write one tile, padded to a whole chunk."""
     chunk = np.full(array.chunks, np.nan, dtype=array.dtype)
     chunk[tuple(slice(0, size) for size in values.shape[: chunk.ndim])] = values.reshape(values.shape[: chunk.ndim])
-    file = StagedFile(array.root, array.chunk_path(place))
+    file = array.files.stage(array.chunk_path(place))
     try:
         file.append(chunk)
         file.seal()

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from ooc_ntk.storage.arrays import TileArray, TileRows
 from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.files import Files
+from ooc_ntk.storage.local import files_of
 from ooc_ntk.storage.stripes import TileStripes
 
 from .features import Features
@@ -113,7 +115,7 @@ class TileEntries(Entries):
 
     def __init__(
         self,
-        root: Path,
+        where: Files | Path,
         name: str,
         array: zarr.Array[Any],
         records: Mapping[str, FileRecord] | None,
@@ -122,15 +124,16 @@ class TileEntries(Entries):
         """Open an array of tiles.
 
         Args:
-            root: run directory.
-            name: name of the array in it.
+            where: the files of the run.
+            name: name of the array among them.
             array: the array as Zarr sees it.
             records: committed files by path; None where no checksums are kept.
             layer: coordinates of the tiles along axes before the last two.
         """
-        self._tiles = TileArray(root, name, array.shape, array.chunks, np.dtype(array.dtype).str)
+        files = files_of(where)
+        self._tiles = TileArray(files, name, array.shape, array.chunks, np.dtype(array.dtype).str)
         self._stripes = TileStripes(self._tiles, records, layer)
-        self._rows = TileRows(root, name, layer)
+        self._rows = TileRows(files, name, layer)
         self.shape = (int(array.shape[-2]), int(array.shape[-1]))
         self.dtype = np.dtype(array.dtype)
         self._height, self._width = (int(edge) for edge in array.chunks[-2:])

@@ -16,7 +16,11 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.arrays import TileRows, index_numbers, open_tile_array
 from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.files import Files
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.manifest import Manifest
+from ooc_ntk.storage.mirror import open_mirror
+from ooc_ntk.storage.storeurl import is_store
 from ooc_ntk.storage.swap import cut_off
 
 from .alignment import LayerAlignment, layer_alignment
@@ -39,22 +43,25 @@ class Kernel(KernelOperator):
     Where only features were kept, entries are computed from them when they are asked for.
 
     Attributes:
-        path: the run directory, or the file of the features.
+        path: the run directory, or the file of the features; of a run opened from its store, where its papers are.
         plan: the plan that made it; None for features that another program wrote.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open the kernel of a run directory.
+        """Open the kernel of a run directory, or of a run's store.
 
         Args:
-            path: the run directory.
+            path: the run directory; or the URL of a store, whose copy of the run's papers is fetched.
 
         Raises:
             StorageError: if there is no run.
             IncompleteRunError: if the run is not finished.
         """
-        self.path = Path(path)
-        directory = RunDirectory(self.path)
+        directory = open_mirror(str(path)) if is_store(path) else RunDirectory(path)
+        self._fetched: RunDirectory | None = (
+            directory if is_store(path) else None
+        )  # its folder is deleted with this kernel
+        self.path, self._place = directory.root, str(path)
         if not directory.holds_run:
             raise no_run(self.path)
         plan = Plan.load(directory.plan_path)
@@ -77,10 +84,11 @@ class Kernel(KernelOperator):
         for what, (done, count) in wanted.items():
             if done < count:
                 raise IncompleteRunError(
-                    f"the run in {self.path} is not finished: {done} of {count} {what} tiles are there; "
+                    f"the run in {path} is not finished: {done} of {count} {what} tiles are there; "
                     "run the same command again to go on"
                 )
-        self._features = None if plan.projection is None else run_features(self.path, plan)
+        self._files: Files = directory.files
+        self._features = None if plan.projection is None else run_features(self._files, plan, self._place)
         self._shape, self._train, self._test = plan.kernel_shape, plan.train_samples, plan.test_samples
         self._diagonal: NDArray[np.float64] | None = None
         self._entries: Entries | None = None
@@ -89,7 +97,7 @@ class Kernel(KernelOperator):
             assert self._features is not None
             self._array = self._features.kernel()
         else:
-            self._array = open_tile_array(self.path, "kernel.zarr")
+            self._array = open_tile_array(self._files, "kernel.zarr")
 
     @classmethod
     def of_features(cls, path: str | Path, features: Features) -> Kernel:
@@ -101,6 +109,7 @@ class Kernel(KernelOperator):
         """
         kernel = cls.__new__(cls)
         kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, features, None
+        kernel._files, kernel._place, kernel._fetched = LocalFiles(path), str(path), None
         kernel._records, kernel._entries, kernel._data_digest = None, None, ""
         kernel._shape, kernel._train, kernel._test = (
             features.kernel_shape,
@@ -123,6 +132,7 @@ class Kernel(KernelOperator):
         """
         kernel = cls.__new__(cls)
         kernel.path, kernel.plan, kernel._features, kernel._diagonal = Path(path), None, None, diagonal
+        kernel._files, kernel._place, kernel._fetched = LocalFiles(path), str(path), None
         kernel._records, kernel._entries, kernel._data_digest = None, None, ""
         kernel._shape, kernel._train, kernel._test = (int(array.shape[0]), int(array.shape[1])), train, test
         kernel._array = array
@@ -136,8 +146,10 @@ class Kernel(KernelOperator):
             if isinstance(self._array, FeatureProduct):
                 assert featured is not None
                 self._entries = featured
-            elif isinstance(self._array, zarr.Array) and (self.path / "kernel.zarr").is_dir():
-                stored = TileEntries(self.path, "kernel.zarr", self._array, self._records)
+            elif isinstance(self._array, zarr.Array) and (
+                self.plan is not None or (self.path / "kernel.zarr").is_dir()
+            ):
+                stored = TileEntries(self._files, "kernel.zarr", self._array, self._records)
                 triangle = self.shape[1] ** 2 // 2 * self.dtype.itemsize
                 self._entries = featured if featured is not None and featured.product_bytes < triangle else stored
             else:
@@ -184,7 +196,9 @@ class Kernel(KernelOperator):
             InputError: if only features were kept.
         """
         if isinstance(self._array, FeatureProduct):
-            raise InputError(f"only features were kept in {self.path}; read entries with kernel[...] or kernel.dask()")
+            raise InputError(
+                f"only features were kept in {self._place}; read entries with kernel[...] or kernel.dask()"
+            )
         found: zarr.Array[Any] = self._array
         return found
 
@@ -206,7 +220,7 @@ class Kernel(KernelOperator):
             InputError: if there is no such layer, or no summands were kept.
         """
         self._check_layers()
-        return LayerKernel(self.path, name, self.samples, self._records, self._data_digest)
+        return LayerKernel(self._files, name, self.samples, self._records, self._data_digest, self.workspace)
 
     def layer_cka(self, *, centered: bool = True) -> LayerAlignment:
         """Alignments (CKA) of the layers' summands of the kernel, each with each, by one pass over all of them.
@@ -232,7 +246,7 @@ class Kernel(KernelOperator):
         """
         if not self.layers:
             raise InputError(
-                f"the run in {self.path} keeps no kernels of single layers; run the job with by='layer', --by layer"
+                f"the run in {self._place} keeps no kernels of single layers; run the job with by='layer', --by layer"
             )
 
     @property
@@ -283,7 +297,7 @@ class Kernel(KernelOperator):
     def __repr__(self) -> str:
         rows, columns = self.shape
         kind = self.plan.kernel if self.plan is not None else "of features" if self._features is not None else "mean"
-        return f"<Kernel {kind} {rows} × {columns} {self.dtype} in {self.path}>"
+        return f"<Kernel {kind} {rows} × {columns} {self.dtype} in {self._place}>"
 
     def dask(self) -> dask.array.Array:
         """The kernel as a Dask array, one chunk per tile, nothing read yet."""
@@ -301,7 +315,7 @@ class Kernel(KernelOperator):
             return self._diagonal
         if self.plan is None:
             return self.features.diagonal()
-        return np.asarray(open_tile_array(self.path, "diagonal")[:], dtype=np.float64)
+        return np.asarray(open_tile_array(self._files, "diagonal")[:], dtype=np.float64)
 
     def errors(self, rows: Any = slice(None), columns: Any = slice(None)) -> NDArray[np.float64]:
         """Standard errors of entries of a projected kernel, in the units of the entries.
@@ -352,6 +366,8 @@ class Kernel(KernelOperator):
         """
         if out is None and self.plan is None:
             raise InputError("features of another program have no run directory; say where the scores go: out=...")
+        if out is None and self._fetched is not None:
+            raise InputError(f"scores are not written into {self._place}; say where they go: out=...")
         target = Path(out) if out is not None else self.path / "attribution.zarr"
         return attribution_scores(self.features, ridge, target.absolute().parent, target.name)
 
@@ -379,15 +395,16 @@ def _is_fancy(index: Any) -> bool:
     return any(isinstance(part, list | np.ndarray) for part in parts)
 
 
-def run_features(path: Path, plan: Plan) -> Features:
+def run_features(files: Files, plan: Plan, name: str) -> Features:
     """The features of a projected run.
 
     Args:
-        path: the run directory.
+        files: the files of the run.
         plan: its plan.
+        name: for messages.
     """
-    array = TileRows(path, "features.zarr")
-    heavy = TileRows(path, "heavy.zarr") if plan.heavy else None
+    array = TileRows(files, "features.zarr")
+    heavy = TileRows(files, "heavy.zarr") if plan.heavy else None
     assert plan.projection is not None
     return Features(
         array=array,
@@ -400,5 +417,5 @@ def run_features(path: Path, plan: Plan) -> Features:
         cosine=plan.normalize == "cosine",
         heavy=heavy,
         sketch=str(array.attributes.get("sketch") or ""),
-        name=str(path),
+        name=name,
     )

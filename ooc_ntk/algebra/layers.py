@@ -12,6 +12,8 @@ from numpy.typing import DTypeLike, NDArray
 from ooc_ntk.errors import InputError, unknown_name
 from ooc_ntk.storage.arrays import open_tile_array
 from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.files import Files
+from ooc_ntk.storage.local import files_of
 
 from .entries import TileEntries
 from .operator import KernelOperator
@@ -32,32 +34,35 @@ class LayerKernel(KernelOperator):
 
     def __init__(
         self,
-        root: Path,
+        where: Files | Path,
         name: str,
         samples: tuple[int, int],
         records: Mapping[str, FileRecord] | None = None,
         data_digest: str = "",
+        workspace: Path | None = None,
     ) -> None:
         """Open the summand of a layer.
 
         Args:
-            root: the run directory.
+            where: the files of the run.
             name: the layer's name.
             samples: train and test samples.
             records: committed files by path; None where no checksums are kept.
             data_digest: of the samples.
+            workspace: folder for what is computed on disk and deleted after.
 
         Raises:
             InputError: if there is no such layer.
             StorageError: if the run keeps no layer-wise kernels.
         """
-        self._array = open_tile_array(root, LAYERS)
+        files = files_of(where)
+        self._array = open_tile_array(files, LAYERS)
         names = [str(each) for each in self._array.attrs["layers"]]  # type: ignore[union-attr]
         if name not in names:
             raise unknown_name("layer", name, names)
-        self._root, self.name, self._index = root, name, names.index(name)
+        self._workspace, self.name, self._index = workspace, name, names.index(name)
         self._samples, self._data_digest = samples, data_digest
-        self._entries = TileEntries(root, LAYERS, self._array, records, layer=(self._index,))
+        self._entries = TileEntries(files, LAYERS, self._array, records, layer=(self._index,))
 
     @property
     def entries(self) -> TileEntries:
@@ -72,7 +77,7 @@ class LayerKernel(KernelOperator):
     @property
     def workspace(self) -> Path | None:
         """See :class:`KernelOperator`: the run directory."""
-        return self._root
+        return self._workspace
 
     @property
     def data_digest(self) -> str:

@@ -16,7 +16,7 @@ from ooc_ntk.errors import InputError
 from ooc_ntk.planning.budget import Budget, Resources
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.solving import SolvePlan, plan_solve
-from ooc_ntk.storage.directory import free_disk_bytes
+from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.units import format_bytes
 
 from .entries import Entries, FeatureEntries, ViewEntries

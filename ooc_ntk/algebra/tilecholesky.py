@@ -29,7 +29,8 @@ from ooc_ntk.planning.solving import BLOCK_TILES, cholesky_bound_bytes, tile_cho
 from ooc_ntk.storage.ahead import ReadAhead
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.atomic import FileRecord, raw_bytes
-from ooc_ntk.storage.reading import FileReader, aligned_buffer
+from ooc_ntk.storage.local import LocalFiles
+from ooc_ntk.storage.reading import aligned_buffer
 from ooc_ntk.storage.retries import retried, storage_error
 
 from .blockcg import NotPositiveDefiniteError
@@ -75,9 +76,11 @@ class TileCholesky:
             self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{platform.node()}-{os.getpid()}-", dir=workspace))
         except OSError as error:
             raise storage_error("creating a folder in", workspace, error) from error
-        self._tiles = TileArray(self.path, FACTOR, (self._size, self._size), (self._edge, self._width), "<f8")
+        self._tiles = TileArray(
+            LocalFiles(self.path), FACTOR, (self._size, self._size), (self._edge, self._width), "<f8"
+        )
         self._tiles.create({"what": "lower Cholesky factor of K + ridge I"})
-        self._reader = FileReader(self.path)
+        self._reader = self._tiles.files.reader()
         self._records: dict[tuple[int, int], FileRecord] = {}
         self.bytes_read = self.bytes_written = self._kernel_bytes = 0
 

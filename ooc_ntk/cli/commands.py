@@ -27,6 +27,7 @@ from .options import (
     ProfileOption,
     RunArgument,
     SchedulerOption,
+    StoreOption,
     TestOption,
     TrainOption,
     WatchDiskOption,
@@ -40,6 +41,7 @@ from .terminal import EXIT_FINDING, app, heading, reporting_errors, show, status
 def plan(
     flags: JobFlags,
     out: Annotated[Path | None, typer.Option("--out", help="Where the run will be, for the free disk space.")] = None,
+    store: StoreOption = None,
     save: Annotated[Path | None, typer.Option("--save", help="Write the plan to this file (JSON).")] = None,
     blocks: Annotated[bool, typer.Option("--blocks", help="List every parameter block.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -48,18 +50,20 @@ def plan(
     with reporting_errors():
         from ooc_ntk import api
         from ooc_ntk.report.tables import many_runs, plan_table
+        from ooc_ntk.storage.storeurl import checked_store
 
+        store = None if store is None else checked_store(store)  # before anything shows it
         wanted, budget = flags.describe()
         if flags.checkpoints:
             wanted = wanted.with_model(weights=flags.checkpoints[0])
         with status("measuring the model"):
-            made = api.plan(wanted, budget, preferences=flags.preferences(), out=out)
+            made = api.plan(wanted, budget, preferences=flags.preferences(), out=out, store=store)
         if save is not None:
             made.save(save)
         if as_json:
             typer.echo(made.to_json())
         else:
-            show(plan_table(made, every_block=blocks))
+            show(plan_table(made, every_block=blocks, store=store))
             if flags.checkpoints:
                 show(many_runs(made, len(flags.checkpoints)))
         if save is not None:
@@ -72,6 +76,7 @@ def run(
     flags: JobFlags,
     out: Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run in it goes on.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan written by 'ooc-ntk plan --save'.")] = None,
+    store: StoreOption = None,
     scheduler: SchedulerOption = None,
     performance_report: PerformanceOption = None,
     watch_disk: WatchDiskOption = None,
@@ -86,18 +91,25 @@ def run(
     """
     with reporting_errors():
         from ooc_ntk.storage.again import is_done
+        from ooc_ntk.storage.storeurl import checked_store
 
-        command = {**flags.asked(), "plan": str(plan_file), "scheduler": scheduler}
+        store = None if store is None else checked_store(store)  # before anything shows it
+        command = {**flags.asked(), "plan": str(plan_file), "scheduler": scheduler, "store": store}
         if is_done(out, command):
             if not quiet:
                 typer.echo(f"nothing to do: the kernel is complete   see it: ooc-ntk info {shlex.quote(str(out))}")
             return
 
         from ooc_ntk import api
+        from ooc_ntk.errors import InputError
         from ooc_ntk.report.tables import info_table, phases_table, plan_table
 
         cluster = flags.scheduler(scheduler, performance_report)
         if flags.checkpoints:
+            if store is not None:
+                raise InputError(
+                    "checkpoints share a folder, and no store yet; leave --store out, or run each by itself"
+                )
             given = {"scheduler": cluster, "watch_disk": watch_disk, "proof": not no_proof}
             _run_checkpoints(flags, out, plan_file, given, quiet)
             return
@@ -105,9 +117,9 @@ def run(
         chosen = api.Plan.load(plan_file) if plan_file is not None else None
         if not (out / "plan.json").exists() and chosen is None:
             with status("measuring the model", quiet):
-                chosen = api.plan(wanted, budget, preferences=flags.preferences(cluster), out=out)
+                chosen = api.plan(wanted, budget, preferences=flags.preferences(cluster), out=out, store=store)
         if chosen is not None and not quiet:
-            show(plan_table(chosen))
+            show(plan_table(chosen, store=store))
         api.run(
             wanted,
             out,
@@ -118,6 +130,7 @@ def run(
             progress=not quiet,
             watch_disk=watch_disk,
             proof=not no_proof,
+            store=store,
         )
         files = [path for path in (flags.job, plan_file) if path is not None and Path(path).is_file()]
         api.remember(wanted, out, command, [out / "job.toml", *map(Path, files)])
@@ -127,7 +140,7 @@ def run(
             if profile:
                 show(phases_table(found))
             made = "features" if found.plan.features_only else "kernel"
-            typer.echo(f"\n{made}: {out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
+            typer.echo(f"\n{made}: {found.store or out}/{made}.zarr   check it: ooc-ntk verify {shlex.quote(str(out))}")
 
 
 def _run_checkpoints(flags: JobFlags, out: Path, plan_file: Path | None, given: Mapping[str, Any], quiet: bool) -> None:

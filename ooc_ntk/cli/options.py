@@ -365,7 +365,7 @@ DiskOption = Annotated[
     str | None,
     typer.Option(
         "--disk",
-        help="Size the run directory may grow to. (default: 80% of what is free)",
+        help="Size the run may grow to, in its directory or its store. (default: 80% of what is free)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),
@@ -406,6 +406,15 @@ PerformanceOption = Annotated[
         "--performance-report",
         help="Write Dask's performance report of the workers to this file (HTML).",
         rich_help_panel=_WHERE,
+        show_default=False,
+    ),
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="Where tiles and kernel go in place of --out: s3://bucket/prefix, or file:///folder of a shared file "
+        "system. Credentials come from the environment. (default: --out; a run remembers its store)",
         show_default=False,
     ),
 ]

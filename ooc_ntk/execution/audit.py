@@ -17,6 +17,8 @@ from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import open_tile_array
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.files import Files
 from ooc_ntk.storage.manifest import Manifest
 
 from .prepare import PreparedJob
@@ -110,15 +112,16 @@ def audit(
         The outcome.
     """
     advance("checksums")
-    checks = [_checksums(root)]
+    files = RunDirectory(root).files
+    checks = [_checksums(root, files)]
     if checks[0].passed:
         advance("structure")
         if plan.projection is not None:
             checks.append(_finite_features(Kernel(root).features))
         if not plan.features_only:
-            checks.extend(_structure(root, plan))
+            checks.extend(_structure(files, plan))
         if plan.layers:
-            checks.append(_layers_add_up(root, plan, seed))
+            checks.append(_layers_add_up(files, plan, seed))
     found: Recomputed | None = None
     proof: Proof | None = None
     if prepared is not None and all(check.passed for check in checks):
@@ -187,9 +190,9 @@ def _finite_features(features: Features) -> Check:
     return Check("finite features", bad == 0, f"{count:,} numbers" if not bad else f"{bad:,} are NaN or infinite")
 
 
-def _checksums(root: Path) -> Check:
+def _checksums(root: Path, where: Files) -> Check:
     """Every committed file against its checksum."""
-    manifest = Manifest(root, read_only=True)
+    manifest = Manifest(root, where, read_only=True)
     try:
         files = manifest.files()
         damage = manifest.damage(thorough=True)
@@ -206,9 +209,9 @@ def _checksums(root: Path) -> Check:
     return Check("checksums", True, f"{len(files)} files")
 
 
-def _structure(root: Path, plan: Plan) -> list[Check]:
+def _structure(where: Files, plan: Plan) -> list[Check]:
     """Finite entries, symmetry of the train square, positive diagonal, tile by tile."""
-    kernel, diagonal = open_tile_array(root, "kernel.zarr"), open_tile_array(root, "diagonal")
+    kernel, diagonal = open_tile_array(where, "kernel.zarr"), open_tile_array(where, "diagonal")
     grid, entries = plan.sample_grid, plan.entries_per_sample
     bad, worst, checked = 0, 0.0, 0
     diagonal_error = 0.0
@@ -244,13 +247,13 @@ def _structure(root: Path, plan: Plan) -> list[Check]:
     ]
 
 
-def _layers_add_up(root: Path, plan: Plan, seed: int) -> Check:
+def _layers_add_up(where: Files, plan: Plan, seed: int) -> Check:
     """Whether the layers' kernels add up to the kernel, in some tiles, and none of them holds a missing entry."""
     grid, entries = plan.sample_grid, plan.entries_per_sample
     tiles = list(grid.kernel_tiles())
     random = np.random.default_rng(seed)
     chosen = [tiles[index] for index in sorted(random.permutation(len(tiles))[:SUMMED_TILES])]
-    kernel, layers = open_tile_array(root, "kernel.zarr"), open_tile_array(root, LAYERS)
+    kernel, layers = open_tile_array(where, "kernel.zarr"), open_tile_array(where, LAYERS)
     worst, bad = 0.0, 0
     for i, j in chosen:
         rows, columns = _times(grid.rows(i), entries), _times(grid.columns(j), entries)

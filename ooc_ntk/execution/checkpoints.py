@@ -19,7 +19,7 @@ from ooc_ntk.compute.machine import return_free_memory
 from ooc_ntk.errors import InputError, NonFiniteError, RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
 from ooc_ntk.inputs.weights import apply_weights, check_alike, load_weights
-from ooc_ntk.storage.directory import free_disk_bytes
+from ooc_ntk.storage.local import free_disk_bytes
 
 from .driver import Observer, run_directory
 from .executors import Executor

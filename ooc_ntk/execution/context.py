@@ -34,8 +34,10 @@ from ooc_ntk.planning.superblocks import Superblock
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.stopping import Stop
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import FileRecord, StagedFile
-from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
+from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.files import Staged
+from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.storage.retries import retries
 from ooc_ntk.units import STORED_DTYPE, format_bytes
 
@@ -268,13 +270,13 @@ class RunContext:
     def kernel_array(self) -> TileArray:
         """The finished kernel: (samples · entries, train · entries), one chunk per kernel tile."""
         plan, edge = self.plan, self.plan.tile_samples * self.plan.entries_per_sample
-        return TileArray(self.directory.root, KERNEL, plan.kernel_shape, (edge, edge), STORED_DTYPE[plan.precision])
+        return TileArray(self.directory.files, KERNEL, plan.kernel_shape, (edge, edge), STORED_DTYPE[plan.precision])
 
     @property
     def diagonal_array(self) -> TileArray:
         """The diagonal of all samples: (samples · entries,), float64."""
         plan, edge = self.plan, self.plan.tile_samples * self.plan.entries_per_sample
-        return TileArray(self.directory.root, "diagonal", (plan.kernel_shape[0],), (edge,), "<f8")
+        return TileArray(self.directory.files, "diagonal", (plan.kernel_shape[0],), (edge,), "<f8")
 
     def capture(self, names: Sequence[str]) -> Capture:
         """What derives parameters that layer rules cover."""
@@ -386,9 +388,9 @@ class RunContext:
         Raises:
             StorageError: then.
         """
-        if self.disk_margin and (free := free_disk_bytes(self.directory.root)) < self.disk_margin:
+        if self.disk_margin and (free := free_disk_bytes(self.directory.local)) < self.disk_margin:
             raise StorageError(
-                f"{format_bytes(free)} of disk are free at {self.directory.root}, and --watch-disk keeps "
+                f"{format_bytes(free)} of disk are free at {self.directory.local}, and --watch-disk keeps "
                 f"{format_bytes(self.disk_margin)} free; make room and run the same command again, finished tiles are "
                 "kept"
             )
@@ -424,7 +426,7 @@ class Outcome:
         bytes_aside: bytes written to files that are gone already.
     """
 
-    files: Sequence[StagedFile] = ()
+    files: Sequence[Staged] = ()
     bytes_read: int = 0
     digest: str | None = None
     replaces: tuple[str, ...] = ()

@@ -17,8 +17,8 @@ from ooc_ntk.planning.spans import Span
 from ooc_ntk.planning.superblocks import KernelTile
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile
-from ooc_ntk.storage.reading import read_checked, read_stripes
+from ooc_ntk.storage.checked import read_checked, read_stripes
+from ooc_ntk.storage.files import Staged
 
 from .context import Outcome, RunContext
 from .layers import LayerSums, layers_array
@@ -58,7 +58,7 @@ def contract_superblock(context: RunContext, task: Task) -> Outcome:
     share = 1.0 / len(spans) / len(plan.passes)
     accumulator = context.accumulator()
     sums = TileSums(context, block, spans)
-    staged: list[StagedFile] = []
+    staged: list[Staged] = []
     try:
         layered = (
             LayerSums(plan, tile_shape(plan, task.tile), _stage_layers(context, task, staged)) if plan.layers else None
@@ -126,7 +126,7 @@ def _sides(plan: Plan, panels: Panels, span: int, tile: KernelTile) -> tuple[Dev
 
 
 def _finish(
-    context: RunContext, task: Task, tile: np.ndarray, diagonals: dict[int, np.ndarray], staged: list[StagedFile]
+    context: RunContext, task: Task, tile: np.ndarray, diagonals: dict[int, np.ndarray], staged: list[Staged]
 ) -> tuple[int, list[str]]:
     """Add the generation before to a tile that is summed up, and stage it.
 
@@ -192,12 +192,12 @@ def _add_runs(
             sums.add(span.index, run, accumulator.result().numpy())
 
 
-def _stage_layers(context: RunContext, task: Task, staged: list[StagedFile]) -> Callable[[int, np.ndarray], None]:
+def _stage_layers(context: RunContext, task: Task, staged: list[Staged]) -> Callable[[int, np.ndarray], None]:
     """What stages the parts of layers as they are summed up."""
     return lambda layer, part: staged.extend(_stage_layer(context, task, layer, part))
 
 
-def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) -> list[StagedFile]:
+def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) -> list[Staged]:
     """Scale and stage one layer's part of a tile, and of a tile below the diagonal its mirror image."""
     plan = context.plan
     array = layers_array(context.kernel_array, len(plan.layers))
@@ -209,7 +209,7 @@ def _stage_layer(context: RunContext, task: Task, layer: int, part: np.ndarray) 
     mirrored = plan.sample_grid.mirror_rows(task.row) * plan.entries_per_sample
     if task.row != task.column and mirrored:
         places.append(((layer, task.column, task.row), part[:mirrored].T))
-    staged: list[StagedFile] = []
+    staged: list[Staged] = []
     try:
         for place, values in places:
             staged.append(array.stage(array.chunk_path(place), values, check=context.check_disk))
@@ -278,15 +278,13 @@ def _add_partial(context: RunContext, array: TileArray, path: str, tile: np.ndar
     """Add the tile of the generation before, stripe by stripe."""
     stripe = np.empty((array.stripe_rows, array.chunks[1]), dtype=array.dtype)
     start = 0
-    for rows in read_stripes(context.directory.root, context.records[path], stripe):
+    for rows in read_stripes(context.directory.files, context.records[path], stripe):
         count = max(0, min(len(rows), tile.shape[0] - start))
         tile[start : start + count] += rows[:count, : tile.shape[1]]
         start += len(rows)
 
 
-def _stage_tile(
-    context: RunContext, task: Task, tile: np.ndarray, diagonals: dict[int, np.ndarray]
-) -> list[StagedFile]:
+def _stage_tile(context: RunContext, task: Task, tile: np.ndarray, diagonals: dict[int, np.ndarray]) -> list[Staged]:
     """Scale, normalise and stage a kernel tile and, below the diagonal, its mirror image."""
     plan, array = context.plan, context.kernel_array
     last = task.generation == len(plan.passes) - 1
@@ -304,7 +302,7 @@ def _stage_tile(
             f"the kernel of samples {rows} × {columns} is not finite: gradients are too large for {plan.precision}; "
             "use precision='float64'"
         )
-    staged: list[StagedFile] = []
+    staged: list[Staged] = []
     try:
         staged.append(
             array.stage(kernel_path(array, plan, task.generation, *task.tile), tile, check=context.check_disk)
@@ -340,7 +338,7 @@ def _normalise(context: RunContext, task: Task, tile: np.ndarray, diagonals: Map
         if values is None:
             values = np.empty(array.chunks, dtype="<f8")
             path = diagonal_path(array, plan, len(plan.passes) - 1, index)
-            read_checked(context.directory.root, context.records[path], values)
+            read_checked(context.directory.files, context.records[path], values)
         roots = np.sqrt(np.maximum(values[:count], 0))
         inverse.append(np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0))
     tile *= inverse[0][:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.spans import Part
 from ooc_ntk.storage import gds
 from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.local import LocalFiles
 
 from .stores import DiskStore
 
@@ -24,9 +24,9 @@ def on_device(plan: Plan) -> bool:
 class DeviceStore(DiskStore):
     """Tiles as raw chunk files, loaded as tensors on the plan's device. Never run on a GPU; see :mod:`storage.gds`."""
 
-    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord]) -> None:
+    def __init__(self, plan: Plan, files: LocalFiles, records: dict[str, FileRecord]) -> None:
         """See :class:`DiskStore`."""
-        super().__init__(plan, root, records)
+        super().__init__(plan, files, records)
         device = torch.device(plan.device)
 
         def wait() -> None:
@@ -34,7 +34,7 @@ class DeviceStore(DiskStore):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        self._reader = gds.DeviceReader(root, lambda part: part.cpu().numpy(), wait)
+        self._reader = gds.DeviceReader(files.root, lambda part: part.cpu().numpy(), wait)
 
     def buffer(self, span: int | None = None) -> Any:
         """See :meth:`TileStore.buffer`; on the device."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +16,14 @@ import torch
 import zarr
 
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted
+from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted, StorageError
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.stopping import Stop, stoppable
 from ooc_ntk.storage.arrays import add_attributes
-from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
+from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest, Receipt
+from ooc_ntk.storage.mirror import claim_store, write_mirror
 from ooc_ntk.storage.swap import HISTORY, cut_off
 from ooc_ntk.units import format_bytes
 
@@ -143,11 +144,11 @@ def create_run(
         BudgetError: if the disk has less room than the plan needs.
         RunConflictError: if tiles of an unknown plan are there.
     """
-    free = free_disk_bytes(directory.root)
-    if plan.promised.disk_bytes > free:
+    free = directory.files.free_bytes()
+    if free is not None and plan.promised.disk_bytes > free:
         raise BudgetError(
             f"the run needs up to {format_bytes(plan.promised.disk_bytes)} of disk, {format_bytes(free)} are free at "
-            f"{directory.root}; make room or choose another --out"
+            f"{directory.files.place('')}; make room or choose another --out"
         )
     manifest = Manifest(directory.root)
     try:
@@ -156,6 +157,7 @@ def create_run(
                 f"{directory.root} holds finished tiles but no plan.json, so it is unknown whose they are; restore the "
                 "plan or choose another --out"
             )
+        claim_store(directory, manifest)
         manifest.set_meta("job", json.dumps(dict(digests)))
         manifest.set_meta("plan", plan.digest)
         manifest.set_meta("sketch", sketch)
@@ -204,8 +206,9 @@ def execute(
     executor.check(plan)
     if plan.head is not None:
         prepared = with_head(prepared, plan.head.name)
-    manifest = Manifest(directory.root)
+    manifest = Manifest(directory.root, directory.files)
     try:
+        claim_store(directory, manifest)
         seconds = 0.0
         with stoppable() as stop:
             for repairs in range(REPAIRS, -1, -1):
@@ -220,6 +223,7 @@ def execute(
             if stop.event.is_set():  # after the last task had looked
                 raise RunInterrupted("stopped; all tiles are finished, the same command ends the run", stop.signal)
         _keep_batches(plan, directory, manifest)
+        write_mirror(directory, manifest)
         _sweep_away(directory)
         if executor.processes:
             directory.sweep()  # what workers that died were writing
@@ -261,7 +265,7 @@ class _Session:
         plan, directory, manifest, observer = self.plan, self.directory, self.manifest, self.observer
         records = manifest.files()
         direct = reads_directly(plan.device, plan.promised.disk_bytes)
-        store = store_of(plan, directory.root, records, direct=direct)
+        store = store_of(plan, directory.files, records, direct=direct)
         receipts = manifest.receipts()
         remaining = remaining_tasks(plan, directory, manifest, store, records)
         if not remaining.tasks:
@@ -308,6 +312,8 @@ class _Session:
             directory.delete(*receipt.replaces)
             if receipt.key.startswith("release"):
                 _delete_spilled(directory, records)
+                with _optional("copying the run's papers into its store"):
+                    write_mirror(directory, manifest)
             ledger.finished(tasks[receipt.key])
             logger.debug("%s: %.2f s", receipt.key, receipt.seconds)
 
@@ -324,11 +330,22 @@ class _Session:
             finally:
                 self.seconds = last_commit - began
         for path, reason in manifest.damage(thorough=False).reasons.items():  # something else changed it meanwhile
-            changed = DamagedFileError(path, f"{directory.root / path} {reason}; run again: it will be computed anew")
+            changed = DamagedFileError(
+                path, f"{directory.files.place(path)} {reason}; run again: it will be computed anew"
+            )
             if last:
                 raise changed
             return _brief(changed)
         return None
+
+
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """Do what a run can go on without."""
+    try:
+        yield
+    except StorageError as error:
+        logger.warning("%s is left out this time: %s", what, error)
 
 
 def _brief(error: DamagedFileError) -> str:
@@ -435,7 +452,7 @@ def _keep_batches(plan: Plan, directory: RunDirectory, manifest: Manifest) -> No
     ]
     if smaller:
         name = FEATURES if plan.features_only else KERNEL
-        add_attributes(directory.root, name, {"batch_size": plan.batch_size, "micro_batches": sorted(smaller)})
+        add_attributes(directory.files, name, {"batch_size": plan.batch_size, "micro_batches": sorted(smaller)})
 
 
 def _sweep_away(directory: RunDirectory) -> None:
@@ -452,16 +469,21 @@ def _delete_spilled(directory: RunDirectory, records: dict[str, Any]) -> None:
         directory.delete_folder(folder)
 
 
-def run_directory(path: str | Path) -> RunDirectory:
+def run_directory(path: str | Path, store: str | None = None) -> RunDirectory:
     """The run directory at a path, checked to be a run or usable for one.
 
+    Args:
+        path: its folder.
+        store: URL of the store that its tiles go to; None is the one of a run that is there, or the folder itself.
+
     Raises:
+        InputError: if the URL is none.
         RunConflictError: if other files are there.
         StorageError: if a kernel is missing there because a swap was cut off.
     """
     missing = cut_off(path)
     if missing is not None:
         raise missing
-    directory = RunDirectory(path)
+    directory = RunDirectory(path, store)
     directory.check_usable()
     return directory

@@ -24,7 +24,8 @@ from ooc_ntk.planning.planner import Preferences, make_plan
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.stopping import stoppable
 from ooc_ntk.storage.arrays import open_tile_array
-from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.storage.manifest import Manifest
 from ooc_ntk.storage.swap import HISTORY, Generations, complete_swap, read_history, swap_in
 from ooc_ntk.units import format_bytes, format_seconds
@@ -100,6 +101,7 @@ def extend_run(
     before = peak_resident_bytes()
     places = Generations.of(path)
     Kernel(places.run)  # a run that is not there, or not finished, is refused
+    check_no_store(RunDirectory(places.run))
     _check_place(places)
     run, coming = RunDirectory(places.run), RunDirectory(places.next)
     with run.locked(), ExitStack() as opened:
@@ -140,6 +142,19 @@ def extend_run(
                 if proof:
                     prove_run(coming, plan, new, seconds, say)
             swap_in(places)
+
+
+def check_no_store(run: RunDirectory) -> None:
+    """Refuse a run whose tiles are in a store: the next generation takes its place by a rename.
+
+    Raises:
+        InputError: then.
+    """
+    if run.store is not None:
+        raise InputError(
+            f"the tiles of {run.root} are in {run.store}, where nothing can be renamed, so it cannot be extended; run "
+            "the job with all samples in another --out and --store"
+        )
 
 
 def _check_place(places: Generations) -> None:
@@ -213,7 +228,7 @@ def _notes(run: RunDirectory, old: dict[str, str], more: str) -> dict[str, str]:
         "test_samples": stored.test_samples,
         "versions": json.loads(_note(run, "versions") or "{}"),
     }
-    attributes = open_tile_array(run.root, FEATURES if stored.features_only else KERNEL).attrs
+    attributes = open_tile_array(run.files, FEATURES if stored.features_only else KERNEL).attrs
     for name in ("batch_size", "micro_batches"):  # rows for which the device had no room in batches as planned
         if name in attributes:
             entry[name] = attributes[name]
@@ -353,7 +368,7 @@ def _fill(plan: Plan, directory: RunDirectory, prepared: PreparedJob, finished: 
                 directory,
                 prepared.function,
                 prepared.reader,
-                store_of(plan, directory.root, records),
+                store_of(plan, directory.files, records),
                 stop,
                 PeakMeter(),
                 lambda phase, amount: None,  # noqa: ARG005 - the driver counts what was done before it

@@ -22,7 +22,7 @@ from ooc_ntk.planning.memory import SketchChunks, gathered_rows, slab_rows
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.projection import SPARSE_KINDS, Projection
 from ooc_ntk.planning.tasks import Task
-from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.files import Staged
 from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .blame import check_finite_factor, failing_on, named_errors, not_finite, where
@@ -207,7 +207,7 @@ class ProjectedRows:
         self._tile = plan.sample_grid.rows(task.row)
         self._projector = context.projector()
         self._position = 0
-        self._heavy: StagedFile | None = None
+        self._heavy: Staged | None = None
         self.norms: np.ndarray | None = None
         if plan.features_only or not plan.sample_grid.is_train(task.row):
             self.norms = np.zeros(len(self._tile) * plan.rows_per_sample)
@@ -235,19 +235,19 @@ class ProjectedRows:
         plan = self._context.plan
         if not plan.heavy:
             return
-        array = heavy_array(self._context.directory.root, plan)
+        array = heavy_array(self._context.directory.files, plan)
         if self._heavy is None:
             place = array.chunk_path((self._tile.start // plan.tile_samples, 0))
-            self._heavy = StagedFile(self._context.directory.root, place)
+            self._heavy = array.files.stage(place)
         found = self._projector.sketch.heavy.flatten(0, 1).cpu().numpy()
         self._heavy.append(np.ascontiguousarray(found, dtype=array.dtype))
 
-    def finish(self) -> list[StagedFile]:
+    def finish(self) -> list[Staged]:
         """The gradients of the heaviest parameters of the tile, padded to a whole one."""
         if self._heavy is None:
             return []
         plan = self._context.plan
-        array = heavy_array(self._context.directory.root, plan)
+        array = heavy_array(self._context.directory.files, plan)
         missing = (plan.tile_samples - len(self._tile)) * plan.rows_per_sample
         for _ in range(missing):
             self._heavy.append(np.full(array.chunks[1], np.nan, dtype=array.dtype))

@@ -29,7 +29,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.planner import Preferences
 from ooc_ntk.planning.projection import Projection
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.reading import checksum_file
 from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE
 
@@ -318,11 +318,15 @@ def _arrays(root: Path, plan: Plan, samples: int, tile: int) -> list[TileArray]:
     assert plan.projection is not None
     assert plan.projection.dim is not None
     rows, dim = plan.rows_per_sample, plan.projection.dim
-    found = [TileArray(root, "features.zarr", (samples * rows, dim), (tile * rows, dim), HELD_DTYPE[plan.precision])]
+    found = [
+        TileArray(
+            LocalFiles(root), "features.zarr", (samples * rows, dim), (tile * rows, dim), HELD_DTYPE[plan.precision]
+        )
+    ]
     if plan.heavy:
         width = len(plan.heavy)
         kind = STORED_DTYPE[plan.precision]
-        found.append(TileArray(root, "heavy.zarr", (samples * rows, width), (tile * rows, width), kind))
+        found.append(TileArray(LocalFiles(root), "heavy.zarr", (samples * rows, width), (tile * rows, width), kind))
     return found
 
 
@@ -335,7 +339,7 @@ def _publish(array: TileArray, index: int, rows: torch.Tensor) -> int:
     else:
         chunk[:] = np.nan
         chunk[: len(rows)] = rows.numpy()
-    file = StagedFile(array.root, array.chunk_path((index, 0)))
+    file = array.files.stage(array.chunk_path((index, 0)))
     try:
         file.append(chunk)
         record = file.seal()

@@ -52,4 +52,4 @@ def runs_of(plan: Plan) -> tuple[tuple[LayerRun, ...], ...]:
 
 def layers_array(kernel: TileArray, layers: int) -> TileArray:
     """The array of layer-wise kernels beside a kernel, tiled alike."""
-    return TileArray(kernel.root, LAYERS, (layers, *kernel.shape), (1, *kernel.chunks), kernel.dtype)
+    return TileArray(kernel.files, LAYERS, (layers, *kernel.shape), (1, *kernel.chunks), kernel.dtype)

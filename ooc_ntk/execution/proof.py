@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.arrays import TileRows
+from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.units import format_seconds
 
 from .audit_features import FeatureReference
@@ -156,7 +157,7 @@ class Prover:
         """
         self._plan, self._prepared, self._seed = plan, prepared, seed
         self._kernel = Kernel(root)
-        self._tiles = None if plan.features_only else TileRows(root, "kernel.zarr")
+        self._tiles = None if plan.features_only else TileRows(RunDirectory(root).files, "kernel.zarr")
         self._reference = Reference(prepared, plan)
         with plain_float64():
             self.sweep_bytes = self._reference.sweep_bytes(0)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
+from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.atomic import FileRecord
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest, Receipt
-from ooc_ntk.storage.reading import checksum_file
 
 from .stores import TileStore
 
@@ -53,6 +52,9 @@ def adopt(directory: RunDirectory, manifest: Manifest) -> list[str]:
 
     Returns:
         Keys of the adopted tasks.
+
+    Raises:
+        StorageError: if an object store cannot be reached, or the manifest cannot be written.
     """
     adopted = []
     known = manifest.receipts()
@@ -67,13 +69,16 @@ def adopt(directory: RunDirectory, manifest: Manifest) -> list[str]:
 
 
 def _is_whole(directory: RunDirectory, receipt: Receipt) -> bool:
-    with suppress(OSError):
+    files = directory.files
+    try:
         return all(
-            (directory.root / record.path).stat().st_size == record.size
-            and checksum_file(directory.root / record.path) == record.crc32c
+            files.size(record.path) == record.size and files.checksum(record.path) == record.crc32c
             for record in receipt.files
         )
-    return False
+    except StorageError:  # of an object store that cannot be reached: nothing is known of them
+        raise
+    except OSError:
+        return False
 
 
 def remaining_tasks(
@@ -95,7 +100,7 @@ def remaining_tasks(
     adopted = adopt(directory, manifest)
     damage = manifest.damage(thorough=False)
     for path, reason in damage.reasons.items():
-        logger.warning("%s %s; it will be computed again", directory.root / path, reason)
+        logger.warning("%s %s; it will be computed again", directory.files.place(path), reason)
     undone = _undo(plan, damage.tasks)
     manifest.withdraw(undone)
     records.clear()

@@ -20,8 +20,8 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import StagedFile
-from ooc_ntk.storage.reading import read_checked
+from ooc_ntk.storage.checked import read_checked
+from ooc_ntk.storage.files import Staged
 from ooc_ntk.units import held_item_bytes, item_bytes
 
 from .blame import check_finite_factor, failing_on, named_errors, not_finite, where
@@ -52,7 +52,7 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
     digest = hashlib.blake2b(digest_size=16)
     writer = context.store.writer(task.generation, task.row)
     rows: _PassRows | ProjectedRows | None = None
-    staged: list[StagedFile] = []
+    staged: list[Staged] = []
     try:
         rows = _PassRows(context, task, writer) if plan.projection is None else ProjectedRows(context, task, writer)
         for numbers, found in _batches(context, tile):
@@ -283,7 +283,7 @@ def _judge_overflow(
     return squared_norms(as_tensor(slab).double().numpy())
 
 
-def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[StagedFile, tuple[str, ...]]:
+def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[Staged, tuple[str, ...]]:
     """Stage the diagonal of a sample tile, this pass added to those before."""
     plan, array = context.plan, context.diagonal_array
     order = context.stored_order(task.row)
@@ -294,7 +294,7 @@ def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[
     if task.generation:
         before = np.empty(array.chunks, dtype="<f8")
         path = diagonal_path(array, plan, task.generation - 1, task.row)
-        read_checked(context.directory.root, context.records[path], before)
+        read_checked(context.directory.files, context.records[path], before)
         values = values + before[: values.size]
         replaces = (path,)
     if task.generation == len(plan.passes) - 1:
@@ -302,11 +302,11 @@ def _diagonal_file(context: RunContext, task: Task, norms: np.ndarray) -> tuple[
     return stage_diagonal(context, diagonal_path(array, plan, task.generation, task.row), values), replaces
 
 
-def stage_diagonal(context: RunContext, path: str, values: np.ndarray) -> StagedFile:
+def stage_diagonal(context: RunContext, path: str, values: np.ndarray) -> Staged:
     """Stage the diagonal of one sample tile, padded to a whole chunk."""
     padded = np.full(context.diagonal_array.chunks, np.nan, dtype="<f8")
     padded[: values.size] = values
-    file = StagedFile(context.directory.root, path)
+    file = context.directory.files.stage(path)
     try:
         file.append(padded)
     except BaseException:

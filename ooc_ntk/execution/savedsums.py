@@ -18,7 +18,7 @@ import torch
 
 from ooc_ntk.errors import StorageError
 from ooc_ntk.storage.atomic import StagedFile
-from ooc_ntk.storage.directory import free_disk_bytes
+from ooc_ntk.storage.local import free_disk_bytes
 
 from .context import RunContext
 
@@ -47,13 +47,13 @@ class SavedSums:
 
     def __init__(self, context: RunContext, key: str) -> None:
         """Name it; nothing is touched."""
-        self._root, self._plan, self._key = context.directory.root, context.plan.digest, key
-        self._name = f"tiles/{_PREFIX}{key}"
+        self._root, self._plan, self._key = context.directory.scratch, context.plan.digest, key
+        self._name = f"{_PREFIX}{key}"
 
     def delete_others(self) -> None:
         """Delete the sums of tasks that are finished: only one superblock is contracted at a time."""
-        for path in (self._root / "tiles").glob(f"{_PREFIX}*"):
-            if path.name != f"{_PREFIX}{self._key}":
+        for path in self._root.glob(f"{_PREFIX}*"):
+            if path.name != self._name:
                 path.unlink(missing_ok=True)
 
     def write(self, sums: Sequence[torch.Tensor], span: int, folded: bool, beside: IO[bytes] | None) -> None:

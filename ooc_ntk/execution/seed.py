@@ -18,9 +18,11 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.storage.arrays import TileArray, open_tile_array
-from ooc_ntk.storage.atomic import FileRecord, StagedFile
+from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.checked import read_checked
+from ooc_ntk.storage.files import Staged
+from ooc_ntk.storage.local import LocalFiles
 from ooc_ntk.storage.manifest import Manifest, Receipt
-from ooc_ntk.storage.reading import read_checked
 
 from .context import Outcome, RunContext
 from .contraction import kernel_path
@@ -67,7 +69,7 @@ class FinishedRun:
     def array(self, name: str) -> TileArray:
         """One of its arrays, whatever its tiles are."""
         found = open_tile_array(self.root, name)
-        return TileArray(self.root, name, found.shape, found.chunks, np.dtype(found.dtype).str)
+        return TileArray(LocalFiles(self.root), name, found.shape, found.chunks, np.dtype(found.dtype).str)
 
     def diagonal(self, rows: Range) -> np.ndarray[Any, np.dtype[np.float64]]:
         """A range of its diagonal, (rows,) float64.
@@ -190,7 +192,7 @@ def _copied_tile(context: RunContext, old: FinishedRun, task: Task) -> Outcome:
     rows = _times(_old_range(context, grid.rows(i)), entries)
     columns = _times(_old_range(context, grid.columns(j)), entries)
     mirrored = grid.mirror_rows(i) * entries if i != j else 0
-    staged: list[StagedFile] = []
+    staged: list[Staged] = []
     try:
         tile, read = old.array("kernel.zarr").read_region(old.records, rows, columns)
         staged.append(array.stage(kernel_path(array, plan, task.generation, i, j), tile))
@@ -221,7 +223,7 @@ def _copied_rows(context: RunContext, old: FinishedRun, task: Task) -> Outcome:
     assert isinstance(store, FeatureStore)
     samples = _old_range(context, plan.sample_grid.rows(task.row))
     rows, read = _times(samples, plan.rows_per_sample), 0
-    staged: list[StagedFile] = []
+    staged: list[Staged] = []
     try:
         for span in store.spans:
             for part in store.parts[span.index]:
@@ -231,7 +233,7 @@ def _copied_rows(context: RunContext, old: FinishedRun, task: Task) -> Outcome:
                 read += more
         if plan.heavy:
             values, more = old.array(HEAVY).read_region(old.records, rows, Range(0, len(plan.heavy)))
-            array = heavy_array(context.directory.root, plan)
+            array = heavy_array(context.directory.files, plan)
             staged.append(array.stage(array.chunk_path((task.row, 0)), values))
             read += more
         if plan.features_only or not plan.sample_grid.is_train(task.row):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -22,8 +23,14 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.planner import Preferences, make_plan
 from ooc_ntk.planning.rates import MachineRates
 from ooc_ntk.planning.representation import allowed_choices
+from ooc_ntk.planning.scratch import STORE_BYTES
 from ooc_ntk.planning.workload import Workload
-from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
+from ooc_ntk.storage.again import AUDIT
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.diskrate import measure_store
+from ooc_ntk.storage.local import free_disk_bytes
+from ooc_ntk.storage.mirror import check_recorded, check_store, mirror_paper
+from ooc_ntk.storage.storeurl import files_at
 
 from . import calibration
 from .driver import Observer, check_budget, check_same_job, create_run, execute, planned_structure
@@ -34,6 +41,10 @@ from .progress import TerminalProgress
 from .proving import prove_run
 
 logger = logging.getLogger(__name__)
+
+
+#: Bytes that count as free where nothing says how many are, in a bucket.
+UNLIMITED: Final = 2**60
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Asked:
         template: the plan of the same job with other weights, which a new plan takes over; None measures the model.
         watch_disk: free bytes of the run's file system below which it stops; 0 lets it fill the disk.
         proof: whether samples of the finished kernel are proven as the last step.
+        store: URL of the store that tiles and kernel go to; None is the one of a run that is there, or the directory.
     """
 
     plan: Plan | None = None
@@ -55,6 +67,7 @@ class Asked:
     template: Plan | None = None
     watch_disk: int = 0
     proof: bool = True
+    store: str | None = None
 
 
 def planned(
@@ -64,6 +77,7 @@ def planned(
     preferences: Preferences | None,
     out: Path,
     rates: MachineRates | None,
+    store: str | None = None,
 ) -> Plan:
     """Measure a prepared job and choose how to run it.
 
@@ -74,6 +88,7 @@ def planned(
         preferences: what is fixed by hand.
         out: where the run will be, for the free disk space.
         rates: machine rates; None uses the calibrated ones, measured first where there are none.
+        store: URL of the store that tiles and kernel will go to; None is ``out``.
 
     Returns:
         The plan.
@@ -82,7 +97,7 @@ def planned(
         InputError: if the model cannot be run or differentiated on its data.
         BudgetError: if no plan fits.
     """
-    workload, limits, rates = measured(prepared, before, budget, preferences, out, rates)
+    workload, limits, rates = measured(prepared, before, budget, preferences, out, rates, store)
     return make_plan(workload, limits, rates, preferences, prepared.digest)
 
 
@@ -93,23 +108,37 @@ def measured(
     preferences: Preferences | None,
     out: Path,
     rates: MachineRates | None,
+    store: str | None = None,
 ) -> tuple[Workload, Limits, MachineRates]:
     """Measure a prepared job and the machine; arguments as for :func:`planned`.
 
     Returns:
         The workload, the limits in bytes and the machine's rates: all that a plan is made of.
     """
+    given = rates is not None
     workers = preferences.workers if preferences is not None else None
+    free = free_disk_bytes(out) if store is None else files_at(store).free_bytes()
     # Workers of one processor share its cores; each of several devices is fed by a process with its share of them.
     with limited_threads(max(1, torch.get_num_threads() // (workers or 1))):
         rates = rates or cached_rates(prepared.device)
         if not rates.measured:
             logger.info("first plan on this machine: calibrating for a few seconds")
             rates = calibration.calibrate(prepared.device, existing_folder(out))
-        limits = (budget or Budget()).limits(available_resources(prepared.device, free_disk_bytes(out)))
+        limits = (budget or Budget()).limits(available_resources(prepared.device, UNLIMITED if free is None else free))
         layer_rules = preferences is None or preferences.layer_rules
         every_output = preferences is not None and preferences.every_output
         workload = measure(prepared, limits, layer_rules=layer_rules, every_output=every_output)
+    if store is not None and free is None:  # an object store, and no folder
+        if not given:
+            seen = measure_store(files_at(store))
+            rates = replace(
+                rates,
+                disk_write=seen.write,
+                disk_read=seen.read,
+                commit_seconds=seen.commit_seconds,
+                direct_wins=False,
+            )
+        workload = replace(workload, baseline_bytes=workload.baseline_bytes + STORE_BYTES)
     after = peak_resident_bytes()
     return replace(workload, planning_bytes=after if after > before else 0), limits, rates
 
@@ -137,6 +166,11 @@ def run_job(
         OocNtkError: as :func:`ooc_ntk.run`.
     """
     before = peak_resident_bytes()
+    if asked.store is not None:
+        if directory.holds_run:
+            check_recorded(directory, asked.store)
+        directory = RunDirectory(directory.root, asked.store)
+    check_store(directory)  # before anything is loaded
     prepared = prepare(job)
     if asked.plan is not None:
         executor.check(asked.plan)
@@ -154,7 +188,10 @@ def run_job(
                 seconds = execute(chosen, directory, prepared, executor, observer, watch_disk=asked.watch_disk)
                 if asked.proof:
                     say = (observer or Observer()).say
-                    prove_run(directory, chosen, prepared, seconds, say)
+                    try:
+                        prove_run(directory, chosen, prepared, seconds, say)
+                    finally:
+                        mirror_paper(directory, AUDIT)
         finally:
             prepared.reader.close()
     return chosen
@@ -179,7 +216,7 @@ def _plan_of(directory: RunDirectory, prepared: PreparedJob, asked: Asked, befor
         return stored
     if plan is None and asked.template is not None and _serves(asked.template, prepared):
         plan, preferences = replace(asked.template, job_digest=prepared.digest), None
-    chosen = plan or planned(prepared, before, budget, preferences, directory.root, None)
+    chosen = plan or planned(prepared, before, budget, preferences, directory.root, None, directory.store)
     if chosen.job_digest != prepared.digest:
         raise RunConflictError(
             f"the plan was made for another job (plan {chosen.job_digest[:8]}, "

@@ -35,7 +35,7 @@ class RunInfo:
         kernel_seconds: measured seconds of ``kernel`` tasks.
         host_bytes: measured peak resident memory.
         device_bytes: measured peak device memory.
-        disk_bytes: present size of the run directory.
+        disk_bytes: present size of the run directory, and of what is in its store.
         bytes_read: measured bytes read by tasks.
         bytes_written: measured bytes written by tasks.
         moved_bytes: measured bytes that kernel tasks read and wrote (Q); 0 unless tiles are on disk.
@@ -50,6 +50,7 @@ class RunInfo:
             entries, of a projected kernel the predicted one, and the proof; None if there was none.
         history: the generations that the run was grown from, the earliest first: digests of plan and job, train and
             test samples, versions.
+        store: URL of the store that has the tiles; None where they are in the run directory.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class RunInfo:
     layer_traces: dict[str, float] = field(default_factory=dict)
     audited: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    store: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -95,6 +97,7 @@ class RunInfo:
         return json.dumps(
             {
                 "path": str(self.path),
+                "store": self.store,
                 "finished": self.finished,
                 "kernel_tiles": [self.kernel_tiles_done, self.kernel_tiles],
                 "promised": {**asdict(promised), "moved_bytes": self.plan.moved_bytes, "io_ratio": self.plan.io_ratio},
@@ -191,6 +194,7 @@ def run_info(path: str | Path) -> RunInfo:
         layer_traces=traces,
         audited=read_audit(directory),
         history=json.loads(history or "[]"),
+        store=directory.store,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,8 +19,10 @@ from ooc_ntk.planning.memory import STAGING_BYTES
 from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.spans import Part, Span
 from ooc_ntk.storage.arrays import TileArray
-from ooc_ntk.storage.atomic import FileRecord, StagedFile
-from ooc_ntk.storage.reading import Reader, aligned_buffer, padded, reader_of
+from ooc_ntk.storage.atomic import FileRecord
+from ooc_ntk.storage.files import Files, Staged
+from ooc_ntk.storage.local import LocalFiles
+from ooc_ntk.storage.reading import Reader, aligned_buffer, padded
 from ooc_ntk.units import HELD_DTYPE, STORED_DTYPE, TOKEN_DTYPE
 
 #: Name of the Zarr array of dense tiles: (samples, rows per sample, columns).
@@ -65,7 +66,7 @@ class RowWriter(ABC):
         """The slabs handed out last for ``span`` are filled."""
 
     @abstractmethod
-    def finish(self) -> list[StagedFile]:
+    def finish(self) -> list[Staged]:
         """All rows are there; returns files to be published (none in memory)."""
 
     @abstractmethod
@@ -281,7 +282,7 @@ class _MemoryWriter(RowWriter):
     def factors_done(self, span: int, samples: int) -> None:
         self._position[span] += samples
 
-    def finish(self) -> list[StagedFile]:
+    def finish(self) -> list[Staged]:
         self._tiles[self._key] = self._target
         return []
 
@@ -290,24 +291,24 @@ class _MemoryWriter(RowWriter):
 
 
 class DiskStore(TileStore):
-    """Tiles as raw chunk files of Zarr arrays in the run directory."""
+    """Tiles as raw chunk files of Zarr arrays among the files of the run."""
 
-    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord], *, direct: bool = False) -> None:
+    def __init__(self, plan: Plan, files: Files, records: dict[str, FileRecord], *, direct: bool = False) -> None:
         """See :class:`TileStore`.
 
         Args:
             plan: the plan.
-            root: run directory.
+            files: the files of the run.
             records: committed files by path; the driver adds to it as tasks are committed.
             direct: whether to read past the page cache.
         """
         super().__init__(plan)
-        self._root = root
-        self._reader: Reader = reader_of(root, direct=direct)
+        self.files = files
+        self._reader: Reader = files.reader(direct=direct)
         self._records = records
         dense = max((span.stop for span in self.spans if span.block is None), default=0)
         self._dense = TileArray(
-            root,
+            files,
             JACOBIAN,
             (plan.samples, plan.rows_per_sample, dense),
             (plan.tile_samples, plan.rows_per_sample, plan.span_columns),
@@ -320,7 +321,7 @@ class DiskStore(TileStore):
         if part.name == "dense":
             return self._dense
         return TileArray(
-            self._root,
+            self.files,
             f"{FACTORS}/{part.span}-{part.name}.zarr",
             (self.plan.samples, part.items),
             (self.plan.tile_samples, part.items),
@@ -358,7 +359,7 @@ class DiskStore(TileStore):
 
     def writer(self, generation: int, row: int) -> RowWriter:
         """See :meth:`TileStore.writer`."""
-        return _DiskWriter(self, self._root, generation, row)
+        return _DiskWriter(self, generation, row)
 
     def holds(self, generation: int, row: int) -> bool:
         """See :meth:`TileStore.holds`."""
@@ -414,19 +415,19 @@ class DiskStore(TileStore):
 class _DiskWriter(RowWriter):
     """Gathers rows in one staging slab, and factors in one buffer per part, and appends them to one file each."""
 
-    def __init__(self, store: DiskStore, root: Path, generation: int, row: int) -> None:
+    def __init__(self, store: DiskStore, generation: int, row: int) -> None:
         plan = store.plan
         self._store, self._plan = store, plan
         spans = plan.passes[generation]
         dtype = np.dtype(HELD_DTYPE[plan.precision])
         self._staging = np.empty(max(plan.span_columns, STAGING_BYTES // dtype.itemsize), dtype=dtype)
-        self._files: dict[int, list[StagedFile]] = {}
+        self._files: dict[int, list[Staged]] = {}
         self._buffers: dict[int, list[Matrix]] = {}
         try:
             for span in range(spans.start, spans.stop):
                 self._files[span] = []
                 for part in store.parts[span]:
-                    self._files[span].append(StagedFile(root, store.path(part, row)))
+                    self._files[span].append(store.files.stage(store.path(part, row)))
         except BaseException:
             self.discard()
             raise
@@ -451,7 +452,7 @@ class _DiskWriter(RowWriter):
         for file, buffer in zip(self._files[span], self._buffers[span], strict=True):
             file.append(buffer[:samples])
 
-    def finish(self) -> list[StagedFile]:
+    def finish(self) -> list[Staged]:
         self._buffers = {}
         self._staging[:] = 0
         zeros = self._staging.view(np.uint8)
@@ -474,13 +475,13 @@ class _DiskWriter(RowWriter):
 class FeatureStore(DiskStore):
     """The features of a projected job: one Zarr array of (samples · rows, dim), which stays when the run is done."""
 
-    def __init__(self, plan: Plan, root: Path, records: dict[str, FileRecord], *, direct: bool = False) -> None:
+    def __init__(self, plan: Plan, files: Files, records: dict[str, FileRecord], *, direct: bool = False) -> None:
         """See :class:`DiskStore`."""
-        super().__init__(plan, root, records, direct=direct)
+        super().__init__(plan, files, records, direct=direct)
         assert plan.projection is not None
         assert plan.projection.dim is not None
         self._dense = TileArray(
-            root,
+            files,
             FEATURES,
             (plan.samples * plan.rows_per_sample, plan.projection.dim),
             (plan.tile_samples * plan.rows_per_sample, plan.span_columns),
@@ -491,18 +492,18 @@ class FeatureStore(DiskStore):
         """See :meth:`DiskStore.create`; features say what they are of."""
         self._dense.create({**provenance, **logical_dtype(self.plan)})
         if self.plan.heavy:
-            heavy_array(self._root, self.plan).create({"parameters": list(self.plan.heavy)})
+            heavy_array(self.files, self.plan).create({"parameters": list(self.plan.heavy)})
 
     def path(self, part: Part, row: int) -> str:
         """See :meth:`DiskStore.path`."""
         return self._dense.chunk_path((row, self.spans[part.span].start // self.plan.span_columns))
 
 
-def heavy_array(root: Path, plan: Plan) -> TileArray:
+def heavy_array(files: Files, plan: Plan) -> TileArray:
     """Gradients of the heaviest parameters beside the features: (samples · rows, parameters)."""
     rows = plan.rows_per_sample
     return TileArray(
-        root,
+        files,
         HEAVY,
         (plan.samples * rows, len(plan.heavy)),
         (plan.tile_samples * rows, len(plan.heavy)),
@@ -543,19 +544,21 @@ def row_matrix(tile: Matrix | torch.Tensor, entries: int) -> torch.Tensor:
     return as_tensor(tile).view(tile.shape[0] * entries, -1)
 
 
-def store_of(plan: Plan, root: Path, records: dict[str, FileRecord], *, direct: bool = False) -> TileStore:
+def store_of(plan: Plan, files: Files, records: dict[str, FileRecord], *, direct: bool = False) -> TileStore:
     """The store that a plan asks for.
 
     Args:
         plan: the plan.
-        root: run directory.
+        files: the files of the run.
         records: committed files by path; the driver adds to it as tasks are committed.
         direct: whether to read tiles past the page cache.
     """
     from .devicestore import DeviceStore, on_device  # it builds on this module
 
     if plan.projection is not None:
-        return FeatureStore(plan, root, records, direct=direct)
+        return FeatureStore(plan, files, records, direct=direct)
     if plan.layout.in_memory:
         return MemoryStore(plan)
-    return DeviceStore(plan, root, records) if on_device(plan) else DiskStore(plan, root, records, direct=direct)
+    if on_device(plan) and isinstance(files, LocalFiles):
+        return DeviceStore(plan, files, records)
+    return DiskStore(plan, files, records, direct=direct)

@@ -146,7 +146,7 @@ class TileSums:
 
     def _place(self) -> IO[Any]:
         if self._file is None:
-            folder = self._context.directory.root / "tiles"
+            folder = self._context.directory.scratch
             folder.mkdir(exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, prefix=f"sums{TEMPORARY}")  # noqa: SIM115 - closed by close()
         return self._file
@@ -164,7 +164,7 @@ class TileSums:
                     raise OSError(errno.EIO, "the file is shorter than what was written")
                 data, place = data[count:], place + count
         except OSError as error:
-            raise storage_error("adding up in", self._context.directory.root / "tiles", error) from error
+            raise storage_error("adding up in", self._context.directory.scratch, error) from error
 
     def _total(self, number: int) -> np.ndarray:
         """The sum of a tile in float64, with what is on disk: (rows, columns); a view of the accumulator."""

@@ -12,26 +12,38 @@ from rich.text import Text
 from ooc_ntk.planning.layers import layer_name
 from ooc_ntk.planning.plan import Plan, PlannedBlock
 from ooc_ntk.planning.rates import MachineRates
+from ooc_ntk.planning.scratch import scratch_bytes
 from ooc_ntk.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from ooc_ntk.api import Audit, Drift, RunInfo
 
+#: Disk limits above this are none: no bucket says how full it is.
+NO_LIMIT: Final = 2**58
+
 #: Blocks shown before the rest is summed up in one line.
 SHOWN_BLOCKS: Final = 10
 
 
-def plan_table(plan: Plan, *, every_block: bool = False) -> RenderableType:
+def plan_table(plan: Plan, *, every_block: bool = False, store: str | None = None) -> RenderableType:
     """A plan: what, how, how long, how much; the alternatives and why they lost; the blocks.
 
     Args:
         plan: the plan.
         every_block: whether to list all blocks instead of the largest.
+        store: URL of the store that tiles and kernel go to; None is the run directory.
 
     Returns:
         Something to print.
     """
-    parts: list[RenderableType] = [_pairs(plan.summary())]
+    pairs = list(plan.summary())
+    if store is not None:
+        disk = format_bytes(plan.promised.disk_bytes)
+        pairs = [(name, disk if name == "disk" and plan.limits.disk > NO_LIMIT else value) for name, value in pairs]
+        pairs.append(
+            ("store", f"{store}: 'disk' above is there; here up to {format_bytes(scratch_bytes(plan))} of scratch")
+        )
+    parts: list[RenderableType] = [_pairs(pairs)]
     alternatives = Table(title="dataflows considered", title_justify="left", box=None, pad_edge=False)
     for name in ("dataflow", "time", "host", "disk", "verdict"):
         alternatives.add_column(name, justify="right" if name in ("time", "host", "disk") else "left")
@@ -166,7 +178,8 @@ def info_table(info: RunInfo) -> RenderableType:
     """A run: progress, promises beside measurements, provenance."""
     plan = info.plan
     summary = plan.summary()[: 4 if plan.projection is None else 6]
-    head = _pairs([("run", str(info.path)), ("state", state(info)), *summary, *provenance(info)])
+    where = [] if info.store is None else [("store", f"{info.store}, which has tiles and kernel")]
+    head = _pairs([("run", str(info.path)), *where, ("state", state(info)), *summary, *provenance(info)])
     table = Table(title="promised and measured", title_justify="left", box=None, pad_edge=False)
     table.add_column("quantity")
     for name in ("promised", "measured", "ratio"):

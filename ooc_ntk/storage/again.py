@@ -18,7 +18,8 @@ from ooc_ntk.planning.plan import Plan
 
 from .atomic import write_whole
 from .directory import RunDirectory
-from .manifest import Manifest, file_stamp
+from .local import file_stamp
+from .manifest import Manifest
 
 #: File that holds the command and the stamps, and that of what an audit saw.
 AGAIN: Final = "again.json"
@@ -55,7 +56,7 @@ def is_done(root: Path, command: Mapping[str, Any]) -> bool:
         if (root / AUDIT).exists() and '"passed": false' in (root / AUDIT).read_text():
             return False
         plan = Plan.load(directory.plan_path)
-        manifest = Manifest(root, read_only=True)
+        manifest = Manifest(root, directory.files, read_only=True)
         try:
             if manifest.meta("plan") != plan.digest or directory.pending_receipts():
                 return False

@@ -18,8 +18,10 @@ from ooc_ntk.errors import DamagedFileError, StorageError
 from ooc_ntk.planning.memory import STRIPE_BYTES
 from ooc_ntk.planning.tiles import Range
 
-from .atomic import FileRecord, StagedFile, write_whole
-from .reading import read_stripes
+from .atomic import FileRecord
+from .checked import read_stripes
+from .files import Files, Staged
+from .local import files_of
 from .retries import storage_error
 
 #: What a missing tile reads as where the dtype has no NaN: bf16's NaN as bits, and no token.
@@ -31,18 +33,22 @@ class TileArray:
     """A Zarr v3 array without codec: chunk == tile, C order, missing tiles read as NaN.
 
     Attributes:
-        root: run directory.
-        name: name of the array in it.
+        files: the files of the run; a path is its folder.
+        name: name of the array among them.
         shape: shape of the array.
         chunks: shape of one tile; edge tiles are padded to it.
         dtype: little-endian NumPy dtype string.
     """
 
-    root: Path
+    files: Files
     name: str
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: str
+
+    def __post_init__(self) -> None:
+        """Take a folder by its path."""
+        object.__setattr__(self, "files", files_of(self.files))
 
     def create(self, attributes: Mapping[str, Any] | None = None) -> None:
         """Write the array's metadata; tiles that are there already stay.
@@ -50,26 +56,35 @@ class TileArray:
         Raises:
             StorageError: if an array of another shape, tile or dtype is there.
         """
-        folder = self.root / self.name
+        place, metadata = self.files.place(self.name), f"{self.name}/zarr.json"
         there = None
-        with suppress(StorageError):  # metadata that cannot be read are written anew
-            there = self.open()
+        try:
+            self.files.read_text(metadata)
+        except StorageError:  # of an object store that cannot be used
+            raise
+        except OSError:
+            pass  # metadata that cannot be read are written anew
+        else:
+            with suppress(StorageError):
+                there = self.open()
         if there is not None:
             if (there.shape, there.chunks, there.dtype.str) != (self.shape, self.chunks, self.dtype):
                 raise StorageError(
-                    f"{folder} holds an array of {there.shape} in tiles of {there.chunks} ({there.dtype}), "
+                    f"{place} holds an array of {there.shape} in tiles of {there.chunks} ({there.dtype}), "
                     f"expected {self.shape} in {self.chunks} ({self.dtype}); use another run directory"
                 )
             return
         try:
-            (folder / "zarr.json").unlink(missing_ok=True)
+            self.files.delete(metadata)
             self._write_metadata(attributes or {})
+        except StorageError:
+            raise
         except OSError as error:
-            raise storage_error("creating", folder, error) from error
+            raise storage_error("creating", place, error) from error
 
     def _write_metadata(self, attributes: Mapping[str, Any]) -> None:
         zarr.create_array(
-            store=zarr.storage.LocalStore(self.root),
+            store=self.files.zarr_store(),
             name=self.name,
             shape=self.shape,
             chunks=self.chunks,
@@ -88,13 +103,16 @@ class TileArray:
             StorageError: if it is not there or cannot be read.
         """
         try:
+            self.files.read_text(f"{self.name}/zarr.json")  # which says what is wrong, where Zarr might not
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", category=UserWarning)
-                return zarr.open_array(zarr.storage.LocalStore(self.root, read_only=True), path=self.name, mode="r")
+                return zarr.open_array(self.files.zarr_store(read_only=True), path=self.name, mode="r", zarr_format=3)
         except (FileNotFoundError, KeyError, ValueError) as error:
-            raise StorageError(f"there is no array {self.name} in {self.root}: {error}") from error
+            raise StorageError(f"there is no array {self.name} in {self.files.place('')}: {error}") from error
+        except StorageError:
+            raise
         except OSError as error:
-            raise storage_error("reading", self.root / self.name, error) from error
+            raise storage_error("reading", self.files.place(self.name), error) from error
 
     def chunk_path(self, coordinates: Sequence[int]) -> str:
         """Path of one tile relative to the run directory."""
@@ -120,7 +138,7 @@ class TileArray:
         values: NDArray[Any],
         fill: float = np.nan,
         check: Callable[[], None] = lambda: None,
-    ) -> StagedFile:
+    ) -> Staged:
         """Write a tile as one padded chunk, stripe by stripe.
 
         Args:
@@ -135,7 +153,7 @@ class TileArray:
         Raises:
             StorageError: if it cannot be written.
         """
-        file = StagedFile(self.root, path)
+        file = self.files.stage(path)
         step, (height, width) = self.stripe_rows, self.chunks[-2:]
         try:
             stripe = np.empty((step, width), dtype=self.dtype)
@@ -175,10 +193,10 @@ class TileArray:
             for j in range(columns.start // width, -(-columns.stop // width)):
                 path = self.chunk_path((*layer, i, j))
                 if path not in records:
-                    raise DamagedFileError(path, f"{self.root / path} was never committed; run again")
+                    raise DamagedFileError(path, f"{self.files.place(path)} was never committed; run again")
                 left, right = max(columns.start, j * width), min(columns.stop, (j + 1) * width)
                 position = i * height
-                for part in read_stripes(self.root, records[path], stripe):
+                for part in read_stripes(self.files, records[path], stripe):
                     first, last = max(rows.start, position), min(rows.stop, position + len(part))
                     if first < last:
                         target = found[first - rows.start : last - rows.start]
@@ -190,30 +208,32 @@ class TileArray:
         return found, read
 
 
-def add_attributes(root: Path, name: str, attributes: Mapping[str, Any]) -> None:
+def add_attributes(where: Files | Path, name: str, attributes: Mapping[str, Any]) -> None:
     """Add attributes to an array that is there, whole or not at all.
 
     Raises:
         StorageError: if its metadata cannot be read or written.
     """
-    path = root / name / "zarr.json"
+    files, path = files_of(where), f"{name}/zarr.json"
     try:
-        metadata = json.loads(path.read_text())
+        metadata = json.loads(files.read_text(path))
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
+        raise StorageError(f"cannot read {files.place(path)}: {error}") from error
     before = metadata.setdefault("attributes", {})
     if any(before.get(key) != value for key, value in attributes.items()):
         before.update(attributes)
-        write_whole(root, f"{name}/zarr.json", (json.dumps(metadata, indent=2) + "\n").encode())
+        files.write_whole(path, (json.dumps(metadata, indent=2) + "\n").encode())
 
 
-def open_tile_array(root: Path, name: str) -> zarr.Array[Any]:
-    """Open any array of a run directory read-only.
+def open_tile_array(where: Files | Path, name: str) -> zarr.Array[Any]:
+    """Open any array of a run read-only.
 
     Raises:
         StorageError: if it is not there.
     """
-    return TileArray(root, name, (), (), "<f4").open()
+    return TileArray(files_of(where), name, (), (), "<f4").open()
 
 
 class TileRows:
@@ -224,22 +244,23 @@ class TileRows:
         dtype: of the elements.
     """
 
-    def __init__(self, root: Path, name: str, layer: tuple[int, ...] = ()) -> None:
+    def __init__(self, where: Files | Path, name: str, layer: tuple[int, ...] = ()) -> None:
         """Open an array.
 
         Args:
-            root: run directory.
-            name: name of the array in it.
+            where: the files of the run.
+            name: name of the array among them.
             layer: coordinates of the tiles along axes before the last two.
 
         Raises:
             StorageError: if it is not there.
         """
-        array = open_tile_array(root, name)
+        files = files_of(where)
+        array = open_tile_array(files, name)
         self.attributes: Mapping[str, Any] = dict(array.attrs)
         self.shape: tuple[int, int] = (array.shape[-2], array.shape[-1])
         self.dtype = np.dtype(array.dtype)
-        self._tiles, self._layer = TileArray(root, name, array.shape, array.chunks, self.dtype.str), layer
+        self._tiles, self._layer = TileArray(files, name, array.shape, array.chunks, self.dtype.str), layer
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -300,13 +321,11 @@ class TileRows:
         ]
         return np.concatenate(parts) if parts else np.empty(0)
 
-    def _mapped(self, row: int, column: int) -> NDArray[Any]:
-        """One tile, mapped, so that only the pages that are used are read."""
-        path = self._tiles.root / self._tiles.chunk_path((*self._layer, row, column))
-        try:
-            return np.memmap(path, dtype=self.dtype, mode="r", shape=self._tiles.chunks[-2:])
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot read the tile {path} ({error}); run again: it is computed anew") from error
+    def _mapped(self, row: int, column: int) -> Any:
+        """One tile, of which only what is used is read."""
+        height, width = self._tiles.chunks[-2:]
+        path = self._tiles.chunk_path((*self._layer, row, column))
+        return self._tiles.files.matrix(path, self.dtype, (height, width))
 
 
 def index_numbers(index: Any, size: int) -> NDArray[np.int64]:

@@ -1,35 +1,96 @@
-"""The run directory: names of what is in it, its lock, and what may be swept away."""
+"""The run directory: names of what is in it, its lock, its store, and what may be swept away."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from ooc_ntk.errors import RunConflictError, StorageError
 
 from .atomic import TEMPORARY, write_whole
+from .files import Files
+from .local import LocalFiles
 from .lock import HELD, LOCK, hold
-from .manifest import Receipt
+from .manifest import Manifest, Receipt
 from .retries import retried, storage_error
+from .storeurl import checked_store, files_at
 
-#: Names of metadata that Zarr was writing (it renames them when they are whole).
-ZARR_TEMPORARY: Final = "zarr.*.partial"
+#: Name of the manifest's note on the store that has the tiles.
+STORE: Final = "store"
 
 
 class RunDirectory:
-    """One run on disk.
+    """One run: its folder, and where the files of its tasks lie, which is that folder or a store.
 
     Attributes:
-        root: its folder.
+        root: its folder. That of a run with a store need not be there for what tasks do.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        """Name a run directory; nothing is touched."""
+    def __init__(self, root: str | Path, store: str | None = None) -> None:
+        """Name a run directory; nothing is touched.
+
+        Args:
+            root: its folder.
+            store: URL of the store that has the tiles; None is the one that the run has noted, or the folder itself.
+
+        Raises:
+            InputError: if the URL is none, or may hold a secret.
+        """
         self.root = Path(root)
+        self._given = None if store is None else checked_store(store)
+
+    @cached_property
+    def store(self) -> str | None:
+        """URL of the store that has the tiles; None where they are in the folder.
+
+        Raises:
+            StorageError: if the manifest that says so cannot be read.
+        """
+        return self._given or recorded_meta(self.root, STORE) or None
+
+    @cached_property
+    def files(self) -> Files:
+        """Where the files of tasks lie: tiles, arrays, receipts that are not committed.
+
+        Raises:
+            InputError: if what object stores need is not installed.
+            StorageError: if the manifest cannot be read.
+        """
+        if self.store is None:
+            return LocalFiles(self.root)
+        # Weakly: what still reads from the store must not keep a temporary folder of this run.
+        mine = weakref.WeakMethod(self._upload_folder)
+
+        def scratch() -> Path:
+            found = mine()
+            return Path(tempfile.gettempdir()) if found is None else found()
+
+        return files_at(self.store, scratch)
+
+    @cached_property
+    def local(self) -> Path:
+        """The folder for what stays on this machine: its own, or where that is not here a temporary one."""
+        if self.store is None or self.root.is_dir():
+            return self.root
+        made = Path(tempfile.mkdtemp(prefix="ooc-ntk-"))
+        weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        return made
+
+    @property
+    def scratch(self) -> Path:
+        """The folder on this machine for files that are gone when a task, or the run, is; it need not be there."""
+        return self.local / "tiles"
+
+    def _upload_folder(self) -> Path:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        return self.scratch
 
     @property
     def plan_path(self) -> Path:
@@ -99,10 +160,8 @@ class RunDirectory:
 
     def sweep(self) -> int:
         """Delete files that were being written when a run stopped; returns how many."""
-        count = 0
-        unfinished = (f"*{TEMPORARY}*", ZARR_TEMPORARY)
-        found = [path for pattern in unfinished for path in self.root.rglob(pattern)]
-        for path in [*found, *self.root.glob(".weights.safetensors.*")]:
+        count = LocalFiles(self.local).sweep() + (self.files.sweep() if self.store is not None else 0)
+        for path in self.root.glob(".weights.safetensors.*"):
             with suppress(OSError):
                 path.unlink()
                 count += 1
@@ -110,7 +169,7 @@ class RunDirectory:
 
     def leave_receipt(self, receipt: Receipt) -> None:
         """Keep a task's receipt until the driver has committed it, so that its files can be adopted after a crash."""
-        write_whole(self.root, f"pending/{receipt.key}.json", receipt.to_json().encode())
+        self.files.write_whole(f"pending/{receipt.key}.json", receipt.to_json().encode())
 
     def pending_receipts(self) -> list[Receipt]:
         """Receipts of tasks that finished but were not committed.
@@ -119,19 +178,22 @@ class RunDirectory:
             StorageError: if one cannot be read; one that is torn is passed over.
         """
         found = []
-        for path in sorted((self.root / "pending").glob("*.json")):
+        for name in self.files.names("pending"):
+            if not name.endswith(".json"):
+                continue
             with suppress(ValueError, KeyError, TypeError):
                 try:
-                    text = path.read_text()
+                    text = self.files.read_text(f"pending/{name}")
+                except StorageError:
+                    raise
                 except OSError as error:
-                    raise storage_error("reading", path, error) from error
+                    raise storage_error("reading", self.files.place(f"pending/{name}"), error) from error
                 found.append(Receipt.from_json(text))
         return found
 
     def drop_receipt(self, key: str) -> None:
         """Forget a pending receipt."""
-        with suppress(OSError):
-            (self.root / "pending" / f"{key}.json").unlink()
+        self.files.delete(f"pending/{key}.json")
 
     def log_receipt(self, receipt: Receipt) -> None:
         """Append a committed receipt to ``receipts.jsonl`` (without its files; the manifest has them)."""
@@ -149,30 +211,31 @@ class RunDirectory:
             raise storage_error("writing", self.receipts_path, error) from error
 
     def delete(self, *paths: str) -> None:
-        """Delete files of the run that are no longer needed."""
-        for path in paths:
-            with suppress(OSError):
-                (self.root / path).unlink()
+        """Delete files of tasks that are no longer needed."""
+        self.files.delete(*paths)
 
     def delete_folder(self, path: str) -> None:
-        """Delete a folder of the run that is no longer needed."""
-        shutil.rmtree(self.root / path, ignore_errors=True)
+        """Delete a folder of the run that is no longer needed, wherever parts of it are."""
+        self.files.delete_folder(path)
+        if self.store is not None:
+            LocalFiles(self.local).delete_folder(path)
 
     def size_bytes(self) -> int:
-        """Bytes of all files."""
-        total = 0
-        for path in self.root.rglob("*"):
-            with suppress(OSError):
-                total += path.stat().st_size if path.is_file() else 0
-        return total
+        """Bytes of all files, here and in the store."""
+        here = LocalFiles(self.root).size_bytes()
+        return here if self.store is None else here + self.files.size_bytes()
 
 
-def free_disk_bytes(path: Path) -> int:
-    """Free bytes on the file system that will hold ``path``."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
+def recorded_meta(root: Path, name: str) -> str | None:
+    """A named text of a manifest, None where there is no manifest or no such text.
+
+    Raises:
+        StorageError: if it cannot be read.
+    """
+    if not (root / "manifest").exists():
+        return None
+    manifest = Manifest(root, read_only=True)
     try:
-        return shutil.disk_usage(folder).free
-    except OSError as error:
-        raise StorageError(f"cannot measure the free disk space at {folder}: {error}") from error
+        return manifest.meta(name)
+    finally:
+        manifest.close()

@@ -1,10 +1,11 @@
-"""How fast the disk under a folder writes, syncs and reads."""
+"""How fast the disk under a folder, or a store, writes and reads."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ooc_ntk.errors import StorageError
 
 from .atomic import FileRecord, StagedFile, write_whole
+from .files import Files
 from .reading import O_DIRECT, FileReader, aligned_buffer, forget_pages
 from .retries import storage_error
 
@@ -25,6 +27,10 @@ PROBE_BYTES: Final = 2**29
 
 #: Bytes of one of them, and of the buffer it is written from and read into.
 PIECE_BYTES: Final = 2**24
+
+#: Bytes of an object that is timed, a part of a large one, and how many are (choices: a few seconds over a slow line).
+STORE_PROBE_BYTES: Final = 2**23
+STORE_PROBES: Final = 3
 
 #: How much faster reads past the page cache must be to be used (chosen: two timings of one disk differ by as much).
 DIRECT_MARGIN: Final = 1.15
@@ -93,6 +99,43 @@ def _measure(folder: Path) -> DiskRates:
         commit = (time.perf_counter() - start) / 5
     wins = direct > DIRECT_MARGIN * buffered
     return DiskRates(write, direct if wins else buffered, 3 * commit, wins)
+
+
+def measure_store(files: Files) -> DiskRates:
+    """Measure an object store as tasks use it, by a few objects that are deleted again; seconds, by the network.
+
+    Args:
+        files: the store.
+
+    Returns:
+        The rates; a network is not as steady as a disk, so they are what it was just now.
+
+    Raises:
+        StorageError: if objects cannot be written, read or deleted.
+    """
+    data = np.random.default_rng(0).integers(0, 256, STORE_PROBE_BYTES, dtype=np.uint8)
+    folder, count = f".rate-{uuid.uuid4().hex[:12]}", STORE_PROBES
+    try:
+        start, records = time.perf_counter(), []
+        for index in range(count):
+            staged = files.stage(f"{folder}/tile-{index}")
+            try:
+                staged.append(data)
+                records.append(staged.seal())
+                staged.publish()
+            finally:
+                staged.discard()
+        written, reader = time.perf_counter(), files.reader()
+        for record in records:
+            reader.read(record, data)
+        read = time.perf_counter()
+        for index in range(count):
+            files.write_whole(f"{folder}/small-{index}", b"x" * 1024)
+        commit = (time.perf_counter() - read) / count
+    finally:
+        files.delete_folder(folder)
+    size = count * STORE_PROBE_BYTES
+    return DiskRates(size / (written - start), size / (read - written), 3 * commit, direct_wins=False)
 
 
 def _read_rate(root: Path, records: Sequence[FileRecord], buffer: NDArray[np.uint8], *, direct: bool) -> float:

@@ -17,7 +17,8 @@ from ooc_ntk.errors import StorageError
 
 from . import retries
 from .atomic import FileRecord
-from .reading import checksum_file
+from .files import Files
+from .local import LocalFiles
 from .retries import TRANSIENT, note_retry, storage_error
 
 #: Version of the manifest's tables.
@@ -94,12 +95,6 @@ class Damage:
     tasks: set[str] = field(default_factory=set)
 
 
-def file_stamp(path: Path) -> str:
-    """What changes when a file is touched: size, inode, modification and change times."""
-    stat = path.stat()
-    return f"{stat.st_size}:{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-
-
 #: SQLite's errors that are about the disk and not about what is on it, and those of them that may pass.
 _OF_THE_DISK: Final = frozenset(
     (
@@ -141,13 +136,18 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
 class Manifest:
     """Finished tasks and their files. One writer; a commit is one transaction."""
 
-    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+    def __init__(self, root: Path, files: Files | None = None, *, read_only: bool = False) -> None:
         """Open the manifest of a run directory, making it if it is not there.
+
+        Args:
+            root: the run directory.
+            files: where the files lie that it speaks of; None is the run directory itself.
+            read_only: whether nothing is written.
 
         Raises:
             StorageError: if it is damaged, from a newer version, or missing when ``read_only``.
         """
-        self._root = root
+        self._root, self._files = root, files or LocalFiles(root)
         path = root / "manifest"
         if read_only and not path.exists():
             raise StorageError(f"{root} holds no run: there is no manifest in it")
@@ -197,6 +197,8 @@ class Manifest:
                         if self._database.in_transaction:  # a full disk has rolled it back already
                             self._database.execute("ROLLBACK")
                     raise
+            except StorageError:  # of an object store, which was tried again already
+                raise
             except (sqlite3.Error, OSError) as error:
                 passing = error.errno in TRANSIENT if isinstance(error, OSError) else _primary(error) in _PASSING
                 if delay is None or not passing:
@@ -234,10 +236,11 @@ class Manifest:
         """Record a finished task and its files; files that it replaces are forgotten (not deleted).
 
         Raises:
-            StorageError: if the database cannot be written.
+            StorageError: if the database cannot be written, or a file cannot be looked at.
         """
 
         def record() -> None:
+            stamps = self._files.stamps([record.path for record in receipt.files])
             self._database.execute(
                 "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", (receipt.key, receipt.to_json(), time.time())
             )
@@ -245,7 +248,7 @@ class Manifest:
             self._database.executemany(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
                 [
-                    (record.path, receipt.key, record.size, record.crc32c, file_stamp(self._root / record.path))
+                    (record.path, receipt.key, record.size, record.crc32c, stamps[record.path])
                     for record in receipt.files
                 ],
             )
@@ -306,28 +309,49 @@ class Manifest:
 
         Returns:
             What is missing, truncated or altered.
+
+        Raises:
+            StorageError: if an object store cannot be reached.
         """
         found = Damage()
         rows = self._read("SELECT path, task, size, crc32c, stamp FROM files ORDER BY path")
+        stamps = {} if thorough else self._files.known_stamps([path for path, *_ in rows])
         for path, task, size, crc, stamp in rows:
-            reason = self._reason(path, size, crc, None if thorough else stamp)
+            if not thorough and stamps.get(path) == stamp:
+                continue
+            reason = self._reason(path, size, crc)
             if reason is not None:
                 found.reasons[path] = reason
                 found.tasks.add(task)
         return found
 
-    def _reason(self, path: str, size: int, crc: int, stamp: str | None) -> str | None:
-        file = self._root / path
+    def _reason(self, path: str, size: int, crc: int) -> str | None:
         try:
-            if stamp is not None and file_stamp(file) == stamp:
-                return None
-            actual = file.stat().st_size
+            actual = self._files.size(path)
             if actual != size:
                 return f"has {actual:,} bytes instead of {size:,}"
-            if checksum_file(file) != crc:
+            if self._files.checksum(path) != crc:
                 return "differs from its checksum"
         except FileNotFoundError:
             return "is missing"
+        except StorageError:  # of an object store that cannot be reached: nothing is known of the file
+            raise
         except OSError as error:
             return f"cannot be read ({error.strerror})"
         return None
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the database as it is between two commits, whole.
+
+        Raises:
+            StorageError: if it cannot be written or read.
+        """
+        try:
+            path.unlink(missing_ok=True)
+            copy = sqlite3.connect(path)
+            try:
+                self._database.backup(copy)
+            finally:
+                copy.close()
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(f"cannot copy the manifest of {self._root} to {path}: {error}") from error

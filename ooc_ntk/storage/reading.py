@@ -8,21 +8,19 @@ in the cache and not dropped: a panel is read several times, and what the cache 
 from __future__ import annotations
 
 import errno
-import math
 import mmap
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ooc_ntk.errors import DamagedFileError, TransientStorageError
+from ooc_ntk.errors import DamagedFileError
 
-from .atomic import FileRecord, raw_bytes
+from .atomic import FileRecord
 from .retries import note_retry, retried, storage_error
 
 #: What direct reads are aligned to, in memory and in the file: a page, a multiple of every disk's block.
@@ -174,112 +172,14 @@ def forget_pages(path: Path) -> None:
             os.close(file)
 
 
-class StoreReader:
-    """Reads chunks of a Zarr store that is no local folder. See :class:`Reader`.
-
-    The arrays have no codec, so that a chunk's decoded bytes are what the store keeps under its key.
-    """
-
-    def __init__(self, store: Any) -> None:
-        """Read from a ``zarr.abc.store.Store``."""
-        self._store = store
-
-    def read(self, record: FileRecord, buffer: NDArray[np.uint8]) -> None:
-        """See :meth:`Reader.read`."""
-        from zarr.core.buffer import default_buffer_prototype
-        from zarr.core.sync import sync
-
-        where = Path(str(self._store)) / record.path
-        for attempt in range(2):
-            found = retried(lambda: sync(self._store.get(record.path, default_buffer_prototype())), "reading", where)
-            if found is None:
-                raise missing(where, record)
-            data = np.frombuffer(found.to_bytes(), dtype=np.uint8)
-            if data.size == record.size and google_crc32c.value(data) == record.crc32c:
-                buffer[: data.size] = data
-                return
-            if not attempt:
-                note_retry(f"checking {where}", "it differs from its checksum", 1, 0.0)
-        raise differs(where, record)
-
-
-def reader_of(root: Any, *, direct: bool = False) -> Reader:
-    """What reads the tiles of a run.
-
-    Args:
-        root: its folder; or a Zarr store.
-        direct: whether to read past the page cache, where that is possible.
-    """
-    return FileReader(Path(root), direct=direct) if isinstance(root, str | os.PathLike) else StoreReader(root)
-
-
-def missing(path: Path, record: FileRecord) -> DamagedFileError:
+def missing(path: Path | str, record: FileRecord) -> DamagedFileError:
     """The error of a file that is not there."""
     return DamagedFileError(record.path, f"{path} is missing; run again: it will be computed anew")
 
 
-def differs(path: Path, record: FileRecord) -> DamagedFileError:
+def differs(path: Path | str, record: FileRecord) -> DamagedFileError:
     """The error of a file that is not what was committed."""
     return DamagedFileError(record.path, f"{path} is not what was committed; run again: it will be computed anew")
-
-
-def read_checked(root: Path, record: FileRecord, buffer: NDArray[np.generic]) -> None:
-    """Fill a C-contiguous buffer with a committed file.
-
-    Raises:
-        DamagedFileError: if the file is missing or is not what was committed.
-        StorageError: if it cannot be read.
-    """
-    FileReader(root).read(record, raw_bytes(buffer))
-
-
-def read_stripes(root: Path, record: FileRecord, stripe: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
-    """Read a committed file front to back through one buffer, and check it at the end.
-
-    Args:
-        root: run directory.
-        record: the file as it was committed.
-        stripe: (rows, columns) buffer, overwritten by every stripe.
-
-    Yields:
-        The rows read, a view of ``stripe``; the last one may be shorter.
-
-    Raises:
-        DamagedFileError: if the file is missing or is not what was committed. What was yielded must then be dropped.
-        TransientStorageError: if it was misread, but is whole when read again; the same must then be dropped.
-    """
-    path, crc, done = root / record.path, 0, 0
-    whole = raw_bytes(stripe)
-    try:
-        file, _ = open_for_reading(path, direct=False)
-        try:
-            while done < record.size:
-                wanted = whole[: record.size - done]
-                count = 0
-                while count < wanted.size:
-                    more = read_at(file, path, wanted[count : count + PIECE_BYTES], done + count)
-                    if not more:
-                        break
-                    crc = google_crc32c.extend(crc, wanted[count : count + more])
-                    count += more
-                if count < wanted.size:
-                    break
-                done += count
-                yield stripe[: count // (math.prod(stripe.shape[1:]) * stripe.itemsize)]
-        finally:
-            os.close(file)
-        if done == record.size and crc == record.crc32c:
-            return
-        forget_pages(path)
-        if path.stat().st_size == record.size and checksum_file(path) == record.crc32c:
-            raise TransientStorageError(f"{path} was misread once, and is whole when read again")
-    except FileNotFoundError as error:
-        raise missing(path, record) from error
-    except TransientStorageError:
-        raise
-    except OSError as error:
-        raise storage_error("reading", path, error) from error
-    raise differs(path, record)
 
 
 def checksum_file(path: Path) -> int:

@@ -99,7 +99,7 @@ def retried(call: Callable[[], Result], action: str, path: Path, passing: Collec
     return call()
 
 
-def storage_error(action: str, path: Path, error: OSError) -> StorageError:
+def storage_error(action: str, path: Path | str, error: OSError) -> StorageError:
     """Say what failed on which file, and what to do about it.
 
     Returns:
@@ -108,7 +108,7 @@ def storage_error(action: str, path: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = "unknown"
         with suppress(OSError):
-            stat = os.statvfs(path.parent)
+            stat = os.statvfs(Path(path).parent)
             free = format_bytes(stat.f_bavail * stat.f_frsize)
         return StorageError(
             f"the disk is full: {action} {path} failed with {free} free; make room and run the same command again, "

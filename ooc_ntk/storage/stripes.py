@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ooc_ntk.errors import StorageError, TransientStorageError
+from ooc_ntk.errors import StorageError
 
 from .ahead import ReadAhead
 from .arrays import TileArray
 from .atomic import FileRecord
-from .reading import aligned_buffer, checksum_file, differs, forget_pages, missing, open_for_reading, read_at
+from .checked import raise_if_misread
+from .files import Files, Opened
+from .reading import aligned_buffer, differs, missing
 from .retries import storage_error
 
 #: Bytes of one stripe. (Measured: between 2 and 16 MiB products with a few columns take the same time.)
@@ -96,7 +95,7 @@ class TileStripes:
         if not stripes:
             return
         buffers = [aligned_buffer(self._rows * self._row_bytes) for _ in range(min(STRIPES_AHEAD, len(stripes)))]
-        file = _OpenTile()
+        file = _OpenTile(self._tiles.files)
         try:
             with ReadAhead(stripes, lambda stripe, buffer: self._load(stripe, buffer, file), buffers) as ahead:
                 for stripe in stripes:
@@ -126,15 +125,15 @@ class TileStripes:
         if self._records is not None and path not in self._checked:
             record = self._records.get(path)
             if record is None:
-                raise missing(tiles.root / path, FileRecord(path, tiles.chunk_bytes, 0))
-        where, raw = tiles.root / path, buffer[: stripe.rows * self._row_bytes]
+                raise missing(tiles.files.place(path), FileRecord(path, tiles.chunk_bytes, 0))
+        where, raw = tiles.files.place(path), buffer[: stripe.rows * self._row_bytes]
         try:
-            whole = file.read(where, stripe.start * self._row_bytes, raw, checked=record is not None)
+            whole = file.read(path, stripe.start * self._row_bytes, raw, checked=record is not None)
             if not whole:
                 raise differs(where, record or FileRecord(path, tiles.chunk_bytes, 0))
             self.bytes_read += raw.size
             if record is not None and stripe.start + stripe.rows == tiles.chunks[-2]:
-                self._check(where, record, file.crc)
+                self._check(record, file.crc)
         except FileNotFoundError as error:
             raise missing(where, record or FileRecord(path, tiles.chunk_bytes, 0)) from error
         except StorageError:
@@ -146,33 +145,32 @@ class TileStripes:
         top = stripe.tile[0] * height + stripe.start
         return values[: max(0, rows - top), : min(width, columns - stripe.tile[1] * width)]
 
-    def _check(self, where: Path, record: FileRecord, crc: int) -> None:
+    def _check(self, record: FileRecord, crc: int) -> None:
         """Compare a tile that was read to its end with what was committed."""
-        if where.stat().st_size != record.size or crc != record.crc32c:
-            forget_pages(where)
-            if where.stat().st_size == record.size and checksum_file(where) == record.crc32c:
-                raise TransientStorageError(f"{where} was misread once, and is whole when read again")
-            raise differs(where, record)
+        files = self._tiles.files
+        if files.size(record.path) != record.size or crc != record.crc32c:
+            raise_if_misread(files, record)
+            raise differs(files.place(record.path), record)
         self._checked.add(record.path)
 
 
 class _OpenTile:
     """The tile that is being read front to back, and the checksum of what was read of it."""
 
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._descriptor = -1
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._path = ""
+        self._file: Opened | None = None
         self.crc = 0
 
-    def read(self, path: Path, offset: int, target: NDArray[np.uint8], *, checked: bool) -> bool:
+    def read(self, path: str, offset: int, target: NDArray[np.uint8], *, checked: bool) -> bool:
         """Fill ``target`` from a place in a file; returns whether the file has that much."""
-        if path != self._path or offset == 0:
+        if self._file is None or path != self._path or offset == 0:
             self.close()
-            self._descriptor, _ = open_for_reading(path, direct=False)
-            self._path, self.crc = path, 0
+            self._file, self._path, self.crc = self._files.open(path), path, 0
         done = 0
         while done < target.size:
-            count = read_at(self._descriptor, path, target[done:], offset + done)
+            count = self._file.read_at(target[done:], offset + done)
             if not count:
                 return False
             if checked:
@@ -182,7 +180,6 @@ class _OpenTile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._descriptor >= 0:
-            with suppress(OSError):
-                os.close(self._descriptor)
-        self._path, self._descriptor = None, -1
+        if self._file is not None:
+            self._file.close()
+        self._file = None

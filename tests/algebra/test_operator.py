@@ -9,7 +9,7 @@ import ooc_ntk
 from ooc_ntk.algebra import products
 from ooc_ntk.algebra.entries import FeatureEntries, TileEntries
 from ooc_ntk.errors import DamagedFileError, InputError
-from ooc_ntk.storage import stripes
+from ooc_ntk.storage import local, stripes
 from tests.algebra.stored import gram, in_memory, on_disk
 from tests.cases import case
 
@@ -179,7 +179,7 @@ def test_a_pass_reads_the_lower_triangle_alone(tmp_path):
 def test_a_misread_tile_is_read_again_and_damage_is_refused(tmp_path, monkeypatch):
     kernel = on_disk(tmp_path, gram(40), 40, 10)
     x = np.ones(40)
-    wanted, real, left = gram(40) @ x, stripes.read_at, [1]
+    wanted, real, left = gram(40) @ x, local.read_at, [1]
 
     def misread(file, path, target, offset):
         count = real(file, path, target, offset)
@@ -188,7 +188,7 @@ def test_a_misread_tile_is_read_again_and_damage_is_refused(tmp_path, monkeypatc
             target[7] ^= 255
         return count
 
-    monkeypatch.setattr(stripes, "read_at", misread)
+    monkeypatch.setattr(local, "read_at", misread)
     assert error(kernel.matmat(x), wanted) < 1e-13
     assert not left
     fresh = on_disk(tmp_path / "other", gram(40), 40, 10)

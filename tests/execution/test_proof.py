@@ -18,7 +18,7 @@ from ooc_ntk.execution.prepare import prepare
 from ooc_ntk.execution.products import JacobianProducts, directions_held
 from ooc_ntk.execution.proof import Prover
 from ooc_ntk.execution.reference import Reference, plain_float64
-from ooc_ntk.storage.manifest import file_stamp
+from ooc_ntk.storage.local import file_stamp
 from ooc_ntk.storage.reading import checksum_file
 from tests import oracle
 from tests.cases import TEST, TRAIN, case

@@ -28,7 +28,7 @@ def fill(array):
             part = whole[3 * i : 3 * i + 3, 4 * j : 4 * j + 4]
             tile[: part.shape[0], : part.shape[1]] = part
             assert tile.nbytes == array.chunk_bytes
-            write_whole(array.root, array.chunk_path((i, j)), tile.tobytes())
+            write_whole(array.files.root, array.chunk_path((i, j)), tile.tobytes())
     return whole
 
 
@@ -36,8 +36,8 @@ def test_tiles_are_raw_chunks_that_zarr_reads(array):
     whole = fill(array)
     for found in (
         array.open(),
-        open_tile_array(array.root, "kernel.zarr"),
-        zarr.open_array(array.root / "kernel.zarr", mode="r"),
+        open_tile_array(array.files.root, "kernel.zarr"),
+        zarr.open_array(array.files.root / "kernel.zarr", mode="r"),
     ):
         assert found.shape == (5, 7)
         assert found.chunks == (3, 4)
@@ -50,7 +50,7 @@ def test_tiles_are_raw_chunks_that_zarr_reads(array):
 def test_missing_tiles_read_as_nan(array):
     assert np.isnan(array.open()[:]).all()
     fill(array)
-    (array.root / "kernel.zarr/c/0/1").unlink()
+    (array.files.root / "kernel.zarr/c/0/1").unlink()
     entries = array.open()[:]
     assert np.isnan(entries[:3, 4:]).all()
     assert np.isfinite(entries).sum() == 35 - 9
@@ -66,13 +66,13 @@ def test_zarr_writes_the_same_bytes(array, tmp_path):
 
 
 def test_tiles_of_zeros_are_written(array):
-    zarr.open_array(array.root / "kernel.zarr", mode="r+")[:3, :4] = 0
-    written = zarr.open_array(array.root / "kernel.zarr", mode="r")[:3, :4]
+    zarr.open_array(array.files.root / "kernel.zarr", mode="r+")[:3, :4] = 0
+    written = zarr.open_array(array.files.root / "kernel.zarr", mode="r")[:3, :4]
     assert (written == 0).all()
 
 
 def test_the_metadata_is_version_3_without_codec(array):
-    there = json.loads((array.root / "kernel.zarr/zarr.json").read_text())
+    there = json.loads((array.files.root / "kernel.zarr/zarr.json").read_text())
     assert there["zarr_format"] == 3
     assert there["fill_value"] == "NaN"
     assert [codec["name"] for codec in there["codecs"]] == ["bytes"]
@@ -90,7 +90,7 @@ def test_creating_again_keeps_what_is_there(array):
 def test_another_array_in_its_place_is_refused(changes, array):
     fields = {"shape": array.shape, "chunks": array.chunks, "dtype": array.dtype, **changes}
     with pytest.raises(StorageError, match=r"holds an array of \(5, 7\).*expected .*another run directory"):
-        TileArray(array.root, array.name, **fields).create()
+        TileArray(array.files.root, array.name, **fields).create()
 
 
 def test_an_array_that_is_not_there(tmp_path):
@@ -98,13 +98,13 @@ def test_an_array_that_is_not_there(tmp_path):
         open_tile_array(tmp_path, "diagonal")
 
 
-def test_metadata_that_cannot_be_read_are_a_storage_error(tmp_path, monkeypatch):
+def test_metadata_that_cannot_be_read_are_a_storage_error(array, monkeypatch):
     def fail(*arguments, **more):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(zarr, "open_array", fail)
     with pytest.raises(StorageError, match=r"reading .*kernel\.zarr failed: Input/output error"):
-        open_tile_array(tmp_path, "kernel.zarr")
+        open_tile_array(array.files, "kernel.zarr")
 
 
 def test_opened_arrays_cannot_be_written(array):
@@ -127,7 +127,7 @@ def test_opened_arrays_cannot_be_written(array):
 )
 def test_rows_are_read_without_their_chunks(array, index):
     whole = fill(array)
-    rows = TileRows(array.root, "kernel.zarr")
+    rows = TileRows(array.files.root, "kernel.zarr")
     assert (rows.shape, rows.dtype, len(rows)) == (whole.shape, whole.dtype, 5)
     np.testing.assert_array_equal(rows[index], whole[index])
     assert rows.attributes["kernel"] == "trace"
@@ -137,13 +137,13 @@ def test_rows_are_read_without_their_chunks(array, index):
 def test_rows_that_are_not_there_are_refused(array, index):
     fill(array)
     with pytest.raises(IndexError):
-        TileRows(array.root, "kernel.zarr")[index]
+        TileRows(array.files.root, "kernel.zarr")[index]
 
 
 def test_rows_of_a_missing_tile_are_an_error(array):
     fill(array)
-    (array.root / array.chunk_path((1, 0))).unlink()
-    rows = TileRows(array.root, "kernel.zarr")
+    (array.files.root / array.chunk_path((1, 0))).unlink()
+    rows = TileRows(array.files.root, "kernel.zarr")
     assert np.isfinite(rows[:3]).all()
     with pytest.raises(StorageError, match="cannot read the tile"):
         rows[2:4]

@@ -10,7 +10,8 @@ import pytest
 from ooc_ntk.errors import StorageError, TransientStorageError
 from ooc_ntk.storage import atomic, retries
 from ooc_ntk.storage.atomic import FileRecord, StagedFile, write_whole
-from ooc_ntk.storage.reading import checksum_file, read_checked, read_stripes
+from ooc_ntk.storage.checked import read_checked, read_stripes
+from ooc_ntk.storage.reading import checksum_file
 
 DATA = np.arange(1000, dtype="<f4")
 CRC = google_crc32c.value(DATA.tobytes())

@@ -11,7 +11,8 @@ import pytest
 
 from ooc_ntk.errors import RunConflictError, RunLockedError, StorageError
 from ooc_ntk.storage.atomic import StagedFile, write_whole
-from ooc_ntk.storage.directory import RunDirectory, free_disk_bytes
+from ooc_ntk.storage.directory import RunDirectory
+from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.storage.manifest import Receipt
 
 HOLDER = """

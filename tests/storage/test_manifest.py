@@ -121,7 +121,7 @@ def test_a_file_that_was_touched_or_copied_is_not_damaged(thorough, manifest, tm
 def test_untouched_files_are_not_read_again(manifest, tmp_path, monkeypatch):
     manifest.commit(publish(tmp_path, "kernel-0-0-0", "k/0/0"))
     read = []
-    monkeypatch.setattr("ooc_ntk.storage.manifest.checksum_file", lambda path: read.append(path) or 0)
+    monkeypatch.setattr("ooc_ntk.storage.local.checksum_file", lambda path: read.append(path) or 0)
     assert not manifest.damage(thorough=False).reasons
     assert read == []
     assert manifest.damage(thorough=True).reasons

@@ -5,24 +5,19 @@ import os
 import sys
 import types
 
-import google_crc32c
 import numpy as np
 import pytest
-import zarr
 
 from ooc_ntk.errors import DamagedFileError, StorageError, TransientStorageError
 from ooc_ntk.storage import gds, reading, retries
-from ooc_ntk.storage.atomic import FileRecord, write_whole
+from ooc_ntk.storage.atomic import write_whole
+from ooc_ntk.storage.checked import read_checked, read_stripes
 from ooc_ntk.storage.reading import (
     ALIGNMENT,
     FileReader,
-    StoreReader,
     aligned_buffer,
     checksum_file,
     padded,
-    read_checked,
-    read_stripes,
-    reader_of,
 )
 
 SIZES = [1, 511, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, 3 * ALIGNMENT + 1000]
@@ -221,32 +216,6 @@ def test_systems_without_preadv(tmp_path, monkeypatch):
     read_checked(tmp_path, record, buffer)
     assert np.array_equal(buffer[: data.size], data)
     assert checksum_file(tmp_path / "tile") == record.crc32c
-
-
-def test_a_store_that_is_no_folder_is_read_by_zarr():
-    store = zarr.storage.MemoryStore()
-    array = zarr.create_array(
-        store=store,
-        name="tiles/a",
-        shape=(5, 6),
-        chunks=(4, 6),
-        dtype="<f4",
-        compressors=None,
-        filters=None,
-        fill_value=0,
-    )
-    array[:] = np.arange(30, dtype="<f4").reshape(5, 6)
-    expected = np.zeros((4, 6), "<f4")
-    expected[0] = np.arange(24, 30)  # the last row, padded to a whole chunk
-    record = FileRecord("tiles/a/c/1/0", expected.nbytes, google_crc32c.value(expected.tobytes()))
-    reader, buffer = reader_of(store), aligned_buffer(expected.nbytes)
-    assert isinstance(reader, StoreReader)
-    reader.read(record, buffer)
-    assert buffer[: expected.nbytes].tobytes() == expected.tobytes()
-    with pytest.raises(DamagedFileError, match="is not what was committed"):
-        reader.read(FileRecord(record.path, record.size, record.crc32c ^ 1), buffer)
-    with pytest.raises(DamagedFileError, match="is missing"):
-        reader.read(FileRecord("tiles/a/c/9/0", record.size, record.crc32c), buffer)
 
 
 class CuFile:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ooc_ntk.errors import DamagedFileError, TransientStorageError
-from ooc_ntk.storage import stripes
+from ooc_ntk.storage import local, stripes
 from ooc_ntk.storage.arrays import TileArray
 from ooc_ntk.storage.stripes import TileStripes
 
@@ -100,7 +100,7 @@ def test_a_tile_that_was_never_committed_is_missing(stored):
 def test_a_misread_tile_passes(stored, monkeypatch):
     """One wrong read of a whole file: the reader says so, and the next pass is right."""
     array, values, records = stored
-    real, left = stripes.read_at, [1]
+    real, left = local.read_at, [1]
 
     def misread(file, path, target, offset):
         count = real(file, path, target, offset)
@@ -109,7 +109,7 @@ def test_a_misread_tile_passes(stored, monkeypatch):
             target[3] ^= 255
         return count
 
-    monkeypatch.setattr(stripes, "read_at", misread)
+    monkeypatch.setattr(local, "read_at", misread)
     reader = TileStripes(array, records, (0,))
     with pytest.raises(TransientStorageError, match="misread once"):
         read(reader, (25, 13))

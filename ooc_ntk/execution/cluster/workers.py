@@ -54,6 +54,7 @@ class Sent:
         session: name of the session.
         plan: the plan, as JSON.
         root: the run directory.
+        store: where the files of the run lie, if not there.
         direct: whether tiles are read past the page cache.
         job: description of the job, or the pickled job with the user's layer rules where it holds live objects.
         digests: the job's digests as the driver found them.
@@ -66,6 +67,7 @@ class Sent:
     session: str
     plan: str
     root: str
+    store: str | None
     direct: bool
     job: Mapping[str, object] | bytes
     digests: Mapping[str, str]
@@ -86,6 +88,7 @@ class Sent:
             session,
             context.plan.to_json(),
             str(context.directory.root.absolute()),
+            context.directory.store,
             direct,
             _described(job),
             work.prepared.digests,
@@ -216,13 +219,13 @@ class Session(WorkerPlugin):
             meter = PeakMeter()
             self._opened.enter_context(meter.watching())
             records: dict[str, FileRecord] = {}
-            directory = RunDirectory(self.sent.root)
+            directory = RunDirectory(self.sent.root, self.sent.store)
             self._context = RunContext(
                 plan,
                 directory,
                 prepared.function,
                 prepared.reader,
-                store_of(plan, directory.root, records, direct=self.sent.direct),
+                store_of(plan, directory.files, records, direct=self.sent.direct),
                 self._stop,
                 meter,
                 lambda phase, amount: None,  # noqa: ARG005 - set for every task
