@@ -155,6 +155,26 @@ def test_a_run_through_a_store_equals_the_local_run(tmp_path, s3, prefix, url, n
     assert not fetched.exists()
 
 
+@pytest.mark.slow
+def test_worker_processes_without_the_run_folder_share_a_store(tmp_path, s3, prefix, url, monkeypatch):
+    from ooc_ntk.execution.cluster import executor
+
+    original = executor.Sent.of
+
+    def elsewhere(*given, **more):
+        return replace(original(*given, **more), root="/nowhere/run")  # another machine
+
+    monkeypatch.setattr(executor.Sent, "of", elsewhere)
+    out = tmp_path / "run"
+    kernel = run("cosine", out, url, scheduler=ooc_ntk.Cluster(workers=2), proof=False)
+    assert bits(kernel) == expected("cosine")
+    assert {"0", "1"} == {
+        json.loads(line)["worker"]
+        for line in (out / "receipts.jsonl").read_text().splitlines()
+        if "release" not in line
+    }
+
+
 def test_a_shared_folder_is_a_store(tmp_path):
     out, shared = tmp_path / "run", tmp_path / "shared folder"
     assert bits(run("passes", out, f"file://{shared}")) == expected("passes")
