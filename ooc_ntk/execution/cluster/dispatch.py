@@ -210,6 +210,11 @@ class Dispatcher:
             self._own.revive()
         if here or self._schedule is None:
             self._alone_since = present
+        elif self._retired and self._own.is_ours and not self._own.wanted:
+            raise ClusterError(
+                "no worker process of this machine can use its device any more; finished tiles are kept: look at the "
+                "devices (nvidia-smi) and run the same command again"
+            )
         elif present - self._alone_since > self._patience:
             raise ClusterError(
                 f"there has been no worker for {self._patience:.0f} s; finished tiles are kept: start workers and run "

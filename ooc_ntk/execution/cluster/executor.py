@@ -100,6 +100,7 @@ class ClusterExecutor:
                             work.commit(perform(work.context, task))
             finally:
                 with suppress(Exception):  # whatever is lost, that is not what should be said
+                    client.unsubscribe_topic(sent.session)
                     tell(client.loop, client._unregister_worker_plugin(sent.session)).result(FORGET_SECONDS)
 
     def _connected(self, plan: Plan, work: Work) -> Client:

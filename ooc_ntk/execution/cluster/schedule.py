@@ -48,6 +48,7 @@ class Schedule:
         for worker in workers:
             self._ready[worker] = []
         self._owners = self._stretches(weight)
+        self._over = bytearray(len(tasks))
         self.left = len(tasks)
         for number, count in enumerate(self._blocked):
             if not count:
@@ -82,20 +83,28 @@ class Schedule:
     def take(self, worker: Hashable) -> Task | None:
         """The next task of a worker, None where nothing is ready."""
         own = self._ready[worker]
+        while own and self._over[own[0]]:  # put back, and then its receipt came
+            own.pop(0)
         if not own:
             most = max(self._ready.values(), key=len)
             half = len(most) - len(most) // 2
             own[:], most[len(most) - half :] = most[len(most) - half :], []
+            own[:] = [number for number in own if not self._over[number]]
         return self._tasks[own.pop(0)] if own else None
 
     def put_back(self, task: Task) -> None:
         """A task that was taken came to nothing: whoever has nothing else to do takes it."""
-        insort(self._ready[_NOBODY], self._place[task])
+        if not self._over[self._place[task]]:
+            insort(self._ready[_NOBODY], self._place[task])
 
     def finished(self, task: Task) -> None:
-        """A task is committed: what waited for it alone is ready."""
+        """A task is committed: what waited for it alone is ready. Said again, it changes nothing."""
+        place = self._place[task]
+        if self._over[place]:
+            return
+        self._over[place] = True
         self.left -= 1
-        for number in self._next[self._place[task]]:
+        for number in self._next[place]:
             self._blocked[number] -= 1
             if not self._blocked[number]:
                 self._make_ready(number)

@@ -179,6 +179,11 @@ class Own:
         self._left = REVIVED_TIMES * self.wanted
 
     @property
+    def is_ours(self) -> bool:
+        """Whether the processes were begun here."""
+        return self._cluster is not None
+
+    @property
     def wanted(self) -> int:
         """Processes that should be there; 0 if they are someone else's."""
         return 0 if self._cluster is None else len(self._cluster.worker_spec)

@@ -133,7 +133,11 @@ class Session(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Called by the worker when the session reaches it."""
+        for other in list(worker.plugins.values()):
+            if isinstance(other, Session) and other is not self and other.sent.root == self.sent.root:
+                other.teardown(worker)  # of a driver that was killed, whose run is gone on with
         self._worker = worker
+        self._one_at_a_time = threading.Lock()  # whatever number of threads the worker has
         self._stop = Stop()
         self._stopped = False
         self._task: Task | None = None
@@ -167,6 +171,10 @@ class Session(WorkerPlugin):
 
     def perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:
         """Perform a task here, and send its receipt. Arguments as for :func:`perform_there`."""
+        with self._one_at_a_time:
+            self._perform(task, records, digest, tiles_only)
+
+    def _perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:
         with self._lock:
             self._task, self._stop = task, Stop()
             if self._stopped:

@@ -96,3 +96,35 @@ def test_workers_may_come_later(workers):
     schedule = Schedule(tasks, graph.dependencies, lambda task: 1.0, workers)
     schedule.joined("a")
     assert schedule.take("a") == Task("rows", 0, 2), "half is left to the next one"
+
+
+def test_what_was_put_back_and_then_came_is_not_done_twice():
+    graph, tasks = work(train=8, test=0, tile=2)
+    schedule = Schedule(tasks, graph.dependencies, lambda task: 1.0, ["a"])
+    first = schedule.take("a")
+    schedule.put_back(first)  # its worker seemed lost
+    schedule.finished(first)  # its receipt was on the way
+    schedule.finished(first)
+    left, found = schedule.left, []
+    assert left == len(tasks) - 1
+    while (task := schedule.take("a")) is not None:
+        found.append(task)
+        schedule.finished(task)
+    assert first not in found
+    assert schedule.left == 0
+    schedule.put_back(first)
+    assert schedule.take("a") is None
+
+
+def test_what_came_to_nothing_is_taken_by_whoever_is_free():
+    graph, tasks = work(train=8, test=0, tile=2)
+    schedule = Schedule(tasks, graph.dependencies, lambda task: 1.0, ["a", "b"])
+    lost = schedule.take("b")
+    schedule.gone("b")
+    schedule.put_back(lost)
+    found = []
+    while (task := schedule.take("a")) is not None:
+        found.append(task)
+        schedule.finished(task)
+    assert lost in found
+    assert schedule.left == 0
