@@ -77,9 +77,10 @@ def test_a_plan_fits_the_machine_or_the_refusal_names_what_would_do(data, worker
     assert plan.promised.device_bytes <= limits.device
 
 
-def test_a_refusal_names_the_limit_of_the_machine_as_it_was_typed():
-    limits = Limits(host=600 * MIB, device=0, disk=2**40)
-    with pytest.raises(BudgetError, match=r"for 2 worker processes: .*the budget is 600 MiB"):
+@pytest.mark.parametrize("size", [600, 10])
+def test_a_refusal_names_the_limit_of_the_machine_as_it_was_typed(size):
+    limits = Limits(host=size * MIB, device=0, disk=2**40)
+    with pytest.raises(BudgetError, match=rf"for 2 worker processes: .*the budget is {size}(\.0)? MiB"):
         plan_for(2, limits=limits)
 
 
