@@ -16,6 +16,7 @@ import torch
 
 import ooc_ntk
 from ooc_ntk.cli import EXIT_TERMINATED
+from ooc_ntk.cli.terminal import EXIT_STOPPED
 from ooc_ntk.units import parse_bytes
 
 #: A model whose workers dawdle over every batch while a file asks them to.
@@ -173,66 +174,59 @@ def test_help_has_a_section_of_where(cli, command):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_workers_in_time_and_the_same_command_goes_on(tmp_path):
-    (tmp_path / "nets.py").write_text(NETS)
-    job = ("--model", f"{tmp_path}/nets.py:small", "--train", "digits[0:60]", "--device", "cpu")
-    fixed = ("--dataflow", "spill", "--tile-samples", "6", "--batch-size", "2")
-    plan, out, report = tmp_path / "plan.json", tmp_path / "run", tmp_path / "report.html"
-    words = [sys.executable, "-m", "ooc_ntk"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # a thread for each worker
-    subprocess.run(
-        [*words, "plan", *job, *fixed, "--workers", "2", "--save", str(plan)],
-        check=True,
-        env=environment,
-        capture_output=True,
-    )
-    command = [*words, "run", *job, *fixed, "--workers", "2", "--plan", str(plan), "--out", str(out), "-q"]
+def test_signals_stop_workers_in_time_and_the_same_command_goes_on(cli, tmp_path, one_thread):
+    job = ("--model", f"{tmp_path}/nets.py:small", "--train", "digits[0:60]", "--device", "cpu", "--batch-size", "2")
+    there = ooc_ntk.Job(model=f"{tmp_path}/nets.py:small", train="digits[0:60]", device="cpu", batch_size=2)
+    out, report = tmp_path / "run", tmp_path / "report.html"
+    preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=6, workers=2)
+    made = ooc_ntk.plan(there, ooc_ntk.Budget("8GiB", disk="1GiB"), preferences=preferences)
+    made.save(tmp_path / "plan.json")
+    command = ("run", *job, "--workers", "2", "--plan", tmp_path / "plan.json", "--out", out)
 
     (tmp_path / "slow").touch()
-    with (tmp_path / "log").open("wb") as log:
-        # A group of its own, which is signalled as a whole: as SLURM does, and a terminal with Ctrl-C.
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        until = time.monotonic() + 120
-        while not (out / "receipts.jsonl").exists() or len((out / "receipts.jsonl").read_text().splitlines()) < 3:
-            assert child.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < until, (tmp_path / "log").read_text()
-            time.sleep(0.02)
-        processes = psutil.Process(child.pid).children(recursive=True)
-        assert len(processes) >= 2
-        os.killpg(child.pid, signal.SIGTERM)
-        sent = time.monotonic()
-        child.wait(60)
-        took = time.monotonic() - sent
-    finally:
-        child.kill()
-        child.wait()
-    said = (tmp_path / "log").read_text()
-    assert child.returncode == EXIT_TERMINATED == 143, said
-    assert took < 10
-    assert "finished tiles are kept" in said
-    assert "Traceback" not in said
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not alive
-    done = {json.loads(line)["key"] for line in (out / "receipts.jsonl").read_text().splitlines()}
+    for number, code in ((signal.SIGINT, EXIT_STOPPED), (signal.SIGTERM, EXIT_TERMINATED)):
+        before = len(keys(out))
+        with (tmp_path / "log").open("wb") as log:
+            words = [sys.executable, "-m", "ooc_ntk", *map(str, command), "-q"]
+            child = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until = time.monotonic() + 120
+            while len(keys(out)) < before + 2:
+                assert child.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < until, (tmp_path / "log").read_text()
+                time.sleep(0.02)
+            processes = psutil.Process(child.pid).children(recursive=True)
+            assert len(processes) >= 2
+            os.killpg(child.pid, number)  # all of them, as a terminal and SLURM do
+            sent = time.monotonic()
+            child.wait(60)
+            took = time.monotonic() - sent
+        finally:
+            child.kill()
+            child.wait()
+        said = (tmp_path / "log").read_text()
+        assert child.returncode == code, said
+        assert took < 10
+        assert "finished tiles are kept" in said
+        assert "Traceback" not in said
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert not alive
+    done = keys(out)
     assert not ooc_ntk.info(out).finished
 
     (tmp_path / "slow").unlink()
-    again = subprocess.run(
-        [*command[:-1], "--performance-report", str(report)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert again.returncode == 0, again.stderr
-    assert re.search(r"dashboard: http://127\.0\.0\.1:\d+/status", again.stderr)
+    again = cli(*command, "--performance-report", report)
+    assert again.exit_code == 0, again.output
+    assert re.search(r"dashboard: http://127\.0\.0\.1:\d+/status", again.output)
     assert "Dask Performance Report" in report.read_text()
-    receipts = [json.loads(line)["key"] for line in (out / "receipts.jsonl").read_text().splitlines()]
-    assert len(receipts) == len(set(receipts)), "nothing that was finished was done again"
-    assert done < set(receipts)
-    made = ooc_ntk.Plan.load(plan)
-    there = ooc_ntk.Job(model=f"{tmp_path}/nets.py:small", train="digits[0:60]", device="cpu", batch_size=2)
+    assert keys(out)[: len(done)] == done
+    assert len(keys(out)) == len(set(keys(out))) == made.task_count, "nothing that was finished was done again"
     reference = ooc_ntk.run(there, tmp_path / "reference", plan=made, scheduler="serial", progress=False)
     assert np.asarray(ooc_ntk.open(out)).tobytes() == np.asarray(reference).tobytes()
     assert list(out.rglob("*.tmp-*")) == []
+
+
+def keys(out):
+    """Of the tasks that are committed, in that order."""
+    log = out / "receipts.jsonl"
+    return [json.loads(line)["key"] for line in log.read_text().splitlines()] if log.exists() else []

@@ -132,6 +132,7 @@ def _started(options: Cluster, threads: int) -> LocalCluster:
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
         "env": dict.fromkeys(names, count),
+        "preload": ["ooc_ntk.execution.cluster.quiet"],
     }
     try:
         if options.devices is None:
