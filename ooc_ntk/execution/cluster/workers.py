@@ -134,7 +134,7 @@ class Session(WorkerPlugin):
         self._stop = Stop()
         self._stopped = False
         self._task: Task | None = None
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._opened = ExitStack()
         self._context: RunContext | None = None
         self._reported = 0.0
@@ -163,7 +163,14 @@ class Session(WorkerPlugin):
                 self._stop.event.set()
 
     def perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:
-        """Perform a task here, and send its receipt. Arguments as for :func:`perform_there`."""
+        """Perform a task here, and send its receipt. Arguments as for :func:`perform_there`.
+
+        One at a time: a worker that someone else started may have several threads, and one model, context and memory.
+        """
+        with self._turn:
+            self._perform(task, records, digest, tiles_only)
+
+    def _perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:
         with self._lock:
             self._task, self._stop = task, Stop()
             if self._stopped:
