@@ -275,7 +275,10 @@ def test_a_model_that_a_spec_builds_is_put_in_eval_mode_and_the_plan_says_so(tmp
         (lambda: ooc_ntk.Budget(host="much"), ["'much'", "'16GiB'"]),
         (lambda: ooc_ntk.Budget(host=0), ["at least one byte", "0"]),
         (lambda: ooc_ntk.run(job(), "unused", scheduler="thread"), ["scheduler 'thread'", "'threads'"]),
-        (lambda: ooc_ntk.run(job(), "unused", scheduler="tcp://host:1"), ["tcp://host:1", "'threads'"]),
+        (lambda: ooc_ntk.run(job(), "unused", scheduler="host:1"), ["scheduler 'host:1'", "tcp://HOST:PORT"]),
+        (lambda: ooc_ntk.run(job(), "unused", scheduler="http://host:1"), ["'http://host:1'", "'tcp://host:8786'"]),
+        (lambda: ooc_ntk.run(job(), "unused", scheduler=8786), ["scheduler must be", "'tcp://host:8786'", "got int"]),
+        (lambda: ooc_ntk.Preferences(workers=0), ["workers", "at least 1", "0"]),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, monkeypatch, call, named):

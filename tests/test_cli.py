@@ -258,7 +258,7 @@ def test_flags_override_the_job_file(cli):
         (("plan", *JOB, "--precision", "bf61"), ["bf61", "bf16"]),
         (("plan", *JOB, "--allow-batch-dependence", "--batch-size", "4"), ["batch_size=4", "alone"]),
         (("plan", "missing.toml"), ["missing.toml"]),
-        (("run", *JOB, "--out", "r", "--scheduler", "tcp://host:1"), ["cluster", "threads"]),
+        (("run", *JOB, "--out", "r", "--scheduler", "tcp:/host:1"), ["tcp:/host:1", "threads", "tcp://HOST:PORT"]),
         (("info", "nowhere"), ["nowhere", "no run"]),
         (("verify", "nowhere"), ["nowhere"]),
         (("extend", "nowhere", "--train", "digits"), ["nowhere", "no run"]),

@@ -8,7 +8,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +17,26 @@ import torch
 from threadpoolctl import threadpool_limits
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
+def resident_bytes(*, children: bool = False) -> int:
+    """Resident memory of this process now, in bytes; with ``children`` that of its living children added."""
+    total = 0
+    for process in _processes(children):
+        with suppress(psutil.Error):  # one that has just ended
+            total += int(process.memory_info().rss)
+    return total
 
 
-def peak_resident_bytes() -> int:
-    """Highest resident memory of this process so far, with its living children added, in bytes.
+def peak_resident_bytes(*, children: bool = True) -> int:
+    """Highest resident memory of this process so far, in bytes; with ``children`` that of its living children added.
 
     Linux reads ``VmHWM``; elsewhere the present resident size is the best there is.
     """
+    return sum(_high_water(process.pid) for process in _processes(children))
+
+
+def _processes(children: bool) -> list[psutil.Process]:
     process = psutil.Process()
-    return _high_water(process.pid) + sum(_high_water(child.pid) for child in process.children(recursive=True))
+    return [process, *(process.children(recursive=True) if children else ())]
 
 
 def _high_water(pid: int) -> int:

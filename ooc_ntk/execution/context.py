@@ -179,11 +179,19 @@ class PeakMeter:
 
     The kernel's high-water mark is exact but covers the whole life of the process; where it has not risen during the
     run, samples of the resident size are the best there is.
+
+    Attributes:
+        children: whether child processes are counted; workers, which are children of the driver, count themselves.
     """
 
-    _mark: int = field(default_factory=peak_resident_bytes)
+    children: bool = True
+    _mark: int = field(init=False)
     _sampled: int = 0
     _done: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        """Take the mark that is there."""
+        self._mark = peak_resident_bytes(children=self.children)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -202,8 +210,8 @@ class PeakMeter:
             self._sampled = max(self._sampled, process.memory_info().rss)
 
     def peak_bytes(self) -> int:
-        """Peak resident bytes since the run began, children added."""
-        mark = peak_resident_bytes()
+        """Peak resident bytes since the run began."""
+        mark = peak_resident_bytes(children=self.children)
         return mark if mark > self._mark else max(self._sampled, psutil.Process().memory_info().rss)
 
 

@@ -19,6 +19,7 @@ from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import BudgetError, DamagedFileError, RunConflictError, RunInterrupted, StorageError
 from ooc_ntk.planning.budget import Budget
 from ooc_ntk.planning.plan import Plan
+from ooc_ntk.planning.planner import FLAGS, format_up
 from ooc_ntk.stopping import Stop, stoppable
 from ooc_ntk.storage.arrays import add_attributes
 from ooc_ntk.storage.directory import RunDirectory
@@ -118,7 +119,8 @@ def check_budget(plan: Plan, budget: Budget | None, processes: int = 0) -> None:
             raise BudgetError(
                 f"the stored plan of this run promises a peak of {format_bytes(promised)} of {name} memory"
                 f"{f' with {processes} worker processes' if processes > 1 and name == 'host' else ''}, the budget is "
-                f" {format_bytes(int(limit))}; raise the budget, or start anew in another --out"
+                f"{format_bytes(int(limit))}; raise {FLAGS[name]} to {format_up(promised)} or more, or start anew in "
+                "another --out"
             )
 
 
@@ -271,7 +273,7 @@ class _Session:
         if not remaining.tasks:
             observer.begin(_totals(plan, remaining), remaining)
             return None
-        meter = PeakMeter()
+        meter = PeakMeter(children=not self.executor.processes)
         context = RunContext(
             plan,
             directory,

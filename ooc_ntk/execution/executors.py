@@ -69,6 +69,13 @@ class Executor(Protocol):
     def run(self, work: Work) -> None:
         """Run every task; the first exception of a task ends the run and is raised."""
 
+    def reach(self) -> None:
+        """Make sure that whoever runs tasks is there, before anything is written.
+
+        Raises:
+            InputError: if a cluster that someone else started is not.
+        """
+
     def check(self, plan: Plan) -> None:
         """Refuse a plan that cannot be followed this way.
 
@@ -105,6 +112,9 @@ class InProcess:
             return perform(context, task, *upstream)
 
         self.loop(work.tasks, work.waits, body, work.commit)
+
+    def reach(self) -> None:
+        """See :meth:`Executor.reach`; this process is."""
 
     def check(self, plan: Plan) -> None:
         """See :meth:`Executor.check`; any plan can."""

@@ -125,6 +125,8 @@ def extend_run(
                 "can be kept; run the job with all samples in another --out"
             )
         _check_next(places)
+        if not coming.holds_run:
+            executor.reach()
         plan = _plan_of(places, new, budget, before, executor.processes)
         with coming.locked():
             if not coming.holds_run:

@@ -62,7 +62,7 @@ def prove_run(
         note(f"proof left out: the run took {format_seconds(seconds)}, a tenth of which is too short; {how}")
         return
     return_free_memory()
-    room = plan.promised.host_bytes - resident_bytes()
+    room = plan.promised.host_bytes - resident_bytes(children=True)  # idle workers are still there
     needed = needed_bytes(plan, prepared)
     if needed > room:
         note(

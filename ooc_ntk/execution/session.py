@@ -176,6 +176,8 @@ def run_job(
         executor.check(asked.plan)
     elif executor.processes:
         asked = replace(asked, preferences=replace(asked.preferences or Preferences(), workers=executor.processes))
+    if not directory.holds_run:
+        executor.reach()
     with directory.locked():
         chosen = _plan_of(directory, prepared, asked, before, executor.processes)
         if chosen.device != prepared.device:

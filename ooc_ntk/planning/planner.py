@@ -573,7 +573,8 @@ def _explain(candidates: list[_Candidate], best: _Candidate, limits: Limits) -> 
 
 
 _MEMORIES: Final[tuple[Literal["host", "device", "disk"], ...]] = ("host", "device", "disk")
-_FLAGS: Final = {"host": "--host-memory", "device": "--device-memory", "disk": "--disk"}
+#: Options that set the limits.
+FLAGS: Final = {"host": "--host-memory", "device": "--device-memory", "disk": "--disk"}
 
 
 def _too_small(candidates: list[_Candidate], limits: Limits) -> BudgetError:
@@ -593,7 +594,7 @@ def _short_of(memory: str, candidate: _Candidate, limits: Limits) -> BudgetError
     short = [m for m in _MEMORIES if need.total(m) > getattr(limits, m)]
     apart = {"host": RESTART_BYTES}
     flags = " and ".join(
-        f"{_FLAGS[m]} to {format_up(limits.all_bytes(m, need.total(m) + apart.get(m, 0)))}" for m in short
+        f"{FLAGS[m]} to {format_up(limits.all_bytes(m, need.total(m) + apart.get(m, 0)))}" for m in short
     )
     share = f" for {limits.workers} worker process{'es' * (limits.workers > 1)}" if limits.workers else ""
     return BudgetError(

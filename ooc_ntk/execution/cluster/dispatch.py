@@ -397,19 +397,22 @@ class Dispatcher:
 
     def _stop(self) -> None:
         """Have everything stop, and commit what is finished nevertheless."""
-        waiting = [attempt.future for flight in self._flights.values() for attempt in flight.attempts]
+        waiting = [attempt for flight in self._flights.values() for attempt in flight.attempts]
         if self._client.status != "running" or not waiting:
             return
         try:
             self._job.stop(None, None)
             until = time.monotonic() + STOP_SECONDS
-            while any(not future.done() for future in waiting) and time.monotonic() < until:
+            while time.monotonic() < until:
+                there = self._client.scheduler_info()["workers"]  # a signal to all processes has ended them as well
+                if all(attempt.future.done() or attempt.worker not in there for attempt in waiting):
+                    break
                 time.sleep(0.05)
             with suppress(queue.Empty):
                 while True:
                     news = self._inbox.get_nowait()
                     if isinstance(news, dict):
                         self._told(news)
-            self._client.cancel(waiting, force=True)
+            self._client.cancel([attempt.future for attempt in waiting], force=True)
         except Exception as error:  # noqa: BLE001 - what stopped the run is what should be said
             logger.info("stopping the workers: %s", error)

@@ -41,6 +41,7 @@ class ClusterExecutor:
         self.options = options
         self._opened = ExitStack()
         self._client: Client | None = None
+        self._shown = False
 
     @staticmethod
     def is_client(value: object) -> bool:
@@ -51,6 +52,11 @@ class ClusterExecutor:
     def processes(self) -> int:
         """See :class:`ooc_ntk.execution.executors.Executor`."""
         return self.options.processes
+
+    def reach(self) -> None:
+        """See :meth:`ooc_ntk.execution.executors.Executor.reach`; processes of this machine are begun with the run."""
+        if self.options.scheduler is not None:
+            self._connected(threads=1)
 
     def check(self, plan: Plan) -> None:
         """See :meth:`ooc_ntk.execution.executors.Executor.check`.
@@ -81,7 +87,11 @@ class ClusterExecutor:
             RunInterrupted: if the run should stop.
         """
         plan = work.context.plan
-        client = self._connected(plan, work)
+        client = self._connected(plan.threads)
+        if client.dashboard_link and not self._shown:
+            self._shown = True
+            needs = "" if find_spec("bokeh") else "  (pip install 'ooc-ntk[cluster]' first: it needs Bokeh)"
+            work.say(f"dashboard: {client.dashboard_link}{needs}")
         sent = Sent.of(
             f"ooc-ntk-{uuid.uuid4().hex[:12]}", work, direct=reads_directly(plan.device, plan.promised.disk_bytes)
         )
@@ -103,13 +113,9 @@ class ClusterExecutor:
                     client.unsubscribe_topic(sent.session)
                     tell(client.loop, client._unregister_worker_plugin(sent.session)).result(FORGET_SECONDS)
 
-    def _connected(self, plan: Plan, work: Work) -> Client:
+    def _connected(self, threads: int) -> Client:
         if self._client is None:
-            self._client = self._opened.enter_context(client_of(self.options, plan.threads))
-            link = self._client.dashboard_link
-            if link:
-                needs = "" if find_spec("bokeh") else "  (pip install 'ooc-ntk[cluster]' first: it needs Bokeh)"
-                work.say(f"dashboard: {link}{needs}")
+            self._client = self._opened.enter_context(client_of(self.options, threads))
         return self._client
 
 

@@ -48,10 +48,11 @@ class PinnedCluster(LocalCluster):
 
     def new_worker_spec(self) -> dict[Any, Any]:
         """The next process: the same as others, but for the device that it sees."""
-        found: dict[Any, Any] = super().new_worker_spec()
-        for spec in found.values():
+        found = {}
+        for name, spec in super().new_worker_spec().items():  # the very same object for every process
             device = self._devices[self._started % len(self._devices)]
-            spec["options"] = {**spec["options"], "env": {**spec["options"]["env"], "CUDA_VISIBLE_DEVICES": device}}
+            options = {**spec["options"], "env": {**spec["options"]["env"], "CUDA_VISIBLE_DEVICES": device}}
+            found[name] = {**spec, "options": options}
             self._started += 1
         return found
 

@@ -137,11 +137,10 @@ class Session(WorkerPlugin):
             if isinstance(other, Session) and other is not self and other.sent.root == self.sent.root:
                 other.teardown(worker)  # of a driver that was killed, whose run is gone on with
         self._worker = worker
-        self._one_at_a_time = threading.Lock()  # whatever number of threads the worker has
         self._stop = Stop()
         self._stopped = False
         self._task: Task | None = None
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._opened = ExitStack()
         self._context: RunContext | None = None
         self._reported = 0.0
@@ -170,8 +169,11 @@ class Session(WorkerPlugin):
                 self._stop.event.set()
 
     def perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:
-        """Perform a task here, and send its receipt. Arguments as for :func:`perform_there`."""
-        with self._one_at_a_time:
+        """Perform a task here, and send its receipt. Arguments as for :func:`perform_there`.
+
+        One at a time: a worker that someone else started may have several threads, and one model, context and memory.
+        """
+        with self._turn:
             self._perform(task, records, digest, tiles_only)
 
     def _perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:

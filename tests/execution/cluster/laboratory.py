@@ -110,9 +110,9 @@ class OutsideCluster:
                 cwd=Path.cwd(),
             )
 
-    def add_worker(self) -> None:
+    def add_worker(self, threads: int = 1) -> None:
         """Begin a worker process."""
-        options = ["--nthreads", "1", "--no-nanny", "--memory-limit", "0", "--no-dashboard"]
+        options = ["--nthreads", str(threads), "--no-nanny", "--memory-limit", "0", "--no-dashboard"]
         self.workers.append(self._start("worker", self.address, *options, "--local-directory", str(self._folder)))
 
     def close(self) -> None:

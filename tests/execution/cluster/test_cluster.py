@@ -1,5 +1,6 @@
 """Worker processes write the same bits as one process, whatever becomes of them."""
 
+import itertools
 import os
 import random
 import re
@@ -200,6 +201,15 @@ def test_a_worker_lost_for_good(job, plan, reference, tmp_path):
         assert cluster.workers[0].poll() is not None
         assert cluster.workers[1].poll() is None
     assert bits(tmp_path / "run") == reference
+
+
+def test_a_worker_of_several_threads_does_one_task_at_a_time(job, plan, reference, tmp_path):
+    with outside_cluster(tmp_path / "cluster", workers=0) as cluster:
+        cluster.add_worker(threads=4)  # as 'dask worker' does where nothing is said
+        ooc_ntk.run(job, tmp_path / "run", plan=plan, scheduler=cluster.address, progress=False, proof=False)
+    assert bits(tmp_path / "run") == reference
+    spans = sorted((entry["started"], entry["started"] + entry["seconds"]) for entry in receipts(tmp_path / "run"))
+    assert all(first[1] <= second[0] + 1e-3 for first, second in itertools.pairwise(spans))
 
 
 def test_all_workers_lost_and_the_scheduler_lost(job, plan, reference, tmp_path):
