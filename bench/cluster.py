@@ -7,7 +7,7 @@
 * ``memory``: tasks that only sleep, 100,000 of them: what driver and scheduler, which are one process, take more than
   when they were idle (bar: 300 MB);
 * ``scaling``: the exact kernel of a small convolutional network by one single-thread worker and by two, in turns: the
-  ratio of their seconds from the first task to the last commit (bar: 1.7), and with starting the workers.
+  ratio of their seconds from the start of the first task to the end of the last (bar: 1.7).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +31,6 @@ import ooc_ntk
 from ooc_ntk.execution.cluster.dispatch import Dispatcher
 from ooc_ntk.execution.cluster.options import Cluster
 from ooc_ntk.execution.cluster.start import client_of
-from ooc_ntk.execution.concurrent import wall_seconds
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.manifest import Manifest, Receipt
 
@@ -42,28 +42,30 @@ from .table import aligned
 #: Share of the wall that handing out may cost, bytes that 100,000 tasks may take, and what a second worker brings.
 OVERHEAD, MEMORY, SCALING = 0.03, 300e6, 1.7
 
-#: Topic under which sleeping tasks report.
-SESSION: Final = "bench"
 
-
-def sleep_there(key: str, seconds: float) -> None:
+def sleep_there(session: str, key: str, seconds: float) -> None:
     """A task that only sleeps, and sends the receipt that a real one would."""
     started = time.time()
     time.sleep(seconds)
     worker = get_worker()
     receipt = Receipt(key, time.time() - started, started=started, worker=str(worker.name))
-    worker.log_event(SESSION, {"task": key, "receipt": receipt.to_json()})
+    worker.log_event(session, {"task": key, "receipt": receipt.to_json()})
 
 
 class Sleeping:
     """Work of a dispatcher: tasks that only sleep. See :class:`ooc_ntk.execution.cluster.dispatch.Job`."""
 
-    session = SESSION
     function = staticmethod(sleep_there)
 
-    def __init__(self, seconds: float, watch: Callable[[int], None] = lambda done: None) -> None:  # noqa: ARG005
-        """Sleep so long in each; ``watch`` is told how many are done."""
-        self.seconds, self.done, self._watch = seconds, 0, watch
+    def __init__(
+        self,
+        seconds: float,
+        watch: Callable[[int], None] = lambda done: None,  # noqa: ARG005
+        manifest: Manifest | None = None,
+    ) -> None:
+        """Sleep so long in each; ``watch`` is told how many are done, and receipts are committed to a manifest."""
+        self.session = f"bench-{uuid.uuid4().hex[:8]}"
+        self.seconds, self.done, self._watch, self._manifest = seconds, 0, watch, manifest
 
     def weight(self, task: Task) -> float:
         """All are alike."""
@@ -72,11 +74,13 @@ class Sleeping:
 
     def arguments(self, task: Task) -> tuple[Any, ...]:
         """What the function is called with."""
-        return task.key, self.seconds
+        return self.session, task.key, self.seconds
 
     def commit(self, task: Task, receipt: Receipt) -> None:
-        """Count a task; its receipt is not kept, as a driver would not."""
-        del task, receipt
+        """Count a task and commit its receipt."""
+        del task
+        if self._manifest is not None:
+            self._manifest.commit(receipt)
         self.done += 1
         self._watch(self.done)
 
@@ -108,8 +112,8 @@ def sleeping_tasks(count: int) -> list[Task]:
 def overhead(smoke: bool, workers: int = 2) -> list[str]:
     """Wall seconds of sleeping tasks beside what the sleeping takes."""
     count, seconds = (6, 0.2) if smoke else (60, 2.0)
-    job = Sleeping(seconds)
-    with client_of(Cluster(workers=workers), 1) as client:
+    with tempfile.TemporaryDirectory() as folder, client_of(Cluster(workers=workers), 1) as client:
+        job = Sleeping(seconds, manifest=Manifest(Path(folder)))
         Dispatcher(client, Sleeping(0.0), 60).run(sleeping_tasks(workers), nothing)  # everything is imported
         dispatcher = Dispatcher(client, job, 60)
         start = time.perf_counter()
@@ -193,7 +197,8 @@ def scaling(smoke: bool, repeats: int = 3) -> list[str]:
                 ooc_ntk.run(job, out, plan=plan, scheduler=Cluster(workers=workers), progress=False, proof=False)
                 whole = time.perf_counter() - start
                 receipts = [receipt for receipt in _receipts(out) if receipt.worker]
-                took[workers] = wall_seconds(receipts)
+                last = max(receipt.started + receipt.seconds for receipt in receipts)
+                took[workers] = last - min(receipt.started for receipt in receipts)
                 busy = sum(receipt.seconds for receipt in receipts) / workers / took[workers]
                 row = (str(workers), f"{took[workers]:.2f}", f"{whole:.2f}", str(len(receipts)), f"{busy:.0%}")
                 table.append(row)

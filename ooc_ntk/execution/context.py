@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -273,6 +274,11 @@ class RunContext:
     def __post_init__(self) -> None:
         """Derive as many samples together as planned, unless told otherwise."""
         self.batch_size = self.batch_size or self.plan.batch_size
+
+    @cached_property
+    def plan_digest(self) -> str:
+        """Digest of the plan."""
+        return self.plan.digest
 
     @property
     def kernel_array(self) -> TileArray:

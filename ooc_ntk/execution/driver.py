@@ -268,8 +268,8 @@ class _Session:
         records = manifest.files()
         direct = reads_directly(plan.device, plan.promised.disk_bytes)
         store = store_of(plan, directory.files, records, direct=direct)
-        receipts = manifest.receipts()
         remaining = remaining_tasks(plan, directory, manifest, store, records)
+        receipts = manifest.receipts()  # with those that were adopted
         if not remaining.tasks:
             observer.begin(_totals(plan, remaining), remaining)
             return None

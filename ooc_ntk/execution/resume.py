@@ -48,7 +48,8 @@ class Remaining:
 def adopt(directory: RunDirectory, manifest: Manifest) -> list[str]:
     """Commit tasks that had published their files when the run stopped; forget the others.
 
-    A file is adopted only if it has the size and checksum of the receipt.
+    A file is adopted only if it has the size and checksum of the receipt, and the receipt is of this plan: a worker
+    whose driver was killed may end a task of another job that was run here before.
 
     Returns:
         Keys of the adopted tasks.
@@ -57,9 +58,9 @@ def adopt(directory: RunDirectory, manifest: Manifest) -> list[str]:
         StorageError: if an object store cannot be reached, or the manifest cannot be written.
     """
     adopted = []
-    known = manifest.receipts()
+    known, plan = manifest.receipts(), manifest.meta("plan")
     for receipt in directory.pending_receipts():
-        if receipt.key not in known and _is_whole(directory, receipt):
+        if receipt.plan == plan and receipt.key not in known and _is_whole(directory, receipt):
             manifest.commit(receipt)
             directory.log_receipt(receipt)
             directory.delete(*receipt.replaces)

@@ -67,7 +67,7 @@ class TileSums:
             The span to go on with.
         """
         saved = SavedSums(self._context, key)
-        if self._several:
+        if self._several and not self._context.worker:  # other workers are at superblocks of their own
             saved.delete_others()
         if not (self._several and self._context.plan.saves_sums):
             return self._spans.start

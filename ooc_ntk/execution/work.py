@@ -171,6 +171,7 @@ def publish(context: RunContext, task: Task, outcome: Outcome, start: float) -> 
             batch_size=context.batch_size if smaller else 0,
             started=time.time() - (time.perf_counter() - start),
             worker=context.worker,
+            plan=context.plan_digest,
         )
         if records:
             context.directory.leave_receipt(receipt)

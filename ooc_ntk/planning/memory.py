@@ -433,6 +433,8 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
         "kernel": _kernel_terms(workload, layout),
         "release": Terms(),  # tiles are given up and files deleted
     }
+    for terms in tasks.values():  # every worker has a task
+        terms.disk = {name: max(1, workload.workers) * size for name, size in terms.disk.items()}
     stays = Terms(disk=_disk_stays(workload, layout))
     stays.host["the process itself (Python, torch, model, live data)"] = workload.baseline_bytes
     if workload.loader_bytes:

@@ -180,7 +180,11 @@ def make_plan(
     candidates[candidates.index(best)] = best = keeping_more
     alternatives, reason = _explain(candidates, best, limits)
     layout, need, cost = best.layout, best.need, best.cost
-    saved = superblock_bytes(workload, layout) if cost.longest_task_seconds > LONGEST_TASK_SECONDS else 0
+    saved = (
+        max(1, workload.workers) * superblock_bytes(workload, layout)
+        if cost.longest_task_seconds > LONGEST_TASK_SECONDS
+        else 0
+    )
     if need.total("disk") + saved > limits.disk:
         saved = 0
     notes = job.notes

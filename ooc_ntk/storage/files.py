@@ -122,6 +122,21 @@ class Files(ABC):
     def reader(self, *, direct: bool = False) -> Reader:
         """What reads whole committed files; past the page cache if ``direct`` and that is possible."""
 
+    def read_whole(self, path: str) -> bytes:
+        """All of a file.
+
+        Raises:
+            StorageError: if it cannot be read.
+        """
+        target = np.empty(self.size(path), dtype=np.uint8)
+        file, done = self.open(path), 0
+        try:
+            while done < target.size and (count := file.read_at(target[done:], done)):
+                done += count
+        finally:
+            file.close()
+        return target[:done].tobytes()
+
     @abstractmethod
     def read_text(self, path: str) -> str:
         """A small file of text.

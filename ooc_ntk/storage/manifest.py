@@ -52,6 +52,7 @@ class Receipt:
         batch_size: samples derived together where the device had no room for as many as planned; 0 as planned.
         started: when the task began, in seconds since the epoch by the clock of the machine that ran it.
         worker: name of the worker process that ran it; empty for the driver itself.
+        plan: digest of the plan that it was done for, which covers the job.
     """
 
     key: str
@@ -68,6 +69,7 @@ class Receipt:
     batch_size: int = 0
     started: float = 0.0
     worker: str = ""
+    plan: str = ""
 
     def to_json(self) -> str:
         """Serialise on one line."""

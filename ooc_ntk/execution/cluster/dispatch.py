@@ -6,7 +6,8 @@ import logging
 import queue
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -19,7 +20,7 @@ from ooc_ntk.storage.manifest import Receipt
 
 from .faults import BrokenDeviceError, UnknownSessionError
 from .schedule import Schedule
-from .start import Own
+from .start import Own, tell
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,15 @@ MOST_KILLED: Final = 6
 
 #: How often a task is given to another worker because its worker could not use its device.
 MOST_BROKEN: Final = 8
+
+#: How often a task meets a worker that does not know of the session.
+MOST_UNKNOWN: Final = 100
+
+#: Seconds to wait for an answer of the scheduler (a choice: a busy one takes one).
+ANSWER_SECONDS: Final = 60.0
+
+#: Tasks of a kind that must be done before one of them is called slow.
+SLOW_AFTER: Final = 3
 
 #: Seconds in which tasks stop when they are asked to.
 STOP_SECONDS: Final = 4.0
@@ -89,7 +99,7 @@ class _Attempt:
     task: Task
     worker: str
     future: Future[Any]
-    since: float
+    since: float  # when it came first in its worker's list
 
 
 @dataclass
@@ -99,6 +109,7 @@ class _Flight:
     attempts: list[_Attempt] = field(default_factory=list)
     killed: int = 0
     broken: int = 0
+    unknown: int = 0
     submitted: int = 0
 
 
@@ -119,7 +130,7 @@ class Dispatcher:
             own: looks after worker processes that this one has begun.
         """
         self._client, self._job, self._patience = client, job, patience
-        self._own = own or Own(client)
+        self._own = own or Own(None)
         self._complete_at = time.monotonic()
         self._inbox: queue.SimpleQueue[_Attempt | dict[str, Any]] = queue.SimpleQueue()
         self._retired: set[str] = set()
@@ -128,6 +139,7 @@ class Dispatcher:
         self._flights: dict[Task, _Flight] = {}
         self._seconds: dict[str, list[float]] = {"rows": [], "kernel": []}
         self._looked = self._alone_since = 0.0
+        self._stopping = False
         self._schedule: Schedule | None = None
         self._by_key: dict[str, Task] = {}
         self._client.subscribe_topic(job.session, lambda event: self._inbox.put(event[1]))
@@ -189,8 +201,9 @@ class Dispatcher:
             return
         self._looked = present
         try:
-            found = self._client.scheduler_info()["workers"]
-        except (OSError, TimeoutError, RuntimeError) as error:
+            # Not the client's own copy, which it refreshes without workers at any time.
+            found = self._ask(self._scheduler.identity(n_workers=-1))["workers"]
+        except (OSError, TimeoutError, RuntimeError, CancelledError) as error:
             raise self._scheduler_lost() from error
         if self._client.status != "running":
             raise self._scheduler_lost()
@@ -208,18 +221,35 @@ class Dispatcher:
         elif present - self._complete_at > REVIVE_SECONDS:
             self._complete_at = present
             self._own.revive()
-        if here or self._schedule is None:
+        if here or not self._alone_since:
             self._alone_since = present
         elif self._retired and self._own.is_ours and not self._own.wanted:
             raise ClusterError(
                 "no worker process of this machine can use its device any more; finished tiles are kept: look at the "
                 "devices (nvidia-smi) and run the same command again"
             )
-        elif present - self._alone_since > self._patience:
+        elif present - self._alone_since > self._patience and (self._own.is_ours or self._schedule is not None):
             raise ClusterError(
                 f"there has been no worker for {self._patience:.0f} s; finished tiles are kept: start workers and run "
                 "the same command again"
             )
+
+    def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """The scheduler's answer; the run can be stopped meanwhile.
+
+        Raises:
+            TimeoutError: if there is none in time.
+            RunInterrupted: if the run should stop.
+        """
+        answer, until = tell(self._client.loop, call), time.monotonic() + ANSWER_SECONDS
+        while not answer.done() and time.monotonic() < until:
+            wait([answer], timeout=WAKE_SECONDS)
+            if not answer.done() and not self._stopping:
+                self._job.check_stop()
+        if not answer.done():
+            answer.cancel()
+            raise TimeoutError("the scheduler does not answer")
+        return answer.result()
 
     def _gone(self, address: str) -> None:
         """Let others do what a worker had. The scheduler would only wait for that very worker."""
@@ -233,6 +263,11 @@ class Dispatcher:
             if task == held[0]:  # it was at work
                 self._killed(task, flight)
             self._again(task, flight)
+
+    @property
+    def _scheduler(self) -> Any:
+        """What calls of the scheduler go through."""
+        return self._client.scheduler
 
     def _scheduler_lost(self) -> ClusterError:
         return ClusterError(
@@ -281,7 +316,9 @@ class Dispatcher:
             return
         now = time.monotonic()
         for task, flight in self._flights.items():
-            taken = self._seconds.get(task.kind) or [0.0]
+            taken = self._seconds[task.kind]
+            if len(taken) < SLOW_AFTER:  # nobody knows yet what is slow
+                continue
             limit = max(SLOW_SECONDS, SLOW_TIMES * statistics.median(taken))
             if self._single(task) and now - flight.attempts[0].since > limit and flight.attempts[0].worker != worker:
                 logger.info("%s takes long on %s; starting it on %s too", task.key, flight.attempts[0].worker, worker)
@@ -295,7 +332,7 @@ class Dispatcher:
     def _drop(self, attempt: _Attempt) -> None:
         """Take a task from a worker; one that is at work goes on and comes to nothing."""
         self._forget(attempt)
-        attempt.future.cancel(reason="another worker does it", msg="another worker does it")
+        tell(self._client.loop, self._client._cancel([attempt.future]))
 
     def _forget(self, attempt: _Attempt) -> None:
         """An attempt is no longer waited for."""
@@ -303,6 +340,9 @@ class Dispatcher:
         held = self._held.get(attempt.worker, [])
         if attempt.task in held:
             held.remove(attempt.task)
+            for following in self._flights.get(held[0], _Flight()).attempts if held else ():
+                if following.worker == attempt.worker:
+                    following.since = time.monotonic()
 
     # What comes back
 
@@ -364,6 +404,9 @@ class Dispatcher:
                 raise error
             self._retire(attempt.worker, error)
         elif isinstance(error, UnknownSessionError):
+            flight.unknown += 1
+            if flight.unknown >= MOST_UNKNOWN:
+                raise error
             time.sleep(WAKE_SECONDS)  # it has only just joined
         else:
             raise error
@@ -391,7 +434,7 @@ class Dispatcher:
         self._retired.add(address)
         self._own.retire(self._workers.pop(address, address))
         self._gone(address)
-        self._client.retire_workers([address], close_workers=True)
+        tell(self._client.loop, self._scheduler.retire_workers(workers=[address], close_workers=True))
 
     # Stopping
 
@@ -400,19 +443,22 @@ class Dispatcher:
         waiting = [attempt for flight in self._flights.values() for attempt in flight.attempts]
         if self._client.status != "running" or not waiting:
             return
+        self._stopping = True
         try:
             self._job.stop(None, None)
             until = time.monotonic() + STOP_SECONDS
             while time.monotonic() < until:
-                there = self._client.scheduler_info()["workers"]  # a signal to all processes has ended them as well
+                # A signal to all processes has ended workers as well.
+                answer = tell(self._client.loop, self._scheduler.identity(n_workers=-1))
+                there = answer.result(max(0.1, until - time.monotonic()))["workers"]
                 if all(attempt.future.done() or attempt.worker not in there for attempt in waiting):
                     break
-                time.sleep(0.05)
+                time.sleep(WAKE_SECONDS)
             with suppress(queue.Empty):
                 while True:
                     news = self._inbox.get_nowait()
                     if isinstance(news, dict):
                         self._told(news)
-            self._client.cancel([attempt.future for attempt in waiting], force=True)
+            tell(self._client.loop, self._client._cancel([attempt.future for attempt in waiting], force=True))
         except Exception as error:  # noqa: BLE001 - what stopped the run is what should be said
             logger.info("stopping the workers: %s", error)

@@ -21,7 +21,7 @@ from ooc_ntk.planning.tasks import Task
 from .dispatch import Dispatcher
 from .inputs import records_of
 from .options import Cluster
-from .start import client_of, register, reported, tell
+from .start import Own, client_of, register, reported, tell
 from .workers import Sent, Session, perform_there, stop_there
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,11 @@ class ClusterExecutor:
                 "tiles on disk; leave --workers, --devices or --scheduler out to go on in one process, or start anew "
                 "in another --out"
             )
+        if self.options.devices is not None and plan.device not in ("cuda", "cuda:0"):
+            raise RunConflictError(
+                f"the plan is for {plan.device}, and each process of --devices sees one device, which it calls cuda; "
+                "leave --device out, or plan with --device cuda"
+            )
 
     def close(self) -> None:
         """End what was started."""
@@ -98,10 +103,11 @@ class ClusterExecutor:
         passes: dict[int, list[Task]] = defaultdict(list)
         for task in work.tasks:
             passes[task.generation].append(task)
+        own = Own(client if self.options.scheduler is None else None)
         with reported(self.options, client):
-            register(client, Session(sent), sent.session)
+            register(client, Session(sent), sent.session, work.context.check_stop)
             try:
-                dispatcher = Dispatcher(client, _Job(client, sent.session, work), self.options.patience)
+                dispatcher = Dispatcher(client, _Job(client, sent.session, work), self.options.patience, own)
                 for generation in sorted(passes):
                     tasks = passes[generation]
                     dispatcher.run([task for task in tasks if task.kind != "release"], work.waits)

@@ -56,6 +56,10 @@ class Cluster:
             raise InputError(
                 f"scheduler {self.scheduler!r} is no address of a Dask scheduler; it looks like 'tcp://host:8786'"
             )
+        if getattr(self.scheduler, "asynchronous", False):
+            raise InputError(
+                "an asynchronous Client cannot be waited for; give the scheduler's address, or Client(...)"
+            )
         if self.workers is not None and (
             isinstance(self.workers, bool) or not isinstance(self.workers, int) or not 1 <= self.workers <= 1024
         ):

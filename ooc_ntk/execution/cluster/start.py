@@ -6,8 +6,9 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import threading
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
@@ -30,6 +31,9 @@ CONNECT_SECONDS: Final = 10.0
 
 #: How often each process on this machine is begun again when it ended at its start.
 REVIVED_TIMES: Final = 20
+
+#: Seconds to wait until all workers are told of a session.
+REGISTER_SECONDS: Final = 30.0
 
 #: How often workers are told of a session, where some die meanwhile.
 REGISTER_TIMES: Final = 5
@@ -174,9 +178,10 @@ def tell(loop: IOLoop | None, call: Coroutine[Any, Any, Any]) -> Future[Any]:
 class Own:
     """Worker processes that were begun here: those whose starter has given up are begun again."""
 
-    def __init__(self, client: Client) -> None:
-        """Look after the processes of a client's cluster, if it has begun any."""
-        self._cluster = client.cluster if isinstance(client.cluster, SpecCluster) else None
+    def __init__(self, client: Client | None) -> None:
+        """Look after the processes of the cluster that a client was begun with; None if others look after them."""
+        found = None if client is None else client.cluster
+        self._cluster = found if isinstance(found, SpecCluster) else None
         self._left = REVIVED_TIMES * self.wanted
 
     @property
@@ -214,22 +219,46 @@ class Own:
                 del self._cluster.worker_spec[key]
 
 
-def register(client: Client, plugin: WorkerPlugin, name: str) -> None:
+def register(client: Client, plugin: WorkerPlugin, name: str, check_stop: Callable[[], None]) -> None:
     """Send something to every worker there is and every one that joins later.
+
+    A worker that hangs is not waited for: whatever it does not know it says when it is asked to use it.
+
+    Args:
+        client: the client.
+        plugin: what is sent.
+        name: its name.
+        check_stop: raises if the run should stop.
 
     Raises:
         ClusterError: if workers cannot take it.
     """
-    for attempt in range(REGISTER_TIMES):
-        try:
-            client.register_plugin(plugin, name=name)
-        except ImportError as error:
-            raise ClusterError(
-                f"a worker cannot load this package ({error}); install ooc-ntk {version('ooc-ntk')} in its environment"
-            ) from error
-        except OSError as error:  # a worker died while it was told
-            if attempt + 1 == REGISTER_TIMES:
-                raise ClusterError(f"workers cannot be told what to do: {error}; run the same command again") from error
-            time.sleep(1.0)
-        else:
-            return
+    failure: list[BaseException] = []
+
+    def tell_all() -> None:
+        for attempt in range(REGISTER_TIMES):
+            try:
+                client.register_plugin(plugin, name=name)
+            except OSError as error:  # a worker died while it was told
+                if attempt + 1 == REGISTER_TIMES:
+                    failure.append(error)
+                time.sleep(1.0)
+            except BaseException as error:  # noqa: BLE001 - raised by the caller
+                failure.append(error)
+                return
+            else:
+                return
+
+    thread = threading.Thread(target=tell_all, name="ooc-ntk-register", daemon=True)
+    thread.start()
+    until = time.monotonic() + REGISTER_SECONDS
+    while thread.is_alive() and time.monotonic() < until:
+        thread.join(0.1)
+        check_stop()
+    if not failure:
+        return
+    if isinstance(failure[0], ImportError):
+        raise ClusterError(
+            f"a worker cannot load this package ({failure[0]}); install ooc-ntk {version('ooc-ntk')} in its environment"
+        ) from failure[0]
+    raise ClusterError(f"workers cannot be told what to do: {failure[0]}; run the same command again") from failure[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from distributed.protocol.pickle import dumps, loads
 from ooc_ntk.compute.machine import return_device_memory, return_free_memory
 from ooc_ntk.compute.rules.table import layer_rule, registered_rules
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.errors import ClusterError, InputError, OocNtkError, RunConflictError
+from ooc_ntk.errors import ClusterError, InputError, OocNtkError, RunConflictError, RunInterrupted, StorageError
 from ooc_ntk.execution.context import PeakMeter, RunContext, reproducible
 from ooc_ntk.execution.executors import Work
 from ooc_ntk.execution.prepare import PreparedJob, prepare, with_head
@@ -42,6 +43,9 @@ REPORT_SECONDS: Final = 0.5
 _SAME: Final = ("ooc-ntk",)
 _ALIKE: Final = ("torch", "numpy")
 
+#: Two sessions may be in one process, which has one set of settings for torch, and one memory.
+_TURN: Final = threading.Lock()
+
 #: Parts of a job's digest that a worker must find as the driver did; kernel settings come with the plan.
 _COMPARED: Final = {"model": "model", "data": "data"}
 
@@ -56,7 +60,7 @@ class Sent:
         root: the run directory.
         store: where the files of the run lie, if not there.
         direct: whether tiles are read past the page cache.
-        job: description of the job, or the pickled job with the user's layer rules where it holds live objects.
+        job: description of the job; or the file that holds the pickled job, with the user's layer rules.
         digests: the job's digests as the driver found them.
         structure: what layer rules derive.
         disk_margin: free bytes of disk below which tasks stop.
@@ -69,7 +73,7 @@ class Sent:
     root: str
     store: str | None
     direct: bool
-    job: Mapping[str, object] | bytes
+    job: Mapping[str, object] | str
     digests: Mapping[str, str]
     structure: Structure
     disk_margin: int
@@ -90,7 +94,7 @@ class Sent:
             str(context.directory.root.absolute()),
             context.directory.store,
             direct,
-            _described(job),
+            _described(job, context.directory),
             work.prepared.digests,
             context.structure,
             context.disk_margin,
@@ -99,23 +103,29 @@ class Sent:
         )
 
 
-def _described(job: Job) -> Mapping[str, object] | bytes:
-    """A job in values, or with its live objects pickled; what it has opened stays here."""
+def _described(job: Job, directory: RunDirectory) -> Mapping[str, object] | str:
+    """A job in values; or, where it holds live objects, the path of the file that they are pickled into, by its hash.
+
+    What it has opened stays here. The file goes with the tiles when the run is finished.
+    """
     if not job.is_live:
         return job.spec()
     try:
-        return bytes(dumps((replace(job), registered_rules())))
+        data = bytes(dumps((replace(job), registered_rules())))
     except Exception as error:  # whatever a user's object raises
         raise InputError(
             f"the job's live objects cannot be sent to worker processes ({type(error).__name__}: {error}); give model "
             "and data as specs such as 'file.py:factory', which workers load themselves"
         ) from error
+    path = f"tiles/job-{hashlib.blake2b(data, digest_size=16).hexdigest()}.pickle"
+    directory.files.write_whole(path, data)
+    return path
 
 
-def _job_of(sent: Sent, plan: Plan) -> Job:
+def _job_of(sent: Sent, plan: Plan, directory: RunDirectory) -> Job:
     """The job as it was sent, on this process's device."""
-    if isinstance(sent.job, bytes):
-        found: tuple[Job, dict[Any, Any]] = loads(sent.job)
+    if isinstance(sent.job, str):
+        found: tuple[Job, dict[Any, Any]] = loads(directory.files.read_whole(sent.job))
         job, rules = found
         for kind, rule in rules.items():
             layer_rule(kind)(rule)
@@ -134,13 +144,13 @@ class Session(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Called by the worker when the session reaches it."""
         for other in list(worker.plugins.values()):
-            if isinstance(other, Session) and other is not self and other.sent.root == self.sent.root:
+            if isinstance(other, Session) and other is not self and other.run == self.run:
                 other.teardown(worker)  # of a driver that was killed, whose run is gone on with
         self._worker = worker
         self._stop = Stop()
         self._stopped = False
         self._task: Task | None = None
-        self._lock, self._turn = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._opened = ExitStack()
         self._context: RunContext | None = None
         self._reported = 0.0
@@ -151,9 +161,16 @@ class Session(WorkerPlugin):
         """Called when the session ends: memory goes back, whatever task is at work stops."""
         self.stop(None)
         self._log.remove()
+        with self._lock:
+            at_work = self._task is not None
+        if not at_work:  # otherwise the task gives it back when it has stopped
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Give back what the session holds in this process."""
         self._opened.close()
         context, self._context = self._context, None
-        if context is not None and self._task is None:  # otherwise it goes when the task has stopped
+        if context is not None:
             context.reader.close()
             context.drop_buffers()
             device = context.plan.device
@@ -173,7 +190,7 @@ class Session(WorkerPlugin):
 
         One at a time: a worker that someone else started may have several threads, and one model, context and memory.
         """
-        with self._turn:
+        with _TURN:
             self._perform(task, records, digest, tiles_only)
 
     def _perform(self, task: Task, records: Mapping[str, FileRecord], digest: str | None, tiles_only: bool) -> None:
@@ -182,6 +199,8 @@ class Session(WorkerPlugin):
             if self._stopped:
                 self._stop.event.set()
         try:
+            if self._stop.event.is_set():
+                raise RunInterrupted("stopped")
             context = self._loaded()
             context.stop = self._stop
             assert isinstance(context.records, dict)
@@ -208,14 +227,19 @@ class Session(WorkerPlugin):
             self._worker.log_event(self.name, {"task": task.key, "receipt": receipt.to_json()})
         finally:
             with self._lock:
-                self._task = None
+                self._task, stopped = None, self._stopped
+            if stopped:
+                self._give_back()
 
     def _loaded(self) -> RunContext:
         """The context of this process, made at the first task."""
         if self._context is None:
             self._compare_versions()
             plan = Plan.from_json(self.sent.plan)
-            job = _job_of(self.sent, plan)
+            directory = RunDirectory(self.sent.root, self.sent.store)
+            if self.sent.store is None:
+                self._find(directory, plan)
+            job = _job_of(self.sent, plan, directory)
             try:
                 prepared = prepare(job)
             except OocNtkError as error:
@@ -229,7 +253,6 @@ class Session(WorkerPlugin):
             meter = PeakMeter()
             self._opened.enter_context(meter.watching())
             records: dict[str, FileRecord] = {}
-            directory = RunDirectory(self.sent.root, self.sent.store)
             self._context = RunContext(
                 plan,
                 directory,
@@ -247,6 +270,23 @@ class Session(WorkerPlugin):
                 worker=str(self._worker.name),
             )
         return self._context
+
+    @property
+    def run(self) -> tuple[str, str | None, str]:
+        """What run a session is of."""
+        return self.sent.root, self.sent.store, self.sent.plan
+
+    def _find(self, directory: RunDirectory, plan: Plan) -> None:
+        """Refuse to begin where the run directory is not the driver's."""
+        try:
+            there = Plan.load(directory.plan_path).digest
+        except StorageError:
+            there = ""
+        if there != plan.digest:
+            raise InputError(
+                f"worker {self._worker.address} does not find the run in {directory.root}: the run directory must lie "
+                "on a file system that all workers share under the same path; or keep the tiles in a store with --store"
+            )
 
     def _compare_versions(self) -> None:
         """Refuse another version of this package, and say which libraries differ."""
@@ -337,7 +377,10 @@ class _Forward(logging.Handler):
         self._worker, self._topic = worker, topic
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._worker.log_event(self._topic, {"warning": record.getMessage(), "worker": str(self._worker.name)})
+        try:
+            self._worker.log_event(self._topic, {"warning": record.getMessage(), "worker": str(self._worker.name)})
+        except Exception:  # noqa: BLE001 - the connection is gone, and a warning is no reason to fail
+            self.handleError(record)
 
     def install(self) -> None:
         root = logging.getLogger("ooc_ntk")
@@ -347,4 +390,4 @@ class _Forward(logging.Handler):
     def remove(self) -> None:
         root = logging.getLogger("ooc_ntk")
         root.removeHandler(self)
-        root.propagate = True
+        root.propagate = not any(isinstance(handler, _Forward) for handler in root.handlers)
