@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 import ooc_ntk
 from ooc_ntk.cli import app
+from ooc_ntk.execution.cluster.dispatch import MOST_KILLED, SLOW_SECONDS, SLOW_TIMES
+from ooc_ntk.execution.cluster.options import PATIENCE_SECONDS
 from ooc_ntk.inputs.images.catalog import CATALOG
 from ooc_ntk.inputs.images.catalog import IMAGENET as IMAGENET_PIXELS
 from ooc_ntk.inputs.images.seeds import parse_seed_name
@@ -30,7 +32,7 @@ from tests.inputs.images.real_files import write_cifar10, write_imagefolder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers are imported
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("migration.md", "data-and-models.md", "object-stores.md")
+PAGES = ("migration.md", "data-and-models.md", "object-stores.md", "clusters.md")
 
 #: A block of code, with what a comment before it says of running it.
 BLOCK = re.compile(r"(?:^<!-- (not run|needs): (.+?) -->\n+)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -191,6 +193,17 @@ def _table(page: str, first: str) -> dict[str, list[str]]:
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         rows[cells[0]] = cells[1:]
     return rows
+
+
+def test_numbers_of_clusters() -> None:
+    text = (DOCS / "clusters.md").read_text()
+    rows = _table("clusters.md", "what | what happens")
+    assert f"the seconds to go on without any worker ({PATIENCE_SECONDS:.0f})" in text
+    assert f"`patience` ({PATIENCE_SECONDS:.0f} s)" in rows["all workers are lost"][0]
+    assert (SLOW_TIMES, SLOW_SECONDS) == (2.0, 3.0)
+    assert "twice the median of its kind, and three seconds" in rows["a worker hangs or is slow"][0]
+    assert MOST_KILLED == 6
+    assert "a task takes six workers with it, one after the other" in rows
 
 
 def test_table_of_data_sets() -> None:

@@ -1,7 +1,10 @@
 """What this machine has."""
 
 import pathlib
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -138,3 +141,18 @@ def test_the_cpu_has_no_device_memory():
     assert machine.device_memory("cpu") == (0, 0)
     assert machine.peak_device_bytes("cpu") == 0
     assert machine.host_to_device_rate("cpu") == 0
+
+
+def test_children_are_counted_where_they_are_asked_for():
+    child = subprocess.Popen([sys.executable, "-c", "import time; x = bytearray(64 << 20); time.sleep(60)"])
+    try:
+        until = time.monotonic() + 30
+        while machine.resident_bytes(children=True) - machine.resident_bytes() < 64 << 20:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        alone = machine.peak_resident_bytes(children=False)
+        assert alone >= machine.resident_bytes() * 0.99
+        assert machine.peak_resident_bytes() >= alone + (64 << 20)
+    finally:
+        child.kill()
+        child.wait()

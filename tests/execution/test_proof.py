@@ -256,7 +256,7 @@ def test_directions_are_held_as_memory_allows(compute):
 def ample(monkeypatch):
     """Time and memory for a proof, whatever this process has taken already."""
     monkeypatch.setattr(proving, "TIME_SHARE", 1e6)
-    monkeypatch.setattr(proving, "resident_bytes", lambda: -(2**40))
+    monkeypatch.setattr(proving, "resident_bytes", lambda **_: -(2**40))
 
 
 def run(out, lines, **options):
@@ -293,7 +293,7 @@ def test_a_proof_can_be_switched_off(tmp_path, ample, monkeypatch):
     ("what", "value", "said"),
     [
         ("SHORTEST_SECONDS", float("inf"), "a tenth of which is too short"),
-        ("resident_bytes", lambda: 2**50, "proof left out: needs "),
+        ("resident_bytes", lambda **_: 2**50, "proof left out: needs "),
     ],
 )
 def test_a_proof_that_does_not_fit_is_left_out(what, value, said, tmp_path, ample, monkeypatch):

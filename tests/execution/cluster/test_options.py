@@ -102,7 +102,12 @@ def _seen():
 @pytest.mark.slow
 def test_each_process_sees_its_own_device_also_when_it_is_begun_again(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,9")
-    options = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None, "env": {"OMP_NUM_THREADS": "1"}}
+    options = {
+        "threads_per_worker": 1,
+        "memory_limit": 0,
+        "dashboard_address": "127.0.0.1:0",
+        "env": {"OMP_NUM_THREADS": "1"},
+    }
     with PinnedCluster((0, 2), **options) as cluster, Client(cluster, set_as_default=False) as client:
         client.wait_for_workers(2, timeout=60)
         before = client.run(_seen)
