@@ -140,7 +140,7 @@ def _started(options: Cluster, threads: int) -> LocalCluster:
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
         "env": dict.fromkeys(names, count),
-        "preload": "ooc_ntk.execution.cluster.preload",
+        "preload": ["ooc_ntk.execution.cluster.preload"],  # a list: dask-cuda adds its own
     }
     try:
         if options.devices is None:
