@@ -730,3 +730,30 @@ def test_a_disk_that_is_really_full_stops_a_run_that_can_go_on(
     (small_disk / "ballast").unlink()
     assert bits(run(out)) == expected(dataflow)
     assert ooc_ntk.verify(out, make_job()).passed
+
+
+@pytest.mark.parametrize("same_plan", [True, False])
+def test_what_a_late_worker_left_of_another_job_is_not_adopted(tmp_path, rates, same_plan):
+    """A driver was killed, its run deleted, and another one begun there; then a worker ended a task of the first."""
+    inputs = torch.randn(24, 6, generator=torch.Generator().manual_seed(3))
+    plans, outs = [], [tmp_path / "first", tmp_path / "second"]
+    for seed, out in enumerate(outs):
+        torch.manual_seed(seed)
+        job = ooc_ntk.Job(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh()).eval(), inputs, device="cpu")
+        preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=8, superblock_tiles=1)
+        plans.append(ooc_ntk.plan(job, ooc_ntk.Budget(host="8GiB", disk="1GiB"), preferences=preferences, rates=rates))
+        ooc_ntk.run(job, out, plan=plans[-1], progress=False, proof=False)
+    expected = (outs[1] / "kernel.zarr/c/1/0").read_bytes()
+    manifests = [Manifest(out) for out in outs]
+    late = manifests[0].receipts()["kernel-0-1-0"]
+    manifests[1].withdraw(["kernel-0-1-0", "release-0-0-0"])
+    for manifest in manifests:
+        manifest.close()
+    for record in late.files:
+        (outs[1] / record.path).write_bytes((outs[0] / record.path).read_bytes())
+    late = replace(late, plan=plans[1].digest if same_plan else plans[0].digest)
+    (outs[1] / "pending").mkdir()
+    (outs[1] / "pending/kernel-0-1-0.json").write_text(late.to_json())
+    ooc_ntk.run(job, outs[1], progress=False, proof=False)
+    found = (outs[1] / "kernel.zarr/c/1/0").read_bytes()
+    assert (found != expected) if same_plan else (found == expected), "only what says that it is of this plan"

@@ -144,3 +144,22 @@ def test_the_plan_says_how_many_and_what_each_takes():
     assert "in each of 2 worker processes" in text
     assert "in 1 worker process" in str(plan_for(1))
     assert "worker" not in str(make_plan(small_workload(), ample(), UNCALIBRATED))
+
+
+def test_every_worker_has_files_of_its_own_on_the_disk():
+    from ooc_ntk.planning.layout import Layout
+    from ooc_ntk.planning.memory import FOLDED_SPANS, memory_need
+    from ooc_ntk.planning.tiles import Range
+
+    workload = small_workload()
+    columns = max(1, workload.columns // (2 * FOLDED_SPANS))
+    layout = Layout("spill", 8, columns, (Range(0, 1),), (), "square", 4)
+    layout = dataclasses.replace(layout, passes=(Range(0, len(layout.spans(workload))),))
+    need = {workers: memory_need(dataclasses.replace(workload, workers=workers), layout).disk for workers in (0, 1, 4)}
+    term = "sums of a superblock in float64"
+    assert need[0][term] > 0
+    assert need[1] == need[0]
+    assert need[4][term] == 4 * need[0][term]
+    assert {name: size for name, size in need[4].items() if name != term} == {
+        name: size for name, size in need[0].items() if name != term
+    }, "tiles and kernel are there once"

@@ -403,3 +403,21 @@ def test_live_objects_that_cannot_travel(folder, rates, tmp_path):
 def test_no_scheduler_there(job, plan, tmp_path):
     with pytest.raises(InputError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9 "):
         ooc_ntk.run(job, tmp_path / "run", plan=plan, scheduler="tcp://127.0.0.1:9", progress=False)
+
+
+def test_tasks_at_work_are_not_called_slow_before_any_is_done(tmp_path):
+    from bench.cluster import Sleeping, nothing, sleeping_tasks
+    from ooc_ntk.execution.cluster.dispatch import SLOW_SECONDS, Dispatcher
+    from ooc_ntk.execution.cluster.start import client_of
+
+    class Counted(Sleeping):
+        def arguments(self, task):
+            begun.append(task)
+            return super().arguments(task)
+
+    begun: list = []
+    with client_of(ooc_ntk.Cluster(workers=3), 1) as client:
+        job = Counted(SLOW_SECONDS + 2)
+        Dispatcher(client, job, 60).run(sleeping_tasks(2), nothing)
+    assert job.done == 2
+    assert len(begun) == 2, "each was handed out once"
