@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections import defaultdict
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Any
 
 from distributed import Client
 
@@ -21,13 +20,10 @@ from ooc_ntk.planning.tasks import Task
 from .dispatch import Dispatcher
 from .inputs import records_of
 from .options import Cluster
-from .start import Own, client_of, register, reported, tell
+from .start import FORGET_SECONDS, Own, client_of, forget_dead, register, reported, session_name, tell
 from .workers import Sent, Session, perform_there, stop_there
 
 logger = logging.getLogger(__name__)
-
-#: Seconds to wait for workers to forget a session; those that do not answer are lost or hung.
-FORGET_SECONDS: Final = 5.0
 
 
 class ClusterExecutor:
@@ -97,12 +93,11 @@ class ClusterExecutor:
             self._shown = True
             needs = "" if find_spec("bokeh") else "  (pip install 'ooc-ntk[cluster]' first: it needs Bokeh)"
             work.say(f"dashboard: {client.dashboard_link}{needs}")
-        sent = Sent.of(
-            f"ooc-ntk-{uuid.uuid4().hex[:12]}", work, direct=reads_directly(plan.device, plan.promised.disk_bytes)
-        )
+        sent = Sent.of(session_name(client), work, direct=reads_directly(plan.device, plan.promised.disk_bytes))
         passes: dict[int, list[Task]] = defaultdict(list)
         for task in work.tasks:
             passes[task.generation].append(task)
+        forget_dead(client)
         own = Own(client if self.options.scheduler is None else None)
         with reported(self.options, client):
             register(client, Session(sent), sent.session, work.context.check_stop)

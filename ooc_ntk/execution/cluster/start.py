@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -31,6 +32,12 @@ CONNECT_SECONDS: Final = 10.0
 
 #: How often each process on this machine is begun again when it ended at its start.
 REVIVED_TIMES: Final = 20
+
+#: Seconds to wait for workers to forget a session; those that do not answer are lost or hung.
+FORGET_SECONDS: Final = 5.0
+
+#: What names of sessions begin with; the client's follows.
+_SESSION: Final = "ooc-ntk~"
 
 #: Seconds to wait until all workers are told of a session.
 REGISTER_SECONDS: Final = 30.0
@@ -217,6 +224,27 @@ class Own:
         if self._cluster is not None:
             for key in [key for key in self._cluster.worker_spec if str(key) == name]:
                 del self._cluster.worker_spec[key]
+
+
+def session_name(client: Client) -> str:
+    """A name for a new session of a client."""
+    return f"{_SESSION}{client.id}~{uuid.uuid4().hex[:12]}"
+
+
+def forget_dead(client: Client) -> None:
+    """Have workers forget sessions whose driver was killed: they hold a model and its buffers.
+
+    A scheduler that does not answer, or runs no functions for its clients, is left as it is.
+    """
+
+    def dead(dask_scheduler: Any) -> list[str]:  # sent as it stands: the scheduler need not have this package
+        names = [name for name in dask_scheduler.worker_plugins if name.startswith("ooc-ntk~")]
+        return [name for name in names if name.split("~")[1] not in dask_scheduler.clients]
+
+    with suppress(Exception):
+        for name in tell(client.loop, client._run_on_scheduler(dead)).result(FORGET_SECONDS):
+            logger.info("forgetting session %s, whose driver is gone", name)
+            tell(client.loop, client._unregister_worker_plugin(name))
 
 
 def register(client: Client, plugin: WorkerPlugin, name: str, check_stop: Callable[[], None]) -> None:

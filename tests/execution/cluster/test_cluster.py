@@ -421,3 +421,33 @@ def test_tasks_at_work_are_not_called_slow_before_any_is_done(tmp_path):
         Dispatcher(client, job, 60).run(sleeping_tasks(2), nothing)
     assert job.done == 2
     assert len(begun) == 2, "each was handed out once"
+
+
+def test_the_session_of_a_killed_driver_is_forgotten(job, plan, reference, folder, tmp_path):
+    """On a cluster that goes on: its workers would keep the model and the buffers of a run that nobody waits for."""
+    from distributed import Client
+
+    def sessions(dask_scheduler):
+        return [name for name in dask_scheduler.worker_plugins if name.startswith("ooc-ntk")]
+
+    script, out = tmp_path / "script.py", tmp_path / "run"
+    plan.save(tmp_path / "plan.json")
+    with outside_cluster(tmp_path / "cluster", workers=1) as cluster:
+        script.write_text(COMMAND.replace("ooc_ntk.Cluster(workers=2)", repr(cluster.address)))
+        words = [sys.executable, str(script), str(out), str(tmp_path / "plan.json"), str(folder)]
+        with (tmp_path / "log").open("wb") as log:
+            environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+            driver = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+        until = time.monotonic() + 120
+        while not (out / "receipts.jsonl").exists() or len(receipts(out)) < 20:
+            assert driver.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        with Client(cluster.address, set_as_default=False) as client:
+            (left,) = client.run_on_scheduler(sessions)
+            ooc_ntk.run(job, out, scheduler=cluster.address, progress=False, proof=False)
+            assert left not in client.run_on_scheduler(sessions)
+            assert not client.run_on_scheduler(sessions), "nor is that of the run that has ended kept"
+    assert bits(out) == reference
