@@ -8,8 +8,10 @@ from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from ooc_ntk.compute.check import checked_structure, with_matches
 from ooc_ntk.compute.contract import TORCH_DTYPE, measure_block, measure_fused, tf32
@@ -193,6 +195,7 @@ def measure(
         # A process that is forked begins with all that its parent has, shared until it is written.
         loader_bytes=job.loader_workers * (resident_bytes() + LIBRARY_GROWTH_BYTES),
         saved_bytes=_saved_bytes(job),
+        live_bytes=_live_bytes(job),
     )
 
 
@@ -202,6 +205,26 @@ def _saved_bytes(job: Job) -> int:
         return 0
     values = (value for value in job.module().state_dict().values() if isinstance(value, torch.Tensor))
     return sum(value.numel() * value.element_size() for value in values)
+
+
+def _live_bytes(job: Job) -> int:
+    """Bytes of the live tensors and arrays of a job; those inside a Dataset of one's own are not known."""
+    live = [_bytes_of(data) for data in (job.train, job.test)]
+    if isinstance(job.model, nn.Module):
+        live.append(sum(_bytes_of(value) for value in job.model.state_dict().values()))
+    return sum(live)
+
+
+def _bytes_of(data: object) -> int:
+    if isinstance(data, torch.Tensor):
+        return data.numel() * data.element_size()
+    if isinstance(data, np.ndarray):
+        return int(data.nbytes)
+    if isinstance(data, TensorDataset):
+        return _bytes_of(data.tensors)
+    if isinstance(data, dict):
+        return sum(map(_bytes_of, data.values()))
+    return sum(map(_bytes_of, data)) if isinstance(data, tuple | list) else 0
 
 
 #: Checked structures of live models, so that running a plan in the process that made it finds nothing twice; each with

@@ -185,6 +185,7 @@ class Workload:
         by_length: whether the texts of a tile are derived from short to long, each batch cut at its longest.
         loader_bytes: resident memory of the processes that decode images, in bytes.
         saved_bytes: bytes of the weights that are kept in the run directory, 0 where the job names what they are.
+        live_bytes: bytes of live tensors and arrays of the job, which worker processes are sent.
         workers: worker processes that do the tasks, each with so many threads; 0 where one process does all.
     """
 
@@ -215,6 +216,7 @@ class Workload:
     by_length: bool = False
     loader_bytes: int = 0
     saved_bytes: int = 0
+    live_bytes: int = 0
     workers: int = 0
 
     def __post_init__(self) -> None:

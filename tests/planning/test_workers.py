@@ -163,3 +163,9 @@ def test_every_worker_has_files_of_its_own_on_the_disk():
     assert {name: size for name, size in need[4].items() if name != term} == {
         name: size for name, size in need[0].items() if name != term
     }, "tiles and kernel are there once"
+
+
+def test_live_data_are_pickled_in_the_driver_alone():
+    without, live = plan_for(3), plan_for(3, small_workload(live_bytes=800 * MIB))
+    assert live.promised.host_bytes - without.promised.host_bytes == 1000 * MIB
+    assert live.process_bytes == without.process_bytes
