@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -386,6 +387,11 @@ def no_run(path: Path) -> StorageError:
         return StorageError(f"{path} holds features that a Featurizer was fed with, and no run; use open_features")
     if (path / "checkpoints.json").exists():
         return StorageError(f"{path} holds several checkpoints, a run in each folder; use open_checkpoints")
+    if re.match(r"^[a-z0-9]{2,}:/", str(path)):  # what a path makes of a URL
+        return StorageError(
+            f"{path} is a URL, and this takes the run directory; from Python ooc_ntk.open('s3://bucket/prefix') opens "
+            "a kernel from its store"
+        )
     return StorageError(f"{path} holds no run: there is no plan.json in it")
 
 

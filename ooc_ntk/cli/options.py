@@ -347,7 +347,7 @@ HostOption = Annotated[
     str | None,
     typer.Option(
         "--host-memory",
-        help="Peak memory of the whole process, as 16GiB. (default: 80% of what is free)",
+        help="Peak memory of the process, or of all of them together, as 16GiB. (default: 80% of what is free)",
         rich_help_panel=_BUDGET,
         show_default=False,
     ),

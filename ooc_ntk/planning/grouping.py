@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
@@ -15,6 +16,9 @@ from .planes import PLANES
 from .superblocks import AHEAD, Order, kept_panels, panel_loads, triangle_tiles
 from .tiles import SampleGrid, count_tiles
 from .workload import Workload
+
+#: Superblocks of a plan for a cluster whose number of workers is not known, at least (a choice).
+CLUSTER_TASKS: Final = 32
 
 #: Triangles are worth pricing where squares would read every panel so many times (DESIGN: dataflows).
 TRIANGLE_TIMES: Final = 3
@@ -81,6 +85,27 @@ def keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
     return replace(layout, kept_bytes=kept.bytes)
 
 
+def shared_squares(workers: int, train: int) -> list[int]:
+    """Kernel tiles of squares of which there are about one, two and four times as many as workers.
+
+    A plan for one worker is for a cluster of any size: there are about 32 of them.
+
+    Args:
+        workers: worker processes.
+        train: column tiles.
+
+    >>> shared_squares(2, 20), shared_squares(1, 20), shared_squares(4, 2)
+    ([100, 49, 25], [9], [])
+    """
+    found = []
+    for tasks in (workers, 2 * workers, 4 * workers) if workers > 1 else (CLUSTER_TASKS,):
+        groups = next(number for number in range(1, tasks + 1) if number * (number + 1) // 2 >= tasks)
+        side = count_tiles(train, groups)
+        if side > 1 and groups > 1:
+            found.append(side * side)
+    return list(dict.fromkeys(found))
+
+
 def _capacities(
     workload: Workload, limits: Limits, layout: Layout, grid: SampleGrid, wanted: str | None
 ) -> Iterator[tuple[Order, int]]:
@@ -96,6 +121,12 @@ def _capacities(
         return tiles * tile + (live + AHEAD - base) * panel <= room
 
     train = grid.column_tiles
+    if wanted != "triangle" and workload.workers:
+        yield from (
+            ("square", tiles) for tiles in shared_squares(workload.workers, train) if fits(tiles, math.isqrt(tiles) + 1)
+        )
+        if workload.workers == 1:
+            return
     if wanted != "triangle":
         if fits(grid.kernel_tile_count, train):
             yield "square", grid.kernel_tile_count

@@ -572,7 +572,8 @@ def _explain(candidates: list[_Candidate], best: _Candidate, limits: Limits) -> 
             )
         )
     others = "; ".join(too_large + slower)
-    reason = f"fastest that fits ({others})" if others else "the only one asked for"
+    alone = "the one whose tiles worker processes can share" if limits.workers else "the only one asked for"
+    reason = f"fastest that fits ({others})" if others else alone
     return tuple(alternatives), reason
 
 

@@ -185,7 +185,7 @@ class Dispatcher:
             if self._workers:
                 return
             if not said:
-                self._job.say("waiting for a worker to join the cluster")
+                self._job.say("waiting for a worker to join the cluster (Ctrl-C ends that)")
                 said = True
             self._job.check_stop()
             time.sleep(WAKE_SECONDS)

@@ -20,7 +20,7 @@ from ooc_ntk.planning.tasks import Task
 from .dispatch import Dispatcher
 from .inputs import records_of
 from .options import Cluster
-from .start import FORGET_SECONDS, Own, client_of, forget_dead, register, reported, session_name, tell
+from .start import FORGET_SECONDS, Own, client_of, forget_dead, has_dashboard, register, reported, session_name, tell
 from .workers import Sent, Session, perform_there, stop_there
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class ClusterExecutor:
         """
         plan = work.context.plan
         client = self._connected(plan.threads)
-        if client.dashboard_link and not self._shown:
+        if not self._shown and has_dashboard(client):
             self._shown = True
             needs = "" if find_spec("bokeh") else "  (pip install 'ooc-ntk[cluster]' first: it needs Bokeh)"
             work.say(f"dashboard: {client.dashboard_link}{needs}")

@@ -226,6 +226,15 @@ class Own:
                 del self._cluster.worker_spec[key]
 
 
+def has_dashboard(client: Client) -> bool:
+    """Whether the scheduler serves a dashboard; where it says nothing, there is none."""
+    scheduler: Any = client.scheduler
+    with suppress(Exception):
+        found = tell(client.loop, scheduler.identity(n_workers=0)).result(CONNECT_SECONDS)
+        return bool(client.dashboard_link) and "dashboard" in found["services"]
+    return False
+
+
 def session_name(client: Client) -> str:
     """A name for a new session of a client."""
     return f"{_SESSION}{client.id}~{uuid.uuid4().hex[:12]}"

@@ -19,7 +19,16 @@ from distributed.protocol.pickle import dumps, loads
 from ooc_ntk.compute.machine import return_device_memory, return_free_memory
 from ooc_ntk.compute.rules.table import layer_rule, registered_rules
 from ooc_ntk.compute.structure import Structure
-from ooc_ntk.errors import ClusterError, InputError, OocNtkError, RunConflictError, RunInterrupted, StorageError
+from ooc_ntk.errors import (
+    BudgetError,
+    ClusterError,
+    DamagedFileError,
+    InputError,
+    OocNtkError,
+    RunConflictError,
+    RunInterrupted,
+    StorageError,
+)
 from ooc_ntk.execution.context import PeakMeter, RunContext, reproducible
 from ooc_ntk.execution.executors import Work
 from ooc_ntk.execution.prepare import PreparedJob, prepare, with_head
@@ -365,6 +374,8 @@ def _travelling(error: Exception, address: str) -> Exception:
     """An error as the driver can read it: Dask sends what caused it as well, if that can be pickled at all."""
     if breaks_device(error):
         return BrokenDeviceError(f"worker {address} cannot use its device any more: {error}")
+    if isinstance(error, StorageError | BudgetError) and not isinstance(error, DamagedFileError):
+        error.args = (f"{error} (on worker {address})",)
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
