@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import ooc_ntk
 from ooc_ntk.cli import app
-from ooc_ntk.execution.cluster.dispatch import MOST_KILLED, SLOW_SECONDS, SLOW_TIMES
+from ooc_ntk.execution.cluster.dispatch import MOST_KILLED, SLOW_AFTER, SLOW_SECONDS, SLOW_TIMES
 from ooc_ntk.execution.cluster.options import PATIENCE_SECONDS
 from ooc_ntk.inputs.images.catalog import CATALOG
 from ooc_ntk.inputs.images.catalog import IMAGENET as IMAGENET_PIXELS
@@ -200,8 +200,10 @@ def test_numbers_of_clusters() -> None:
     rows = _table("clusters.md", "what | what happens")
     assert f"the seconds to go on without any worker ({PATIENCE_SECONDS:.0f})" in text
     assert f"`patience` ({PATIENCE_SECONDS:.0f} s)" in rows["all workers are lost"][0]
-    assert (SLOW_TIMES, SLOW_SECONDS) == (2.0, 3.0)
-    assert "twice the median of its kind, and three seconds" in rows["a worker hangs or is slow"][0]
+    assert (SLOW_TIMES, SLOW_SECONDS, SLOW_AFTER) == (2.0, 3.0, 3)
+    assert (
+        "twice the median of its kind (once three are done), and three seconds" in rows["a worker hangs or is slow"][0]
+    )
     assert MOST_KILLED == 6
     assert "a task takes six workers with it, one after the other" in rows
 
