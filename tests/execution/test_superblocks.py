@@ -45,8 +45,8 @@ def test_every_kernel_in_superblocks(name, settings, order, capacity, tmp_path):
     found = spilled(name, tmp_path, order, capacity, **settings)
     alone = spilled(name, tmp_path, "square", 1, **settings)
     assert len(found.plan.superblocks) < len(alone.plan.superblocks)
-    # Every sum of a span is rounded to float32: 3e-8 each.
-    assert 0 < oracle.error(found, np.asarray(alone)) < 2e-7
+    # Every sum of a span is rounded to float32, 3e-8 each; those of a small network may all be rounded to the same.
+    assert oracle.error(found, np.asarray(alone)) < 2e-7
     assert np.array_equal(np.asarray(found)[: found.shape[1]], np.asarray(found)[: found.shape[1]].T)
     assert ooc_ntk.verify(found.path, zoo_case(name).job(**settings)).passed
     assert found.plan.digest != alone.plan.digest
