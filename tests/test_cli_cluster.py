@@ -117,10 +117,10 @@ def test_the_budget_that_an_error_names_suffices_when_it_is_typed_in(cli):
 
 
 def test_a_plan_promises_what_all_processes_take(cli):
-    arguments = ("plan", *JOB, "--workers", "2", "--host-memory", "4GiB", "--dataflow", "spill")
+    arguments = ("plan", *JOB, "--workers", "2", "--host-memory", "12GiB", "--dataflow", "spill")
     shown = cli(*arguments)
     assert shown.exit_code == 0, shown.output
-    assert re.search(r"host memory +\d.* of 4\.0 GiB, \d+ MiB in each of 2 worker processes", shown.output)
+    assert re.search(r"host memory +\d.* of 12\.0 GiB, [\d.]+ [MG]iB in each of 2 worker processes", shown.output)
     assert "in each of 2 worker processes" in next(line for line in shown.output.splitlines() if "rows by" in line)
     plan = ooc_ntk.Plan.from_json(cli(*arguments, "--json").stdout)
     assert plan.workers == 2
