@@ -159,9 +159,14 @@ def gcv_curve(
 
 def _exact(path: RidgePath, size: int, rows: int, *, intercept: bool) -> GcvCurve:
     assert path.spectrum is not None
-    zeros, columns = np.zeros(len(path)), []
+    zeros, columns, values = np.zeros(len(path)), [], path.spectrum.values
+    if intercept:
+        # The direction of 1 has eigenvalue 0, and what centring has left of it is rounding. What is as small is set to
+        # 0: beside a small ridge it would change what is taken off, and with it all digits of 1 less the leverage.
+        noise = abs(float(values @ (path.spectrum.vectors.sum(0) ** 2))) / size
+        values = np.where(abs(values) <= 10 * noise + size * np.finfo(np.float64).eps * abs(values).max(), 0.0, values)
     for solution in path.solutions:
-        weights = 1.0 / (path.spectrum.values + solution.ridge)
+        weights = 1.0 / (values + solution.ridge)
         trace = float(weights.sum())
         off = 1.0 / (size * solution.ridge) if intercept else 0.0
         squares = _squares(solution)
