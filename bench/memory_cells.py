@@ -19,7 +19,7 @@ SHAPES: Final = ("train", "train and test", "few outputs", "many outputs", "full
 PRECISIONS: Final = ("float32", "float64", "bf16")
 
 #: Cells that are run of the 720 of the whole grid, and those of them that every test run takes.
-CELLS, ALWAYS = 60, 12
+CELLS, ALWAYS = 60, 6
 
 #: Seed of the choice.
 SEED = 6
