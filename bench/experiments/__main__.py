@@ -23,6 +23,7 @@ from ooc_ntk.compute.machine import limited_threads
 from ooc_ntk.report.pictures import can_draw
 
 from . import gcv, neighbours, residuals, spectra, surrogates
+from .figures import shrink
 from .finding import Finding, Setting
 
 #: Experiments: what each shows, and of which paper.
@@ -48,6 +49,7 @@ def perform(name: str, setting: Setting, threads: int) -> dict[str, Any]:
     """
     started = time.perf_counter()
     found = EXPERIMENTS[name][1](setting)
+    shrink(found.figure)
     agrees = "not judged in smoke size" if setting.smoke else found.agrees
     record = {
         "experiment": name,

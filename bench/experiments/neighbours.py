@@ -20,18 +20,19 @@ CLAIM: Final = "the nearest train images by the (projected) trace kernel look li
 #: Neighbours of a test image, and test images in the picture.
 NEAREST, SHOWN = 5, 3
 
-#: Share of neighbours of the same class from which the claim counts as seen, and that of the exact kernel's neighbours
-#: that the projected one must find (choices).
-ALIKE, KEPT = 0.9, 0.5
+#: Shares of neighbours of the same class from which the claim counts as seen, and as seen in part, and that of the
+#: exact kernel's neighbours that the projected one must find (choices).
+ALIKE, MIXED, KEPT = 0.9, 0.5, 0.5
 
 
 def run(setting: Setting) -> Finding:
     """Find the nearest train digits of all test digits by each kernel, and draw those of a few."""
     found: dict[str, Any] = {}
+    shown = 1 if setting.smoke else SHOWN
     for each in candidates(setting):
         kernel = setting.kernel(each.name, setting.job(**each.changes))
         by = "kernel" if "normalize" not in each.changes else "cosine"
-        found[each.label] = ooc_ntk.nearest(kernel.path, NEAREST, by=by, show=SHOWN, seed=setting.seed)
+        found[each.label] = ooc_ntk.nearest(kernel.path, NEAREST, by=by, show=shown, seed=setting.seed)
     exact = found["trNTK"].neighbours.indices
     alike = {label: each.figures["same_class"] for label, each in found.items()}
     kept = {label: _overlap(each.neighbours.indices, exact) for label, each in found.items()}
@@ -44,8 +45,8 @@ def run(setting: Setting) -> Finding:
         f"one, which finds {kept['projected trNTK']:.0%} of the exact one's neighbours; without normalising, one train "
         f"digit is among the five of {hubs['trNTK, not normalised']:.0%} of all test digits"
     )
-    good = min(alike["trNTK"]["all_k"], alike["projected trNTK"]["all_k"]) >= ALIKE
-    agrees = "yes" if good and kept["projected trNTK"] >= KEPT else "partly" if good else "no"
+    share = min(alike["trNTK"]["all_k"], alike["projected trNTK"]["all_k"])
+    agrees = "no" if share < MIXED else "yes" if share >= ALIKE and kept["projected trNTK"] >= KEPT else "partly"
     rows = [("kernel", "nearest of class", "five of class", "shared with trNTK", "largest hub")]
     rows += [
         (
@@ -82,14 +83,15 @@ def _overlap(mine: Any, theirs: Any) -> float:
 def _draw(path: Path, found: dict[str, Any]) -> None:
     """A line for each kernel; on it the nearest images of each test digit, which stand above them."""
     labels = list(found)
-    width = SHOWN * NEAREST + SHOWN - 1
-    with picture(path, 10.6, 0.78 * (len(labels) + 1) + 0.6) as figure:
+    count = len(found[labels[0]].shown)
+    width = count * NEAREST + count - 1
+    with picture(path, 10.6, 0.64 * (len(labels) + 1) + 0.6) as figure:
         ratios = [0.25 if place % (NEAREST + 1) == NEAREST else 1.0 for place in range(width)]
         grid = figure.add_gridspec(len(labels) + 1, width + 1, width_ratios=[2.4, *ratios], wspace=0.02, hspace=0.02)
         for number, row in enumerate(found[labels[0]].shown):
             axis = figure.add_subplot(grid[0, 1 + number * (NEAREST + 1) + NEAREST // 2])
             _image(axis, row.sample.pixels, UNKNOWN)
-            axis.set_title(f"test {row.sample.index}: {row.sample.label}", fontsize=9)
+            axis.set_title(f"test digit {row.sample.index}, a {row.sample.label}", fontsize=9)
         for line, label in enumerate(labels, 1):
             name = figure.add_subplot(grid[line, 0])
             name.set_axis_off()

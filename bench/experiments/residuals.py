@@ -38,8 +38,8 @@ KINDS: Final = ("sjlt", "rademacher", "gaussian", "tensorsketch")
 
 def run(setting: Setting) -> Finding:
     """Measure projected against exact kernels of the trained network, and draw both pictures."""
-    samples, dims = (24, (128, 512)) if setting.smoke else (200, (256, 512, 1024, 2048, 4096, 8192))
-    kinds = ("sjlt", "tensorsketch") if setting.smoke else KINDS
+    samples, dims = (24, (128, 512)) if setting.smoke else (200, (256, 512, 1024, 2048, 4096))
+    kinds, seeds = (("tensorsketch",), 1) if setting.smoke else (KINDS, 3)
     job = partial(
         ooc_ntk.Job,
         "ooc_ntk.demo:network",
@@ -49,7 +49,7 @@ def run(setting: Setting) -> Finding:
     )
     parameters = count_parameters(demo.network())
     title = f"trained CNN on {samples} digits, 10 outputs, {parameters:,} parameters"
-    data = RealData("digits", title, parameters, job, kinds, dims, 1)
+    data = RealData("digits", title, parameters, job, kinds, dims, seeds)
     outcome = Outcome(machine(0))
     with contextlib.redirect_stdout(io.StringIO()):  # its tables are of the benchmark; a shorter one is printed
         measure_residuals(data, setting.work, outcome)
@@ -68,12 +68,12 @@ def run(setting: Setting) -> Finding:
     steepest, flattest = min(slopes.values()), max(slopes.values())
     seen = (
         f"the residual falls as dim^{steepest:.2f} to dim^{flattest:.2f} by kind, a power of dim and not an "
-        "exponential in it; within a kernel the tail of the residuals lies nearer to an exponential in "
-        f"{tails.count('exponential')} of {len(tails)} kernels and to a normal tail in {tails.count('normal')}, and "
-        f"once each residual is divided by its standard error in {over.count('exponential')} and {over.count('normal')}"
+        "exponential in it; within a kernel the tail of the residuals lies nearer to a normal tail, which ends sooner "
+        f"than an exponential, in {tails.count('normal')} of {len(tails)} kernels, and to an exponential in "
+        f"{tails.count('exponential')} (each residual divided by its standard error: {over.count('normal')} and "
+        f"{over.count('exponential')})"
     )
-    half = len(tails) / 2
-    agrees = "no" if tails.count("normal") > half else "partly"
+    agrees = "yes" if tails.count("exponential") > len(tails) / 2 else "partly"
     return Finding(
         title=f"Residuals of projected kernels: {title}",
         table=_table([each for each in trace if each.cosine], parameters),
@@ -83,19 +83,26 @@ def run(setting: Setting) -> Finding:
         figure=figure,
         numbers={
             "samples": samples,
+            "seeds": seeds,
             "parameters": parameters,
             "slopes": slopes,
             "predicted_over_observed": {"least": min(ratios), "most": max(ratios)},
             "tails": {name: tails.count(name) for name in ("exponential", "normal", "alike")},
             "standardised_tails": {name: over.count(name) for name in ("exponential", "normal", "alike")},
             "largest_dim_99.9%": last.rare,
-            "residuals": [asdict(each) for each in outcome.residuals],
+            "residuals": [_figures(each) for each in outcome.residuals],
         },
         notes=(
             f"predicted over observed residuals of all kernels: {min(ratios):.2f} to {max(ratios):.2f}; the prediction "
             "is made from the projected kernel alone",
         ),
     )
+
+
+def _figures(record: Residual) -> dict[str, Any]:
+    """A record without its survival function."""
+    found = asdict(record)
+    return {**found, "tail": str(record.tail), "standardised": str(record.standardised)}
 
 
 def _table(records: list[Residual], parameters: int) -> list[str]:
