@@ -52,7 +52,7 @@ def perform(name: str, setting: Setting, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_residuals_fall_and_are_predicted(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
     found = perform("residuals", setting, capsys)
-    assert list(found["slopes"]) == ["tensorsketch"]
+    assert list(found["slopes"]) == ["sjlt"]
     assert all(slope < 0 for slope in found["slopes"].values())
     assert len(found["residuals"]) == 8  # two kernels, plain and cosine, two dims
     assert 0.3 < found["predicted_over_observed"]["least"] <= found["predicted_over_observed"]["most"] < 3
