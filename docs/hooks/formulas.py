@@ -10,4 +10,9 @@ BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Draw every block of ``math``."""
-    return BLOCK.sub(lambda match: f'<div class="formula">{convert(match.group(1).strip(), "block")}</div>', markdown)
+
+    def drawn(match: re.Match[str]) -> str:
+        formula = convert(match.group(1).strip(), "block").replace("<math ", '<math displaystyle="true" ', 1)
+        return f'<div class="formula">{formula}</div>'
+
+    return BLOCK.sub(drawn, markdown)

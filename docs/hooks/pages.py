@@ -3,9 +3,10 @@
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,6 +18,9 @@ GENERATED = ("cli.md", "api.md")
 
 #: A link with its text: an image, a page elsewhere and an anchor of the same page are left alone.
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)]*)?\)")
+
+#: What a page would load from elsewhere; a link that a reader follows is none.
+LOADED = re.compile(r"<(?:script|img|iframe|link(?![^>]*rel=\"canonical\"))[^>]+(?:src|href)=\"(?:https?:)?//[^\"]+")
 
 
 def on_config(config: Any) -> Any:
@@ -45,8 +49,10 @@ def _elsewhere(name: str) -> Path | None:
     return place if place.is_file() else None
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: "Files", config: Any) -> "Files":
     """Add the files of the repository that are pages."""
+    from mkdocs.structure.files import File
+
     for name in ELSEWHERE:
         place = _elsewhere(name)
         if place is not None:
@@ -54,7 +60,7 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:  # noqa: ARG001
+def on_page_markdown(markdown: str, page: Any, config: Any, files: "Files") -> str:  # noqa: ARG001
     """Point links at pages of the site; what leads to other files of the repository becomes plain text."""
     source = page.file.src_uri
     home = ELSEWHERE.get(source, f"docs/{source}")
@@ -69,3 +75,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"[{text}]({posixpath.relpath(pages[place], posixpath.dirname(source) or '.')}{anchor})"
 
     return LINK.sub(pointed, markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that loads anything from elsewhere.
+
+    Raises:
+        ValueError: naming what it loads.
+    """
+    found = LOADED.search(output)
+    if found:
+        raise ValueError(f"{page.file.src_uri} loads something from elsewhere: {found.group()}")
+    return output

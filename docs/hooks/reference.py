@@ -1,15 +1,18 @@
 """Reference pages from the code itself: every command with every option, and every public name of Python."""
 
 import inspect
+import re
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from mkdocs.structure.files import File, Files
 from typer.models import ArgumentInfo, OptionInfo
 
 import ooc_ntk
 from ooc_ntk.cli import app
 from ooc_ntk.cli.terminal import EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED, EXIT_TERMINATED
+
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 #: Public names by what they are for; what is not here is listed under "Others".
 GROUPS = {
@@ -39,15 +42,25 @@ MORE = {
     ),
 }
 
-#: Names of one public class that are not its own: no page is made of them.
+#: A role before a name, as docstrings have it.
+ROLE = re.compile(r":(?:func|class|meth|attr|data|mod):<code>~?")
+
+#: Public names that say nothing by themselves.
 NOT_DOCUMENTED = ("__version__",)
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: "Files", config: Any) -> "Files":
     """Add both pages."""
+    from mkdocs.structure.files import File
+
     files.append(File.generated(config, "cli.md", content=command_line()))
     files.append(File.generated(config, "api.md", content=python()))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Take the roles of reStructuredText off names in docstrings."""
+    return ROLE.sub("<code>", html)
 
 
 def command_line() -> str:
@@ -62,7 +75,8 @@ def command_line() -> str:
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__
-        arguments, panels = [], {}  # type: list[str], dict[str, list[str]]
+        arguments: list[str] = []
+        panels: dict[str, list[str]] = {}
         for label, declared, row in parameters(command.callback):
             if isinstance(declared, ArgumentInfo):
                 arguments.append(label)
@@ -88,7 +102,9 @@ def parameters(callback: Any) -> Iterator[tuple[str, OptionInfo | ArgumentInfo, 
             if default is not inspect.Parameter.empty:
                 label = f"[{label}]"
         else:
-            flags = ", ".join(declared.param_decls or [f"--{name.replace('_', '-')}"])
+            # Typer takes the first name for a default, as it was before annotations.
+            names = (declared.default, *(declared.param_decls or ()))
+            flags = ", ".join(each for each in names if isinstance(each, str))
             label = flags
         said = (declared.help or "").replace("|", "\\|")
         if default not in (inspect.Parameter.empty, None, False) and "(default:" not in said:
@@ -109,7 +125,11 @@ def _value(kind: Any) -> str:
 
 def python() -> str:
     """Every public name of the package, as directives that mkdocstrings fills from docstrings."""
-    parts = ["# Python", "Everything here is imported by `import ooc_ntk`, which itself loads nothing heavy."]
+    parts = [
+        "# Python",
+        "`import ooc_ntk` brings the names up to *Errors*, and loads nothing heavy itself. Classes after them are what "
+        "verbs return and raise, with the module that they are in.",
+    ]
     grouped = {name for names in GROUPS.values() for name in names}
     others = tuple(name for name in ooc_ntk.__all__ if name not in grouped and name not in NOT_DOCUMENTED)
     for title, names in {**GROUPS, **({"Others": others} if others else {})}.items():
@@ -117,5 +137,5 @@ def python() -> str:
         parts += [f"::: ooc_ntk.{name}" for name in names]
     for title, names in MORE.items():
         parts.append(f"## {title}")
-        parts += [f"::: ooc_ntk.{name}" for name in names]
+        parts += [f"::: ooc_ntk.{name}\n    options:\n      show_root_full_path: true" for name in names]
     return "\n\n".join(parts) + "\n"
