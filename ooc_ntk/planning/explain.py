@@ -324,7 +324,8 @@ def _under(
 ) -> Plan:
     """The plan under another limit for one memory."""
     changed = {"host": limits.host, "device": limits.device, "disk": limits.disk, memory: size}
-    return make_plan(workload, replace(limits, **changed), rates, preferences, beside_exact=False)
+    other = replace(limits, host=changed["host"], device=changed["device"], disk=changed["disk"])
+    return make_plan(workload, other, rates, preferences, beside_exact=False)
 
 
 def _more(

@@ -603,7 +603,7 @@ def _short_of(memory: str, candidate: _Candidate, limits: Limits) -> BudgetError
     need = candidate.need
     short = [m for m in _MEMORIES if need.total(m) > getattr(limits, m)]
     apart = {"host": RESTART_BYTES}
-    enough = {m: limits.all_bytes(m, need.total(m) + apart.get(m, 0)) for m in short}
+    enough: dict[str, int] = {m: limits.all_bytes(m, need.total(m) + apart.get(m, 0)) for m in short}
     flags = " and ".join(f"{FLAGS[m]} to {format_up(size)}" for m, size in enough.items())
     share = f" for {limits.workers} worker process{'es' * (limits.workers > 1)}" if limits.workers else ""
     error = BudgetError(
