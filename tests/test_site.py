@@ -117,3 +117,11 @@ def test_figures_are_the_planners(frozen):
     assert len(table.splitlines()) == 2 + len(figures.LAYERS)
     replaced = figures.on_page_markdown("before\n<!-- figures: features -->\nafter")
     assert "| 11,200,000 | 42.7 MiB | 16.0 KiB | 40.0 KiB |" in replaced
+
+
+def test_links_of_the_readme_lead_to_files():
+    readme = (ROOT / "README.md").read_text()
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", readme)
+    assert len(targets) > 15
+    assert not [target for target in targets if not (ROOT / target).is_file()]
+    assert readme.index("<!-- bench:begin -->") < readme.index("<!-- bench:end -->") < readme.index("## Two commands")
