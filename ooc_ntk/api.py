@@ -27,6 +27,7 @@ from .execution.checkpoints import Weights
 from .execution.cluster.options import Cluster
 from .execution.driver import Observer, check_same_job, run_directory
 from .execution.executors import executor_of
+from .execution.explaining import explained
 from .execution.extend import extend_run, recover
 from .execution.featurizer import Featurizer
 from .execution.fitting import Fit
@@ -42,6 +43,7 @@ from .inputs.named_files import named_files
 from .inputs.specs import absolute_spec
 from .jobs import describe_job
 from .planning.budget import Budget
+from .planning.explain import Explanation
 from .planning.plan import Plan
 from .planning.planner import Preferences
 from .planning.projection import Projection
@@ -61,6 +63,7 @@ __all__ = [
     "ClipOutput",
     "Cluster",
     "Drift",
+    "Explanation",
     "Features",
     "Featurizer",
     "Fit",
@@ -85,6 +88,7 @@ __all__ = [
     "VerificationError",
     "calibrate",
     "describe_job",
+    "explain",
     "extend",
     "fit",
     "forget_layer_rule",
@@ -138,10 +142,51 @@ def plan(
         StorageError: if the store cannot be reached.
     """
     before = peak_resident_bytes()
+    store = _usable_store(store)
+    return planned(prepare(job), before, budget, preferences, Path(out or "."), rates, store)
+
+
+def explain(
+    job: Job,
+    budget: Budget | None = None,
+    *,
+    preferences: Preferences | None = None,
+    out: str | Path | None = None,
+    rates: MachineRates | None = None,
+    store: str | None = None,
+) -> Explanation:
+    """Plan a job and say why the plan is as it is: other ways, what limits it, what other budgets or errors would cost.
+
+    The job is planned several times over with other budgets, a second or so each; beside an exact kernel a pilot of its
+    projection is run as well.
+
+    Args:
+        job: what is wanted.
+        budget: limits, as for :func:`plan`.
+        preferences: what to fix by hand.
+        out: where the run will be, for the free disk space.
+        rates: machine rates; None uses the calibrated ones.
+        store: where tiles and kernel will go, as for :func:`run`.
+
+    Returns:
+        The explanation; its ``plan`` is the one that :func:`plan` makes.
+
+    Raises:
+        InputError: if the job is wrong.
+        BudgetError: if no plan fits; says the smallest budget that would do.
+        StorageError: if the store cannot be reached.
+    """
+    before = peak_resident_bytes()
+    store = _usable_store(store)
+    return explained(prepare(job), before, budget, preferences, Path(out or "."), rates, store)
+
+
+def _usable_store(store: str | None) -> str | None:
+    """A store's URL; one that cannot be used is refused before the model is measured."""
     if store is not None:
         store = checked_store(store)
-        files_at(store).names()  # one that cannot be used is refused before the model is measured
-    return planned(prepare(job), before, budget, preferences, Path(out or "."), rates, store)
+        files_at(store).names()
+    return store
 
 
 def run(

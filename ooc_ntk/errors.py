@@ -7,7 +7,7 @@ line turns any :class:`OocNtkError` into one red line and exit code 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class OocNtkError(Exception):
@@ -27,7 +27,13 @@ class DataChangedError(InputError):
 
 
 class BudgetError(OocNtkError, ValueError):
-    """No plan fits the budget; the message names the largest term and the smallest budget that would do."""
+    """No plan fits the budget; the message names the largest term and the smallest budget that would do.
+
+    Attributes:
+        smallest: that budget in bytes, of each memory that is too small, by ``host``, ``device`` or ``disk``.
+    """
+
+    smallest: Mapping[str, int] = {}
 
 
 class RunConflictError(OocNtkError):

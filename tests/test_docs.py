@@ -7,6 +7,7 @@ take most of the time.
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import ooc_ntk
 from ooc_ntk.cli import app
+from ooc_ntk.compute.rates import rates_path
 from ooc_ntk.execution.cluster.dispatch import MOST_KILLED, SLOW_AFTER, SLOW_SECONDS, SLOW_TIMES
 from ooc_ntk.execution.cluster.options import PATIENCE_SECONDS
 from ooc_ntk.inputs.images.catalog import CATALOG
@@ -32,7 +34,7 @@ from tests.inputs.images.real_files import write_cifar10, write_imagefolder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers are imported
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("migration.md", "data-and-models.md", "object-stores.md", "clusters.md")
+PAGES = tuple(sorted(page.name for page in DOCS.glob("*.md")))
 
 #: A block of code, with what a comment before it says of running it.
 BLOCK = re.compile(r"(?:^<!-- (not run|needs): (.+?) -->\n+)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -138,6 +140,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page_folder(files: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, frozen: None) -> Iterator[Path]:
     monkeypatch.chdir(files)
+    cache = files / "cache"  # a page calibrates
+    cache.mkdir(exist_ok=True)
+    shutil.copy(rates_path("cpu"), cache)
+    monkeypatch.setenv("OOC_NTK_CACHE", str(cache))
     monkeypatch.delenv("OOC_NTK_DATA", raising=False)
     monkeypatch.syspath_prepend(files)  # a page imports what it wrote, as a script in its folder does
     sys.modules.pop("nets", None)
@@ -177,7 +183,7 @@ def test_block_is_left_out(block: Block) -> None:
 
 def test_every_block_is_of_a_known_kind() -> None:
     for block in (block for blocks in BLOCKS.values() for block in blocks):
-        assert block.kind in ("python", "console", "toml", "text"), str(block)
+        assert block.kind in ("python", "console", "toml", "text", "math"), str(block)
         assert not (block.kind == "text" and block.reason), f"{block}: nothing runs a text block anyway"
 
 

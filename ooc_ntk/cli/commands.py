@@ -44,11 +44,18 @@ def plan(
     store: StoreOption = None,
     save: Annotated[Path | None, typer.Option("--save", help="Write the plan to this file (JSON).")] = None,
     blocks: Annotated[bool, typer.Option("--blocks", help="List every parameter block.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", help="Say why this plan: other ways, what limits it, what other budgets or errors would cost."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say how a job would be run, how long it takes and how much memory, without computing the kernel."""
     with reporting_errors():
         from ooc_ntk import api
+        from ooc_ntk.report.explanation import explanation_json, explanation_table
         from ooc_ntk.report.tables import many_runs, plan_table
         from ooc_ntk.storage.storeurl import checked_store
 
@@ -56,16 +63,23 @@ def plan(
         wanted, budget = flags.describe()
         if flags.checkpoints:
             wanted = wanted.with_model(weights=flags.checkpoints[0])
+        reasons = None
         with status("measuring the model"):
-            made = api.plan(wanted, budget, preferences=flags.preferences(), out=out, store=store)
+            if explain:
+                reasons = api.explain(wanted, budget, preferences=flags.preferences(), out=out, store=store)
+                made = reasons.plan
+            else:
+                made = api.plan(wanted, budget, preferences=flags.preferences(), out=out, store=store)
         if save is not None:
             made.save(save)
         if as_json:
-            typer.echo(made.to_json())
+            typer.echo(made.to_json() if reasons is None else explanation_json(reasons))
         else:
             show(plan_table(made, every_block=blocks, store=store))
             if flags.checkpoints:
                 show(many_runs(made, len(flags.checkpoints)))
+            if reasons is not None:
+                show(explanation_table(reasons, every_block=blocks))
         if save is not None:
             typer.echo(f"plan written to {save}", err=True)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .completion import complete
 from .flags import JobFlags
 from .options import (
     DataDirOption,
@@ -16,7 +17,6 @@ from .options import (
     RunArgument,
     TestOption,
     TrainOption,
-    complete,
 )
 from .terminal import app, reporting_errors, show, told
 

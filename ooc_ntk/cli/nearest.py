@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .options import DataDirOption, ModelOption, RunArgument, TestOption, TrainOption, complete
+from .completion import complete
+from .options import DataDirOption, ModelOption, RunArgument, TestOption, TrainOption
 from .terminal import app, reporting_errors, show, status
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand
 
+from .completion import complete, complete_data, complete_model, complete_run
+
 _WHAT, _HOW, _WHERE, _BUDGET = "What is computed", "How it is computed", "Where it is computed", "Budget"
 
 #: Endings of files of weights, by which those after the first are told from other arguments.
@@ -31,38 +33,13 @@ class ManyWeights(TyperCommand):
         return super().parse_args(ctx, found)
 
 
-def complete(*names: str) -> Any:
-    """Tab completion from fixed names."""
-
-    def matching(incomplete: str) -> list[str]:
-        return [name for name in names if name.startswith(incomplete)]
-
-    return matching
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    """Tab completion of models by name."""
-    from ooc_ntk.inputs.zoo.names import model_names
-
-    return [name for name in model_names() if name.startswith(incomplete)]
-
-
-def _complete_data(incomplete: str) -> list[str]:
-    """Tab completion of data sets by name."""
-    from ooc_ntk.inputs.images.catalog import CATALOG
-
-    names = ["mnist5k", "mnist5k[0:4000]", "digits", "text:", "cola:train", "CIFAR-10_0_2500_0_1000"]
-    names += [f"{name}:{split}" for name, entry in CATALOG.items() for split in entry.splits]
-    return [name for name in names if name.startswith(incomplete)]
-
-
 JobArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="JOB_OR_DATA",
         help="Job file (TOML), whose words flags override; or a data set: CIFAR-10_0_2500_0_1000, cifar10.",
         show_default=False,
-        autocompletion=_complete_data,
+        autocompletion=complete_data,
     ),
 ]
 ModelArgument = Annotated[
@@ -71,7 +48,7 @@ ModelArgument = Annotated[
         metavar="MODEL",
         help="A model by name, beside a data set: resnet-18_init, resnet18,classes=10.",
         show_default=False,
-        autocompletion=_complete_model,
+        autocompletion=complete_model,
     ),
 ]
 ModelOption = Annotated[
@@ -80,7 +57,7 @@ ModelOption = Annotated[
         "--model",
         help="A name (resnet18,classes=10; hf:FOLDER), file.py:factory or pkg.module:factory.",
         rich_help_panel=_WHAT,
-        autocompletion=_complete_model,
+        autocompletion=complete_model,
         show_default=False,
     ),
 ]
@@ -100,7 +77,7 @@ TrainOption = Annotated[
         help="Train data: mnist5k, cifar10:train,resize=64, text:FILE.tsv, a .npy/.npz/.zarr file or file.py:factory, "
         "with an optional slice [0:2500]; several join by ' + '.",
         rich_help_panel=_WHAT,
-        autocompletion=_complete_data,
+        autocompletion=complete_data,
         show_default=False,
     ),
 ]
@@ -110,7 +87,7 @@ TestOption = Annotated[
         "--test",
         help="Test data: rows after the train rows.",
         rich_help_panel=_WHAT,
-        autocompletion=_complete_data,
+        autocompletion=complete_data,
         show_default=False,
     ),
 ]
@@ -424,8 +401,8 @@ MoreOption = Annotated[
         "--train",
         help="Train data to append, in the form of the run's: mnist5k[4000:5000], more.npy; ' + ' joins several.",
         rich_help_panel=_WHAT,
-        autocompletion=_complete_data,
+        autocompletion=complete_data,
         show_default=False,
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="Run directory.", show_default=False, autocompletion=complete_run)]

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .options import HostOption, RunArgument, complete
+from .completion import complete, complete_run
+from .options import HostOption, RunArgument
 from .terminal import app, reporting_errors, show, status
 
 
@@ -50,7 +51,11 @@ def spectrum(
     ] = False,
     compare: Annotated[
         list[Path] | None,
-        typer.Option("--compare", help="Another run of the same samples to align with (CKA); may be given again."),
+        typer.Option(
+            "--compare",
+            help="Another run of the same samples to align with (CKA); may be given again.",
+            autocompletion=complete_run,
+        ),
     ] = None,
     any_data: Annotated[
         bool, typer.Option("--any-data", help="With --compare: also a run whose data differ, such as in its test data.")

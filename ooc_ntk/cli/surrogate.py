@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from .completion import complete
 from .flags import JobFlags
 from .options import (
     DataDirOption,
@@ -20,7 +21,6 @@ from .options import (
     TestOption,
     TrainOption,
     WeightsOption,
-    complete,
 )
 from .terminal import app, reporting_errors, show
 

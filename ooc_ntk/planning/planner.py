@@ -139,6 +139,8 @@ def make_plan(
     rates: MachineRates,
     preferences: Preferences | None = None,
     job_digest: str = "",
+    *,
+    beside_exact: bool = True,
 ) -> Plan:
     """Choose the fastest layout that fits.
 
@@ -148,6 +150,7 @@ def make_plan(
         rates: the machine's rates.
         preferences: what the user fixed by hand.
         job_digest: digest of model, data, kernel and projection.
+        beside_exact: whether the exact kernel is planned beside a projected one.
 
     Returns:
         The plan.
@@ -195,8 +198,10 @@ def make_plan(
             if job.sketch.moments is None
             else job.sketch.moments.error(job.sketch.dim, job.train_samples * job.entries_per_sample)
         )
-        beside, note = _beside_exact(job, limits, rates, cost, expected)
-        alternatives, notes, reason = (*alternatives, *beside), (*notes, note), "one sweep, features kept"
+        reason = "one sweep, features kept"
+        if beside_exact:
+            beside, note = _beside_exact(job, limits, rates, cost, expected)
+            alternatives, notes = (*alternatives, *beside), (*notes, note)
     return Plan(
         kernel=workload.kernel,
         scale=workload.scale,
@@ -598,15 +603,16 @@ def _short_of(memory: str, candidate: _Candidate, limits: Limits) -> BudgetError
     need = candidate.need
     short = [m for m in _MEMORIES if need.total(m) > getattr(limits, m)]
     apart = {"host": RESTART_BYTES}
-    flags = " and ".join(
-        f"{FLAGS[m]} to {format_up(limits.all_bytes(m, need.total(m) + apart.get(m, 0)))}" for m in short
-    )
+    enough: dict[str, int] = {m: limits.all_bytes(m, need.total(m) + apart.get(m, 0)) for m in short}
+    flags = " and ".join(f"{FLAGS[m]} to {format_up(size)}" for m, size in enough.items())
     share = f" for {limits.workers} worker process{'es' * (limits.workers > 1)}" if limits.workers else ""
-    return BudgetError(
+    error = BudgetError(
         f"no plan fits{share}: the smallest one needs {format_bytes(limits.all_bytes(memory, need.total(memory)))} of "
         f"{'disk' if memory == 'disk' else f'{memory} memory'} ({candidate.layout.describe()}), the budget is "
         f"{limits.describe(memory)}; its largest term is {need.largest(memory)}. Raise {flags} or more."
     )
+    error.smallest = enough
+    return error
 
 
 def format_up(count: int) -> str:

@@ -80,8 +80,8 @@ def choose(
         if len(choices) == 1:
             found.append(choices[0])
             continue
-        seconds = {choice: _seconds(workload, rates, dataflow, tile, block, choice) for choice in choices}
-        held = {choice: _held_bytes(workload, block, choice) for choice in choices}
+        seconds = {choice: choice_seconds(workload, rates, dataflow, tile, block, choice) for choice in choices}
+        held = {choice: choice_bytes(workload, block, choice) for choice in choices}
         smallest = min(choices, key=lambda choice: (held[choice], seconds[choice]))
         fastest = min(choices, key=lambda choice: seconds[choice])
         faster = seconds[fastest] < CLEARLY_FASTER * seconds[smallest]
@@ -89,20 +89,20 @@ def choose(
     return tuple(found)
 
 
-def _held_bytes(workload: Workload, block: ParameterBlock, choice: Choice) -> int:
+def choice_bytes(workload: Workload, block: ParameterBlock, choice: Choice) -> int:
     """Bytes held of one sample."""
     if choice.representation == "dense" or block.factors is None:
         return block.columns * workload.rows_per_sample * workload.held_item_bytes
     return block.factors.held_bytes(workload.rows_per_sample, workload.held_item_bytes)
 
 
-def _seconds(
+def choice_seconds(
     workload: Workload, rates: MachineRates, dataflow: Dataflow, tile: int, block: ParameterBlock, choice: Choice
 ) -> float:
     """Seconds that a block takes in all, where choices differ: expanding, storing, reading and contracting."""
     grid = SampleGrid(workload.train_samples, workload.test_samples, tile)
     panels = min(workload.samples, tile) * (2 * grid.kernel_tile_count - grid.column_tiles)
-    held, expanding = _held_bytes(workload, block, choice), expand_seconds(workload, block, rates)
+    held, expanding = choice_bytes(workload, block, choice), expand_seconds(workload, block, rates)
     seconds = workload.samples * held / (rates.fill if dataflow == "resident" else rates.copy)
     if dataflow == "spill":
         seconds += workload.samples * held / rates.disk_write + panels * held / rates.disk_read

@@ -28,6 +28,15 @@ class Choice:
     representation: Representation
     contraction: Contraction
 
+    @property
+    def name(self) -> str:
+        """In the words of ``--representation``: ``factored`` is expanded and multiplied, ``pairwise`` never expanded.
+
+        >>> Choice("factored", "pairwise").name, Choice("factored", "gemm").name
+        ('pairwise', 'factored')
+        """
+        return self.contraction if self.contraction in ("pairwise", "tensorsketch") else self.representation
+
 
 DENSE: Final = Choice("dense", "gemm")
 FACTORED: Final = Choice("factored", "gemm")

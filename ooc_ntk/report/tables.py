@@ -75,7 +75,7 @@ def _blocks(plan: Plan, every_block: bool) -> Table:
         shown = set(sorted(shown, key=lambda index: plan.blocks[index].dense_flops)[-SHOWN_BLOCKS:])
     folded: dict[tuple[str, str], list[PlannedBlock]] = {}
     for index, block in enumerate(plan.blocks):
-        kind = (block.source, _held_as(block))
+        kind = (block.source, block.choice.name)
         if index in shown:
             table.add_row(block.name or "(model)", *_sums([block], *kind))
         else:
@@ -86,14 +86,6 @@ def _blocks(plan: Plan, every_block: bool) -> Table:
     if len(plan.blocks) > 1:
         table.add_row(f"all {len(plan.blocks)}", *_sums(plan.blocks, "", ""), style="bold")
     return table
-
-
-def _held_as(block: PlannedBlock) -> str:
-    """How a block is held and contracted, in the words of ``--representation``.
-
-    ``factored`` is expanded and multiplied, ``pairwise`` is held as factors, too, and never expanded.
-    """
-    return block.contraction if block.contraction in ("pairwise", "tensorsketch") else block.representation
 
 
 def _sums(blocks: Sequence[PlannedBlock], source: str, held_as: str) -> list[str]:
