@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import cg
 
 import ooc_ntk
+from ooc_ntk.algebra.ridge import SOLVERS
 from ooc_ntk.compute.machine import limited_threads
-from ooc_ntk.planning.solving import METHODS
 
 from .algebra_children import tiles_budget
 from .algebra_kernels import Problem, cnn_problem
@@ -76,13 +76,13 @@ def equal(folder: Path, smoke: bool) -> list[str]:
     problem = digits_problem(folder, smoke)
     kernel, targets, size = problem.kernel, problem.targets, problem.kernel.train_samples
     matrix = np.asarray(kernel[:size], dtype=np.float64)
-    rows: list[tuple[str, ...]] = [("ridge / mean diagonal", *METHODS, "GCV", "leave-one-out")]
+    rows: list[tuple[str, ...]] = [("ridge / mean diagonal", *SOLVERS, "GCV", "leave-one-out")]
     worst, estimates = 0.0, 0.0
     for ratio in RATIOS:
         ridge = ratio * problem.mean_diagonal
         wanted, gcv, loo = _by_scipy(matrix, targets, ridge)
         errors = []
-        for method in METHODS:
+        for method in SOLVERS:
             budget = tiles_budget(kernel, targets.shape[1], blocks=3) if method == "tiles" else None
             found = kernel.solve(targets, ridge, method=method, budget=budget).coefficients
             errors.append(float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))

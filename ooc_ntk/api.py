@@ -12,7 +12,7 @@ from .algebra.external import external_features
 from .algebra.features import Features
 from .algebra.fed import STATE, fed_features
 from .algebra.kernel import Kernel
-from .algebra.ridge import Solution
+from .algebra.ridge import Solution, Solver, register_solver
 from .algebra.spectrum import Spectrum
 from .algebra.summary import SpectrumSummary
 from .algebra.surrogate import Surrogate, SurrogateReport
@@ -47,12 +47,13 @@ from .planning.explain import Explanation
 from .planning.plan import Plan
 from .planning.planner import Preferences
 from .planning.projection import Projection
+from .planning.projectionkind import ProjectionKind, register_projection
 from .planning.rates import MachineRates
 from .results import fit, nearest, spectrum, surrogate
 from .storage import again
 from .storage.directory import RunDirectory
 from .storage.mirror import mirror_paper
-from .storage.storeurl import checked_store, files_at, is_store
+from .storage.storeurl import StoreScheme, checked_store, files_at, is_store, register_store
 from .units import parse_bytes
 
 __all__ = [
@@ -78,11 +79,14 @@ __all__ = [
     "Plan",
     "Preferences",
     "Projection",
+    "ProjectionKind",
     "RunConflictError",
     "RunInfo",
     "Solution",
+    "Solver",
     "Spectrum",
     "SpectrumSummary",
+    "StoreScheme",
     "Surrogate",
     "SurrogateReport",
     "VerificationError",
@@ -101,6 +105,9 @@ __all__ = [
     "open_checkpoints",
     "open_features",
     "plan",
+    "register_projection",
+    "register_solver",
+    "register_store",
     "run",
     "run_checkpoints",
     "run_labels",

@@ -94,6 +94,17 @@ class VerificationError(OocNtkError):
     """A finished kernel did not pass its audit."""
 
 
+def newer(what: str, found: int, known: int) -> StorageError:
+    """The error for what a later version of this package wrote.
+
+    >>> str(newer("the run runs/a", 3, 2))
+    'the run runs/a was made by a newer ooc-ntk (format 3, this one reads up to 2); upgrade ooc-ntk'
+    """
+    return StorageError(
+        f"{what} was made by a newer ooc-ntk (format {found}, this one reads up to {known}); upgrade ooc-ntk"
+    )
+
+
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> InputError:
     """Build the error for a name that is not known, with the nearest known names suggested.
 

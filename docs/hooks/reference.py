@@ -22,7 +22,10 @@ GROUPS = {
     ),
     "What is wanted, and how": ("Job", "Projection", "Budget", "Preferences", "Cluster", "Plan"),
     "Results": ("Kernel", "Features", "Checkpoints"),
-    "Extending": ("layer_rule", "forget_layer_rule", "Featurizer", "ClipOutput"),
+    "Extending": (
+        *("layer_rule", "forget_layer_rule", "register_projection", "ProjectionKind", "register_store", "StoreScheme"),
+        *("register_solver", "Solver", "Featurizer", "ClipOutput"),
+    ),
     "Errors": ("OocNtkError", "InputError"),
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import NDArray
 
-from ooc_ntk.planning.projection import SIGN_KINDS, EntryMoments, PilotMoments, Projection
+from ooc_ntk.planning.projection import EntryMoments, PilotMoments, Projection
 
 #: (samples, outputs, dim) float64.
 Rows = NDArray[np.float64]
@@ -71,9 +71,8 @@ def sketch_shape(projection: Projection, share: float = 0.0) -> SketchShape:
         share: of the heaviest parameters.
     """
     assert projection.dim is not None
-    signs = projection.kind in SIGN_KINDS
-    blocks = projection.nonzeros if projection.kind == "tensorsketch" else 0
-    return SketchShape(projection.dim, blocks, share if signs else 0.0)
+    blocks = projection.nonzeros if projection.about.structured else 0
+    return SketchShape(projection.dim, blocks, share if projection.about.signs else 0.0)
 
 
 def gram_blocks(left: Rows, right: Rows) -> NDArray[np.float64]:

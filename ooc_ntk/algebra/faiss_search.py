@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ooc_ntk.compute.machine import free_host_bytes
-from ooc_ntk.errors import BudgetError, InputError
+from ooc_ntk.errors import BudgetError
+from ooc_ntk.extras import require
 from ooc_ntk.units import format_bytes
 
 from .features import PANEL_BYTES, Features
@@ -73,14 +74,7 @@ def search_features(
 
 
 def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise InputError(
-            "backend 'faiss' needs FAISS, which is not installed: python -m pip install 'ooc-ntk[faiss]'; or use "
-            "backend='exact' (--backend exact)"
-        ) from error
-    return faiss
+    return require("faiss", "backend 'faiss'", "use backend='exact' (--backend exact)")
 
 
 def _pieces(features: Features, samples: range) -> list[range]:

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from ooc_ntk.errors import IncompleteRunError, StorageError
+from ooc_ntk.errors import IncompleteRunError, StorageError, newer
 from ooc_ntk.planning.projection import Projection
 from ooc_ntk.storage.arrays import TileRows
 from ooc_ntk.storage.atomic import write_whole
@@ -93,8 +93,8 @@ def read_state(root: Path) -> FedState | None:
         found = msgspec.json.decode(text, type=FedState)
     except msgspec.DecodeError as error:
         raise StorageError(f"{root / STATE} is damaged ({error}); feed the batches into another folder") from error
-    if found.format != STATE_FORMAT:
-        raise StorageError(f"{root / STATE} has format {found.format}, this version reads {STATE_FORMAT}")
+    if found.format > STATE_FORMAT:
+        raise newer(str(root / STATE), found.format, STATE_FORMAT)
     return found
 
 

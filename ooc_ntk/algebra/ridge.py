@@ -15,7 +15,8 @@ from ooc_ntk.compute.rates import cached_rates
 from ooc_ntk.errors import InputError
 from ooc_ntk.planning.budget import Budget, Resources
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
-from ooc_ntk.planning.solving import SolvePlan, plan_solve
+from ooc_ntk.planning.solving import Pricing, SolvePlan, plan_solve
+from ooc_ntk.registry import Registry
 from ooc_ntk.storage.local import free_disk_bytes
 from ooc_ntk.units import format_bytes
 
@@ -123,7 +124,7 @@ class SolveOptions:
 
     def without_steps(self, plan: SolvePlan) -> SolvePlan:
         """The plan of what factorises, after conjugate gradients turned out to be slower."""
-        direct = [price for price in plan.fitting if price.method != "cg"]
+        direct = [price for price in plan.fitting if price.factorises]
         return replace(plan, chosen=min(direct, key=lambda price: price.seconds))
 
     def tolerance_for(self, entries: Entries) -> float:
@@ -151,7 +152,42 @@ class SolveOptions:
             disk=self.workspace is not None,
             ridge=ridge,
             held=taken + LIBRARY_GROWTH_BYTES,
+            pricings=[SOLVERS.get(name).price for name in SOLVERS],
         )
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to solve ``(K + ridge·I) a = y``.
+
+    Attributes:
+        price: what it would take, as :func:`~ooc_ntk.planning.solving.plan_solve` asks. The price is named as the
+            solver is.
+        solve: ``solve(entries, targets, ridge, options, plan)`` of (n, targets) float64, with what the plan chose. The
+            entries are read by :func:`~ooc_ntk.algebra.products.square_product`, ``K @ x`` in one pass over the tiles,
+            or by :func:`~ooc_ntk.algebra.dense.dense_square`, all of it; the residual that a solution states is
+            computed from them (:func:`~ooc_ntk.algebra.solvers.relative_residual`).
+    """
+
+    price: Pricing
+    solve: Callable[[Entries, NDArray[np.float64], float, SolveOptions, SolvePlan], Solution]
+
+
+#: Every way to solve, by the name that users give.
+SOLVERS: Final[Registry[Solver]] = Registry("method", "ooc_ntk.algebra.methods")
+
+
+def register_solver(name: str, solver: Solver) -> None:
+    """Add a way to solve ridge regressions: ``kernel.solve(y, ridge, method=name)``, or the fastest that fits.
+
+    Args:
+        name: of the method.
+        solver: what it is.
+
+    Raises:
+        InputError: if it is one of this project's own.
+    """
+    SOLVERS.register(name, solver)
 
 
 def triangle_bytes(entries: Entries) -> int:

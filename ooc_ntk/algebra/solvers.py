@@ -1,4 +1,4 @@
-"""The ways to solve a kernel ridge regression: Cholesky in memory or on disk, conjugate gradients, what is singular."""
+"""Solving a kernel ridge regression by the way that was chosen, and what its ways share: see ``methods/``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from typing import Final
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
-from scipy.linalg import lapack
 
 from ooc_ntk.compute.machine import free_host_bytes, return_free_memory
 from ooc_ntk.errors import InputError
-from ooc_ntk.planning.solving import SolvePlan
 from ooc_ntk.units import format_seconds
 
-from .blockcg import BlockSystem, NotPositiveDefiniteError, TooSlowError, solve_systems
+from .blockcg import BlockSystem, TooSlowError, solve_systems
 from .dense import dense_square
 from .entries import Entries
 from .precondition import Preconditioner, pivoted_cholesky
 from .products import square_product
-from .ridge import Solution, SolveOptions, ratio_to_diagonal
-from .tilecholesky import TileCholesky
+from .ridge import SOLVERS, Solution, SolveOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +58,13 @@ def solve_ridge(
     began, before = time.perf_counter(), entries.bytes_read
     targets = y.reshape(len(y), -1)
     plan = options.plan(entries, targets.shape[1], ridge)
-    if plan.chosen.method == "cg":
-        try:
-            found = _by_conjugate_gradients(entries, targets, ridge, options, plan)
-        except TooSlowError as slow:
-            logger.info("%s", slow)
-            plan = options.without_steps(plan)
+    try:
+        found = SOLVERS.get(plan.chosen.method).solve(entries, targets, ridge, options, plan)
+    except TooSlowError as slow:
+        logger.info("%s", slow)
+        plan = options.without_steps(plan)
         return_free_memory()
-    if plan.chosen.method == "cholesky":
-        found = _by_cholesky(entries, targets, ridge, options)
-    elif plan.chosen.method == "tiles":
-        found = _by_tiles(entries, targets, ridge, options, plan)
+        found = SOLVERS.get(plan.chosen.method).solve(entries, targets, ridge, options, plan)
     return replace(
         found,
         coefficients=found.coefficients.reshape(y.shape),
@@ -87,32 +80,6 @@ def relative_residual(
     left = np.linalg.norm(targets - ridge * coefficients - square_product(entries, coefficients, device), axis=0)
     norms = np.linalg.norm(targets, axis=0)
     return float((left / np.where(norms > 0, norms, 1.0)).max(initial=0.0))
-
-
-def _by_cholesky(entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions) -> Solution:
-    options.tell("factorise", 0.0, 1.0)
-    matrix = dense_square(entries, memory=2**62)  # the plan has looked at the memory
-    mean = float(matrix.diagonal().mean())
-    matrix[np.diag_indices(len(matrix))] += ridge
-    norm = float(max(abs(matrix[start : start + 512]).sum(1).max() for start in range(0, len(matrix), 512)))
-    # The transpose is in Fortran order: LAPACK factorises it in place.
-    factor, failed = lapack.dpotrf(matrix.T, lower=0, clean=0, overwrite_a=1)
-    reciprocal = 0.0 if failed else lapack.dpocon(factor, norm, uplo="U")[0]
-    if failed or reciprocal < np.finfo(np.float64).eps:
-        del matrix, factor
-        raise singular(entries, ridge, "" if failed else _condition(reciprocal))
-    options.tell("factorise", 1.0, 1.0)
-    coefficients = np.asarray(scipy.linalg.cho_solve((factor, False), targets, check_finite=False))
-    del matrix, factor
-    return_free_memory()
-    left = relative_residual(entries, targets, coefficients, ridge, options.device)
-    ratio = float(ridge / mean) if mean else (float("inf") if ridge else 0.0)
-    return Solution(coefficients, ridge, ratio, left, "cholesky", passes=2)
-
-
-def _condition(reciprocal: float) -> str:
-    size = f"{1 / reciprocal:.1e}" if reciprocal > 0 else "infinite"
-    return f" to working precision (condition number {size})"
 
 
 def singular(entries: Entries, ridge: float, why: str = "") -> InputError:
@@ -252,50 +219,3 @@ class _Watch:
                 f"conjugate gradients would take {format_seconds(left)} more after {self._steps} steps, factorising "
                 f"{format_seconds(self._patience)}"
             )
-
-
-def _by_conjugate_gradients(
-    entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions, plan: SolvePlan
-) -> Solution:
-    preconditioner = build_preconditioner(entries, plan.chosen.rank, ridge, options)
-    system = BlockSystem(targets, ridge, preconditioner, options.tolerance_for(entries))
-    patience = plan.direct_seconds if options.method == "auto" else np.inf
-    try:
-        passes = run_systems(entries, [system], targets, options, patience)
-    except NotPositiveDefiniteError as error:
-        raise singular(entries, ridge) from error
-    return Solution(
-        system.solution,
-        ridge,
-        ratio_to_diagonal(ridge, entries),
-        float(system.residuals.max(initial=0.0)),
-        "cg",
-        iterations=system.iterations,
-        passes=passes,
-        rank=system.rank,
-    )
-
-
-def _by_tiles(
-    entries: Entries, targets: NDArray[np.float64], ridge: float, options: SolveOptions, plan: SolvePlan
-) -> Solution:
-    assert options.workspace is not None  # the plan refuses it otherwise
-    with TileCholesky(options.workspace, entries, plan.chosen.edge) as factor:
-        try:
-            factor.factorise(ridge, lambda done, of: options.tell("factorise", done, of))
-        except NotPositiveDefiniteError as error:
-            raise singular(entries, ridge, str(error)) from error
-        coefficients = factor.solve(targets)
-        read, written, ratio = factor.bytes_read, factor.bytes_written, factor.io_ratio
-    left = relative_residual(entries, targets, coefficients, ridge, options.device)
-    return Solution(
-        coefficients,
-        ridge,
-        ratio_to_diagonal(ridge, entries),
-        left,
-        "tiles",
-        passes=2,
-        bytes_read=read,
-        bytes_written=written,
-        io_ratio=ratio,
-    )

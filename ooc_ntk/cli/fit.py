@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+
+from ooc_ntk.extras import how_to_install
+from ooc_ntk.registry import modules_of
 
 from .completion import complete
 from .flags import JobFlags
@@ -22,6 +25,10 @@ from .terminal import app, reporting_errors, show, told
 
 if TYPE_CHECKING:
     from ooc_ntk.api import Fit
+
+
+#: Ways to solve that this project has; plugins may have more.
+_METHODS: Final = modules_of("ooc_ntk.algebra.methods")
 
 
 @app.command()
@@ -60,8 +67,8 @@ def fit(
         str,
         typer.Option(
             "--method",
-            help="auto; for one ridge cholesky, cg or tiles; for several spectrum or cg.",
-            autocompletion=complete("auto", "cholesky", "cg", "tiles", "spectrum"),
+            help=f"auto; for one ridge {', '.join(_METHODS)}; for several spectrum or cg.",
+            autocompletion=complete("auto", *_METHODS, "spectrum"),
         ),
     ] = "auto",
     probes: Annotated[int, typer.Option("--probes", help="Random probes of GCV, where it is estimated.", min=2)] = 16,
@@ -129,5 +136,5 @@ def _report(found: Fit, *, quiet: bool, as_json: bool) -> None:
         typer.echo(json.dumps(read_result(found.path, "fit"), indent=2))
     elif not quiet:
         show(fit_table(found))
-        picture = "fit.png" if drawn else "no picture: python -m pip install 'ooc-ntk[plots]'"
+        picture = "fit.png" if drawn else f"no picture: {how_to_install('matplotlib')}"
         typer.echo(f"\nwritten to {folder}: fit.json, fit.npz, {picture}")

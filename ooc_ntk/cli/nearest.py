@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ooc_ntk.extras import how_to_install
+
 from .completion import complete
 from .options import DataDirOption, ModelOption, RunArgument, TestOption, TrainOption
 from .terminal import app, reporting_errors, show, status
@@ -71,6 +73,6 @@ def nearest(
             show(neighbours_table(found))
             typer.echo(f"\nall of them: {folder}/nearest.npz" + (f"   picture: {image}" if drawn else ""))
         if not can_draw():
-            typer.echo("the picture is left out: python -m pip install 'ooc-ntk[plots]'", err=True)
+            typer.echo(f"the picture is left out: {how_to_install('matplotlib')}", err=True)
         elif not quiet and not as_json:
             typer.echo(f"page with all results: ooc-ntk report {shlex.quote(str(run))}")

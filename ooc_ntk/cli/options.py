@@ -8,6 +8,8 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand
 
+from ooc_ntk.planning.projection import KINDS
+
 from .completion import complete, complete_data, complete_model, complete_run
 
 _WHAT, _HOW, _WHERE, _BUDGET = "What is computed", "How it is computed", "Where it is computed", "Budget"
@@ -214,12 +216,9 @@ ProjectionOption = Annotated[
     str | None,
     typer.Option(
         "--projection",
-        help="Project the Jacobian: kind:columns, as sjlt:4096; kinds sjlt, shift, rademacher, gaussian, tensorsketch. "
-        "(default: the exact kernel)",
+        help=f"Project the Jacobian: kind:columns, as sjlt:4096; kinds {', '.join(KINDS)}. (default: the exact kernel)",
         rich_help_panel=_WHAT,
-        autocompletion=complete(
-            "sjlt:4096", "sjlt:10240", "shift:4096", "rademacher:4096", "gaussian:4096", "tensorsketch:4096"
-        ),
+        autocompletion=complete(*(f"{kind}:4096" for kind in KINDS), "sjlt:10240"),
         show_default=False,
     ),
 ]

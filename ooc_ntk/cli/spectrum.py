@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ooc_ntk.extras import how_to_install
+
 from .completion import complete, complete_run
 from .options import HostOption, RunArgument
 from .terminal import app, reporting_errors, show, status
@@ -104,4 +106,4 @@ def spectrum(
             what = "figures, eigenvectors and pictures" if drawn else "figures and eigenvectors"
             typer.echo(f"\n{what}: {folder}")
         if not drawn and not quiet:
-            typer.echo("no pictures without matplotlib: python -m pip install 'ooc-ntk[plots]'", err=True)
+            typer.echo(f"no pictures without matplotlib: {how_to_install('matplotlib')}", err=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from ooc_ntk.extras import how_to_install
+
 from .completion import complete
 from .flags import JobFlags
 from .options import (
@@ -132,5 +134,5 @@ def _report(run: Path, found: SurrogateReport, *, quiet: bool, as_json: bool) ->
         typer.echo((folder / "surrogate.json").read_text(), nl=False)
     elif not quiet:
         show(surrogate_table(found))
-        picture = "surrogate.png" if drawn else "no picture: python -m pip install 'ooc-ntk[plots]'"
+        picture = "surrogate.png" if drawn else f"no picture: {how_to_install('matplotlib')}"
         typer.echo(f"\nwritten to {folder}: surrogate.json, surrogate.npz, {picture}")

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ooc_ntk.errors import InputError
+from ooc_ntk.extras import is_installed, missing
 from ooc_ntk.planning.factors import LayerFactors, Window
 
 #: Elements of a Gram matrix up to which the kernel counts positions in 32 bits.
@@ -29,7 +29,7 @@ def can_fuse(factors: LayerFactors, device: str | torch.device) -> bool:
         device: torch device or its name.
     """
     several = factors.kind != "tokens" and factors.positions > 1
-    return several and torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+    return several and torch.device(device).type == "cuda" and is_installed("triton")
 
 
 def load_fused() -> Any:
@@ -38,11 +38,8 @@ def load_fused() -> Any:
     Raises:
         InputError: if Triton is not installed.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise InputError(
-            "the plan contracts layers by a kernel of Triton, which is not installed here; pip install triton, or make "
-            "a new plan in another --out"
-        )
+    if not is_installed("triton"):
+        raise missing("triton", "the plan contracts layers by a kernel that", "make a new plan in another --out")
     return importlib.import_module("ooc_ntk.compute.fused_triton")  # the only module that imports Triton
 
 

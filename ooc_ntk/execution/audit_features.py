@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from ooc_ntk.compute.jacobian import ModelFunction
 from ooc_ntk.compute.projection.entries import dense_columns, rows_and_signs
 from ooc_ntk.planning.plan import Plan
-from ooc_ntk.planning.projection import SPARSE_KINDS
 
 from .features import outer_of, parameter_starts
 
@@ -40,7 +39,7 @@ class FeatureReference:
         assert plan.projection is not None
         assert plan.projection.dim is not None
         self._projection, dim = plan.projection, plan.projection.dim
-        self._sparse = self._projection.kind in SPARSE_KINDS
+        self._sparse = self._projection.about.sparse
         count = dim if self._sparse else min(DENSE_COLUMNS, dim)
         self.columns = np.sort(np.random.default_rng(seed).permutation(dim)[:count])
         starts = parameter_starts(function)

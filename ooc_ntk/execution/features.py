@@ -20,7 +20,7 @@ from ooc_ntk.compute.projection.sketch import FLOAT32_PARTS, Sketch
 from ooc_ntk.compute.rules.base import OuterRule
 from ooc_ntk.planning.memory import SketchChunks, gathered_rows, slab_rows
 from ooc_ntk.planning.plan import Plan
-from ooc_ntk.planning.projection import SPARSE_KINDS, Projection
+from ooc_ntk.planning.projection import Projection
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.files import Staged
 from ooc_ntk.units import held_item_bytes, item_bytes
@@ -160,7 +160,7 @@ class Projector:
                 assert isinstance(use.rule, OuterRule)
                 sketch.add_factors(name, tile, transposed=use.rule.transposed)
             return
-        dense = self._projection.kind not in SPARSE_KINDS
+        dense = not self._projection.about.sparse
         sketch.add(name, gradient_pieces(capture, captured, name, whole_rows=dense, chunks=self._chunks))
 
     def _add_others(self, batch: ModelBatch, rows: int, phase: Phase, samples: str) -> None:

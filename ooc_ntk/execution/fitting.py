@@ -14,8 +14,8 @@ from ooc_ntk.algebra.classes import one_hot
 from ooc_ntk.algebra.gcv import GcvCurve
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.algebra.operator import KernelOperator
-from ooc_ntk.algebra.path import free_bytes, spectrum_fits
-from ooc_ntk.algebra.ridge import Advance, Solution, SolveOptions
+from ooc_ntk.algebra.path import PATH_METHODS, free_bytes, spectrum_fits
+from ooc_ntk.algebra.ridge import SOLVERS, Advance, Solution, SolveOptions
 from ooc_ntk.errors import InputError
 from ooc_ntk.inputs.job import Job
 from ooc_ntk.planning.budget import Budget
@@ -184,7 +184,7 @@ def fit_run(kernel: Kernel, settings: FitSettings, job: Callable[[], Job | None]
     if one is not None:
         solutions = [seen.solve(y, one, method=settings.method, advance=advance, **common)]
     else:
-        if settings.method in ("cholesky", "tiles"):
+        if settings.method not in PATH_METHODS and settings.method in SOLVERS:
             raise InputError(
                 f"method {settings.method!r} solves for one ridge; give one (--ridge, --ridge-ratio), or leave the "
                 "method out: GCV chooses the ridge by spectrum or cg"

@@ -38,7 +38,6 @@ from ooc_ntk.planning.budget import Limits
 from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import DEVICE_POSITIONS, LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
-from ooc_ntk.planning.projection import SPARSE_KINDS
 from ooc_ntk.planning.tiles import Range
 from ooc_ntk.planning.workload import ParameterBlock, Workload
 from ooc_ntk.units import item_bytes
@@ -121,7 +120,7 @@ def measure(
         if layer_rules:
             function.structure = structure_of(prepared, look.rows_per_sample)
         batch_size = 1 if job.allow_batch_dependence else job.batch_size
-        dense = job.sketch is not None and job.sketch.kind not in SPARSE_KINDS
+        dense = job.sketch is not None and not job.sketch.about.sparse
         largest = LARGEST_PROJECTED if dense and not on_cpu else LARGEST_CAPTURE
         while True:
             blocks = parameter_blocks(prepared.module, function.names, function.structure)

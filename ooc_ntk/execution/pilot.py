@@ -22,9 +22,7 @@ from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import SketchChunks
 from ooc_ntk.planning.projection import (
     HEAVY,
-    SIGN_KINDS,
     SMALLEST_BLOCK,
-    SPARSE_KINDS,
     STRUCTURED_RATIO,
     PilotMoments,
     Projection,
@@ -83,7 +81,7 @@ def measure_sketch(
         check_smaller(asked.dim, columns)
     heavy: tuple[int, ...] = ()
     share = 0.0
-    if asked.kind in SIGN_KINDS:
+    if asked.about.signs:
         heavy, share = _heaviest(prepared, backend, blocks, structure, derivation, rows)
     found = _pilot(prepared, asked, backend, blocks, structure, derivation, rows, heavy, share)
     entries = rows if prepared.job.kernel == "full" else 1
@@ -128,7 +126,7 @@ def structured_weights(
     projection: Projection, blocks: Sequence[ParameterBlock], structure: Structure, prepared: PreparedJob
 ) -> tuple[str, ...]:
     """Names of the weights that a tensor sketch takes from their factors: large matrices of linear layers."""
-    if projection.kind != "tensorsketch":
+    if not projection.about.structured:
         return ()
     assert projection.dim is not None
     found = []
@@ -158,7 +156,7 @@ def _pilot(
     share: float,
 ) -> PilotMoments:
     """Sketch a few train samples, spread evenly, and take what the error of the whole kernel depends on."""
-    kind = asked.kind if asked.kind == "tensorsketch" else "sjlt"
+    kind = asked.kind if asked.about.structured else "sjlt"
     nonzeros = asked.nonzeros if kind == asked.kind else 0
     blank = Projection(kind, PILOT_DIM, asked.seed, nonzeros=0, backend=backend)
     size = fitting_dim(kind, PILOT_DIM, nonzeros or blank.nonzeros)
@@ -258,7 +256,7 @@ def _timed(
     like = next(iter(prepared.function.parameters.values()))
     count = min(max(2, batch), TIMED_ROWS)
     chunks = SketchChunks.of(prepared.device)
-    if projection.kind in SPARSE_KINDS:
+    if projection.about.sparse:
         size = min(columns, chunks.items)
         values = torch.ones(count, size, dtype=like.dtype, device=like.device)
         p = torch.arange(size, device=like.device)

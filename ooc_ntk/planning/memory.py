@@ -13,7 +13,7 @@ from .factors import LayerFactors
 from .layers import layer_names, layer_runs, open_layers
 from .layout import Layout
 from .need import MemoryNeed, Terms
-from .projection import HEAVY, SIGN_KINDS, SPARSE_KINDS, Projection
+from .projection import HEAVY, Projection
 from .spans import FACTORED
 from .workload import ParameterBlock, Workload
 
@@ -111,7 +111,7 @@ class SketchChunks:
         >>> DEVICE_CHUNKS.kept_bytes(Projection("sjlt", 4096), 10**7)
         387108864
         """
-        if projection.kind not in SPARSE_KINDS:
+        if not projection.about.sparse:
             return 0
         return min(self.table_bytes, 8 * projection.nonzeros * columns + STARTS_BYTES)
 
@@ -311,11 +311,11 @@ def sketch_terms(
     terms = {
         # The sum in float64, and what is stored of it.
         "features of one batch": features * (8 + item_bytes)
-        + (batch * rows * HEAVY * (8 + item_bytes) if projection.kind in SIGN_KINDS else 0),
+        + (batch * rows * HEAVY * (8 + item_bytes) if projection.about.signs else 0),
         # A piece of them, and a copy in another order.
         "gradients being projected": 2 * batch * min(rows * columns, chunks.items) * item_bytes,
     }
-    if projection.kind in SPARSE_KINDS:
+    if projection.about.sparse:
         # Places of a piece's parameters, their rows and signs.
         piece = min(columns, chunks.items)
         terms["rows and signs of R"] = piece * (16 + 8 * projection.nonzeros) + chunks.kept_bytes(projection, columns)
@@ -325,12 +325,14 @@ def sketch_terms(
         if projection.kind == "shift" and projection.backend == "numba":
             signs = columns * projection.nonzeros * item_bytes
             terms["rows and signs of R"] += min(signs, KEPT_SIGNS_BYTES) + piece * 16
-        if projection.kind == "tensorsketch":
+        if projection.about.structured:
             terms["spectra"] = 4 * SPECTRUM_BYTES
     else:
         terms["a part of R and its product"] = 2 * chunks.tile_bytes + features * item_bytes
         if projection.backend == "torch":
             terms["a part of R and its product"] += TORCH_WORD_BYTES
+    if not projection.about.compiled:
+        terms["words of R"] = TORCH_WORD_BYTES
     return terms
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from ooc_ntk.errors import StorageError
+from ooc_ntk.errors import StorageError, newer
 from ooc_ntk.units import format_bytes, format_count, format_seconds, held_item_bytes
 
 from .budget import DRIVER_BYTES, WORKER_BYTES, Limits
@@ -366,9 +366,7 @@ class Plan:
             fields: dict[str, Any] = json.loads(text)
             version, digest = fields.pop("format"), fields.pop("digest")
             if version > PLAN_FORMAT:
-                raise StorageError(
-                    f"the plan has format {version}, this version reads up to {PLAN_FORMAT}; upgrade ooc-ntk"
-                )
+                raise newer("the plan", version, PLAN_FORMAT)
             if version < PLAN_FORMAT:
                 raise StorageError(
                     f"the plan has format {version}, from an earlier version; this version reads {PLAN_FORMAT}: "

@@ -17,7 +17,6 @@ from .memory import ALLOCATOR_SHARE, memory_need, superblock_bytes
 from .need import MemoryNeed
 from .plan import Alternative, Plan, PlannedBlock, Promise
 from .planes import PLANES
-from .projection import SPARSE_KINDS
 from .rates import MachineRates
 from .representation import POLICIES, REPRESENTATIONS, choose
 from .sketched import features_workload, from_factors
@@ -405,7 +404,7 @@ def _beside_exact(
     sketch = job.sketch
     assert sketch is not None
     rows = job.samples * job.rows_per_sample
-    if sketch.projection.kind not in SPARSE_KINDS and rows <= 2 * sketch.dim:
+    if not sketch.projection.about.sparse and rows <= 2 * sketch.dim:
         note += f" (a dense projection saves arithmetic only from {2 * sketch.dim:,} rows on, here are {rows:,})"
     verdict = "slower than projecting" if ratio > 1 else "no slower, and without error"
     return (replace(chosen, layout=f"exact: {chosen.layout}", verdict=verdict),), note
@@ -417,7 +416,7 @@ def _projected(job: Workload, block: ParameterBlock) -> PlannedBlock:
     projection, rows = job.sketch.projection, job.samples * job.rows_per_sample
     if from_factors(block, job.sketch):
         return _beside_dense(job, block, TENSOR_SKETCHED, 0, rows * job.sketch.dim * 16)
-    each = 2 * projection.nonzeros if projection.kind in SPARSE_KINDS else 2 * job.sketch.dim
+    each = 2 * projection.nonzeros if projection.about.sparse else 2 * job.sketch.dim
     return _beside_dense(job, block, PROJECTED, 0, rows * block.columns * each)
 
 

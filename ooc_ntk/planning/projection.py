@@ -10,22 +10,18 @@ from typing import Final
 
 from ooc_ntk.errors import InputError, unknown_name
 
-#: Kinds of projection; the first is the default.
-KINDS: Final = ("sjlt", "shift", "rademacher", "gaussian", "tensorsketch")
+from .projectionkind import PROJECTIONS, ProjectionKind
 
-#: Kinds whose matrix has a few non-zeros per parameter, one in each of as many blocks of rows.
-SPARSE_KINDS: Final = ("sjlt", "shift", "tensorsketch")
+#: The kind of a projection that names none.
+DEFAULT_KIND: Final = "sjlt"
 
-#: Kinds whose entries are signs: their variance lacks the squares of single parameters.
-SIGN_KINDS: Final = ("sjlt", "shift", "rademacher")
+#: Kinds of this project, and those of them that are sparse. Plugins may have more: see :data:`PROJECTIONS`.
+KINDS: Final = PROJECTIONS.own()
+SPARSE_KINDS: Final = tuple(name for name in KINDS if PROJECTIONS.get(name).sparse)
 
 #: Heaviest parameters, whose gradients are kept beside the features for the error bars (measured on small networks:
 #: they have 98% to 99.9% of the sum of squared mean squares).
 HEAVY: Final = 256
-
-#: Non-zeros per parameter: four as Kane and Nelson's analysis suggests for the sparse kinds; 32 where the error bars
-#: come from the spread between blocks, which then have 31 degrees of freedom.
-NONZEROS: Final = {"sjlt": 4, "shift": 4, "rademacher": 0, "gaussian": 0, "tensorsketch": 32}
 
 #: Most non-zeros: the signs of a block-shift projection are the bits of one word.
 MOST_NONZEROS: Final = 32
@@ -49,8 +45,9 @@ class Projection:
 
     Attributes:
         kind: ``sjlt`` (sparse, a few signs per parameter, one in each block of rows), ``shift`` (the same, blocks of
-            parameters shifted as a whole), ``rademacher`` (dense signs), ``gaussian`` (dense, near normal) or
-            ``tensorsketch`` (large linear layers sketched from their factors, everything else as ``sjlt``).
+            parameters shifted as a whole), ``rademacher`` (dense signs), ``gaussian`` (dense, near normal),
+            ``tensorsketch`` (large linear layers sketched from their factors, everything else as ``sjlt``), or one
+            that was added by :func:`~ooc_ntk.planning.projectionkind.register_projection`.
         dim: columns of Φ; None has the plan choose them for ``target_error``.
         seed: of the projection, up to 64 bits; the same seed and kind give the same R for any tiling or device.
         nonzeros: signs per parameter of the sparse kinds; 0 takes the default (4; ``tensorsketch`` 32).
@@ -66,7 +63,7 @@ class Projection:
     512
     """
 
-    kind: str = KINDS[0]
+    kind: str = DEFAULT_KIND
     dim: int | None = None
     seed: int = 0
     nonzeros: int = 0
@@ -75,8 +72,9 @@ class Projection:
 
     def __post_init__(self) -> None:
         """Check names and numbers, and fill the default of ``nonzeros``."""
-        if self.kind not in KINDS:
-            raise unknown_name("projection", str(self.kind), KINDS)
+        about = PROJECTIONS.get(self.kind) if isinstance(self.kind, str) else None
+        if about is None:
+            raise unknown_name("projection", str(self.kind), PROJECTIONS.names())
         if self.backend not in BACKENDS:
             raise unknown_name("backend", str(self.backend), BACKENDS)
         for name, value, smallest in (("seed", self.seed, 0), ("nonzeros", self.nonzeros, 0), ("dim", self.dim, 1)):
@@ -95,20 +93,26 @@ class Projection:
         number = isinstance(error, int | float) and not isinstance(error, bool)
         if error is not None and not (number and 0 < error < 1):
             raise InputError(f"target_error must lie between 0 and 1, got {error!r}")
-        if self.kind not in SPARSE_KINDS and self.nonzeros:
+        if not about.sparse and self.nonzeros:
             raise InputError(f"a {self.kind} projection is dense and has no nonzeros, got nonzeros={self.nonzeros}")
         if self.nonzeros > MOST_NONZEROS:
             raise InputError(f"nonzeros must be at most {MOST_NONZEROS}, got {self.nonzeros}")
-        if self.kind == "tensorsketch" and self.nonzeros == 1:
-            raise InputError("a tensorsketch needs at least 2 nonzeros: the spread of its blocks is its error; got 1")
+        if 0 < self.nonzeros < about.least_nonzeros:
+            why = ": the spread of its blocks is its error" if about.structured else ""
+            raise InputError(f"a {self.kind} needs at least {about.least_nonzeros} nonzeros{why}; got {self.nonzeros}")
         if not self.nonzeros:
-            object.__setattr__(self, "nonzeros", NONZEROS[self.kind])
+            object.__setattr__(self, "nonzeros", about.nonzeros)
         if self.dim is not None and self.dim != fitting_dim(self.kind, self.dim, self.nonzeros):
             near = fitting_dim(self.kind, self.dim, self.nonzeros)
             raise InputError(
                 f"a {self.kind} projection with {self.nonzeros} non-zeros has a dim that is a multiple of "
                 f"{self.nonzeros}, at least {SMALLEST_BLOCK * self.nonzeros}, got {self.dim}; the nearest is {near}"
             )
+
+    @property
+    def about(self) -> ProjectionKind:
+        """What its kind is."""
+        return PROJECTIONS.get(self.kind)
 
     @property
     def block(self) -> int:
@@ -129,7 +133,8 @@ class Projection:
     def identity(self) -> str:
         """Everything that decides what R is, as text."""
         size = f"error {self.target_error}" if self.dim is None else self.dim
-        return f"{self.kind} {size} seed {self.seed} nonzeros {self.nonzeros}"
+        version = f" version {self.about.version}" if self.about.version > 1 else ""
+        return f"{self.kind} {size} seed {self.seed} nonzeros {self.nonzeros}{version}"
 
     @classmethod
     def parse(cls, text: str, **options: object) -> Projection:
@@ -157,7 +162,7 @@ def parsed_fields(text: str) -> dict[str, object]:
     match = re.fullmatch(r"\s*([A-Za-z][A-Za-z_-]*)?\s*:?\s*(\d[\d_]*)?\s*", text)
     if match is None or not any(match.groups()):
         raise InputError(f"cannot read the projection {text!r}; write kind:dim, for example sjlt:4096")
-    fields: dict[str, object] = {"kind": (match.group(1) or KINDS[0]).lower()}
+    fields: dict[str, object] = {"kind": (match.group(1) or DEFAULT_KIND).lower()}
     if match.group(2):
         fields["dim"] = int(match.group(2).replace("_", ""))
     return fields
@@ -169,7 +174,7 @@ def fitting_dim(kind: str, dim: int, nonzeros: int) -> int:
     >>> fitting_dim("sjlt", 1023, 4), fitting_dim("gaussian", 1023, 0), fitting_dim("sjlt", 3, 4)
     (1024, 1023, 16)
     """
-    if kind not in SPARSE_KINDS:
+    if not PROJECTIONS.get(kind).sparse:
         return dim
     return max(SMALLEST_BLOCK, round(dim / nonzeros)) * nonzeros
 
@@ -257,4 +262,4 @@ class PilotMoments:
         wanted = self.relative_variance(rows) / projection.target_error**2
         step = max(1, projection.nonzeros)
         dim = -(-max(1, math.ceil(wanted)) // step) * step
-        return max(dim, SMALLEST_BLOCK * step if projection.kind in SPARSE_KINDS else 1)
+        return max(dim, SMALLEST_BLOCK * step if projection.about.sparse else 1)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from ooc_ntk.errors import BudgetError, InputError, unknown_name
 from ooc_ntk.units import format_bytes, format_seconds
 
 from .rates import MachineRates
-
-#: Ways to solve ``(K + λI) a = y``, by the names that users give.
-METHODS: Final = ("cholesky", "cg", "tiles")
 
 #: Passes that preconditioned conjugate gradients are priced at. (The number depends on the spectrum and is not known
 #: before; measured: 48 to 69 on the trace kernel of 4,000 digits, with 30,000 up to 224. After a dozen steps it is, and
@@ -55,6 +53,8 @@ class SolvePrice:
         seconds: estimated time.
         edge: rows of a tile Cholesky's block.
         rank: columns of the preconditioner.
+        factorises: whether its steps are known before it begins, so that an iterative one may fall back to it, and
+            nothing needs to precondition it.
     """
 
     method: str
@@ -65,6 +65,32 @@ class SolvePrice:
     seconds: float
     edge: int = 0
     rank: int = 0
+    factorises: bool = True
+
+
+@dataclass(frozen=True)
+class System:
+    """What is to be solved, and with what.
+
+    Attributes:
+        size: rows of the train square (n).
+        targets: right-hand sides.
+        triangle_bytes: bytes that a pass over the lower triangle reads.
+        host_free: bytes that may be taken beyond what the process holds.
+        rates: of the machine.
+        rank: columns of the preconditioner; None for as many as pay.
+    """
+
+    size: int
+    targets: int
+    triangle_bytes: int
+    host_free: int
+    rates: MachineRates
+    rank: int | None = None
+
+
+#: What a way of solving takes: a function of the system, which may look at nothing else.
+Pricing: TypeAlias = Callable[[System], SolvePrice]
 
 
 @dataclass(frozen=True)
@@ -90,8 +116,7 @@ class SolvePlan:
     @property
     def direct_seconds(self) -> float:
         """Time of the fastest method that fits and factorises; infinite if none does."""
-        found = [price.seconds for price in self.prices if price.method != "cg" and price in self.fitting]
-        return min(found, default=math.inf)
+        return min((price.seconds for price in self.fitting if price.factorises), default=math.inf)
 
     def __str__(self) -> str:
         """A line per method."""
@@ -119,6 +144,7 @@ def plan_solve(
     disk: bool = True,
     ridge: float = 1.0,
     held: int = 0,
+    pricings: Sequence[Pricing] = (),
 ) -> SolvePlan:
     """Price every way of solving and take the fastest that fits.
 
@@ -133,6 +159,7 @@ def plan_solve(
         rank: columns of the preconditioner; None for as many as pay.
         disk: whether there is a folder for working space.
         held: bytes that the process holds already, and that libraries will take, for the message.
+        pricings: of the ways to solve; none for :data:`PRICINGS`.
         ridge: without one only what factorises the matrix is offered by itself, as nothing preconditions it.
 
     Returns:
@@ -150,21 +177,19 @@ def plan_solve(
     >>> plan_solve(30_000, 20_000, 18 * 10**8, 2**35, 2**36, UNCALIBRATED).chosen.method
     'cholesky'
     """
-    if method not in (*METHODS, "auto"):
-        raise unknown_name("method", method, (*METHODS, "auto"))
-    prices = (
-        _cholesky(size, targets, triangle_bytes, rates),
-        _conjugate_gradients(size, targets, triangle_bytes, host_free, rates, rank),
-        _tiles(size, targets, triangle_bytes, host_free, rates),
-    )
+    system = System(size, targets, triangle_bytes, host_free, rates, rank)
+    found = [pricing(system) for pricing in pricings or PRICINGS]
+    prices = tuple(sorted(found, key=lambda price: (price.disk_bytes > 0, not price.factorises)))  # as plans show them
     by_name = {price.method: price for price in prices}
-    if method == "tiles" and not disk:
-        raise InputError("method 'tiles' factorises on disk, and this kernel has no folder; give one: workspace=...")
+    if method not in (*by_name, "auto"):
+        raise unknown_name("method", method, (*by_name, "auto"))
+    if method != "auto" and by_name[method].disk_bytes and not disk:
+        raise InputError(f"method {method!r} works on disk, and this kernel has no folder; give one: workspace=...")
     fitting = [price for price in prices if price.host_bytes <= host_free and price.disk_bytes <= disk_free]
-    fitting = [price for price in fitting if disk or price.method != "tiles"]
+    fitting = [price for price in fitting if disk or not price.disk_bytes]
     wanted = [by_name[method]] if method != "auto" else fitting
     if method == "auto" and ridge == 0:
-        wanted = [price for price in wanted if price.method != "cg"] or wanted
+        wanted = [price for price in wanted if price.factorises] or wanted
     usable = [price for price in wanted if price in fitting]
     if not usable:
         least = min(wanted or prices, key=lambda price: price.host_bytes)
@@ -184,18 +209,19 @@ def plan_solve(
     return SolvePlan(size, targets, prices, chosen, host_free, tuple(fitting))
 
 
-def _cholesky(size: int, targets: int, triangle_bytes: int, rates: MachineRates) -> SolvePrice:
+def price_cholesky(system: System) -> SolvePrice:
     """In memory: the matrix in float64, factorised in place."""
+    size, targets, triangle_bytes, rates = system.size, system.targets, system.triangle_bytes, system.rates
     host = 8 * size * size + 3 * 8 * size * targets + PASS_BYTES
     flops = size**3 / 3 + 2 * size * size * targets
     seconds = 2 * triangle_bytes / rates.disk_read + flops / _rate(rates, 1024)
     return SolvePrice("cholesky", host, 0, 2 * triangle_bytes, 0, seconds)
 
 
-def _conjugate_gradients(
-    size: int, targets: int, triangle_bytes: int, host_free: int, rates: MachineRates, rank: int | None
-) -> SolvePrice:
+def price_conjugate_gradients(system: System) -> SolvePrice:
     """Preconditioned block conjugate gradients; the preconditioner takes the columns that fit."""
+    size, targets, triangle_bytes, rates = system.size, system.targets, system.triangle_bytes, system.rates
+    host_free, rank = system.host_free, system.rank
     fixed = 8 * size * targets * CG_ARRAYS + PASS_BYTES
     wanted = max(1, min(size // 2, MAX_RANK)) if rank is None else min(rank, size)
     while rank is None and wanted > 64 and fixed + preconditioner_bytes(size, wanted) > host_free:
@@ -206,11 +232,13 @@ def _conjugate_gradients(
     applied = 8 * size * wanted * targets / _rate(rates, 512)
     building = (8 * size + 10 * wanted) * wanted * wanted / _rate(rates, 512)
     seconds = passes * (product + 2 * applied) + building
-    return SolvePrice("cg", host, 0, passes * triangle_bytes, 0, seconds, rank=wanted)
+    return SolvePrice("cg", host, 0, passes * triangle_bytes, 0, seconds, rank=wanted, factorises=False)
 
 
-def _tiles(size: int, targets: int, triangle_bytes: int, host_free: int, rates: MachineRates) -> SolvePrice:
+def price_tiles(system: System) -> SolvePrice:
     """Left-looking Cholesky by blocks on disk."""
+    size, targets, triangle_bytes, rates = system.size, system.targets, system.triangle_bytes, system.rates
+    host_free = system.host_free
     edge = tile_cholesky_edge(size, host_free - 2 * 8 * size * targets - PASS_BYTES)
     host = tile_cholesky_bytes(edge) + 2 * 8 * size * targets + PASS_BYTES
     read, written = tile_cholesky_traffic(size, edge)
@@ -220,6 +248,10 @@ def _tiles(size: int, targets: int, triangle_bytes: int, host_free: int, rates: 
     seconds += 2 * triangle_bytes / rates.disk_read  # the kernel itself, and once more for the residual
     disk = 4 * size * size + 8 * size * edge
     return SolvePrice("tiles", host, disk, read + 2 * triangle_bytes, written, seconds, edge=edge)
+
+
+#: The pricings of this project's ways to solve.
+PRICINGS: Final[tuple[Pricing, ...]] = (price_cholesky, price_conjugate_gradients, price_tiles)
 
 
 def _rate(rates: MachineRates, edge: int) -> float:

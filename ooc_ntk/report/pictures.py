@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ooc_ntk.errors import InputError
+from ooc_ntk.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,11 +37,9 @@ def picture(path: Path, width: float = 7.0, height: float = 4.2) -> Iterator[Fig
     Raises:
         InputError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("pictures need matplotlib: python -m pip install 'ooc-ntk[plots]'") from error
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    figure: Figure = require("matplotlib.figure", "a picture").Figure(
+        figsize=(width, height), dpi=130, layout="constrained"
+    )
     yield figure
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from ooc_ntk.extras import is_installed, missing
 
 # Inside this package ``sklearn`` is scikit-learn, as everywhere: imports are absolute.
-if find_spec("sklearn") is None:
-    raise ModuleNotFoundError(
-        "ooc_ntk.sklearn needs scikit-learn, which is not installed; run: python -m pip install 'ooc-ntk[sklearn]'",
-        name="sklearn",
-    )
+if not is_installed("sklearn"):
+    raise ModuleNotFoundError(str(missing("sklearn", "ooc_ntk.sklearn")), name="sklearn")
 
 from .ridge import NTKClassifier, NTKRegressor
 from .transformer import NTKTransformer

@@ -18,6 +18,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from ooc_ntk.extras import require
+
 from .atomic import FileRecord
 from .reading import PIECE_BYTES, differs, missing
 from .retries import note_retry, retried, storage_error
@@ -27,13 +29,14 @@ ASKED: Final = "OOC_NTK_GDS"
 
 
 def wanted() -> bool:
-    """Whether it is asked for, and KvikIO can be imported."""
+    """Whether it is asked for.
+
+    Raises:
+        InputError: if KvikIO is missing then.
+    """
     if os.environ.get(ASKED, "") not in ("1", "true", "yes"):
         return False
-    try:
-        importlib.import_module("kvikio")
-    except ImportError:
-        return False
+    require("kvikio", f"{ASKED}=1", f"unset {ASKED}")
     return True
 
 

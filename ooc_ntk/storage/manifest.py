@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from ooc_ntk.errors import StorageError
+from ooc_ntk.errors import StorageError, newer
 
 from . import retries
 from .atomic import FileRecord
@@ -23,6 +23,14 @@ from .retries import TRANSIENT, note_retry, storage_error
 
 #: Version of the manifest's tables.
 MANIFEST_VERSION: Final = 1
+
+#: Version of everything else that a run directory holds: names, the job file, receipts, attributes of arrays, what a
+#: tile's bytes mean. Raised with every change that an earlier version would misread; see CONTRIBUTING.md. (Runs of
+#: before it was noted are of format 1.)
+RUN_FORMAT: Final = 1
+
+#: Name of the manifest's note of it.
+FORMAT: Final = "format"
 
 _TABLES: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -158,20 +166,31 @@ class Manifest:
             version = int(self._database.execute("PRAGMA user_version").fetchone()[0])
             if version > MANIFEST_VERSION:
                 self._database.close()
-                raise StorageError(
-                    f"{path} has version {version}, this version of ooc-ntk reads up to {MANIFEST_VERSION}; "
-                    "upgrade ooc-ntk"
-                )
+                raise newer(f"the manifest {path}", version, MANIFEST_VERSION)
             if not read_only:
                 self._database.execute("PRAGMA synchronous = FULL")
                 if version == 0:
                     self._write(self._make_tables)
+            if version:  # one without tables is of a run that was cut off before it made them
+                self._check_format()
         except sqlite3.DatabaseError as error:
             if _primary(error) in _OF_THE_DISK:
                 raise self._failure(error) from error
             raise StorageError(
                 f"cannot read the manifest {path} ({error}); move the run directory away and run again"
             ) from error
+
+    def _check_format(self) -> None:
+        if self.format > RUN_FORMAT:
+            found = self.format
+            self._database.close()
+            raise newer(f"the run {self._root}", found, RUN_FORMAT)
+
+    @property
+    def format(self) -> int:
+        """Version of the run's format, see :data:`RUN_FORMAT`."""
+        rows = self._database.execute("SELECT value FROM meta WHERE name = ?", (FORMAT,)).fetchall()
+        return int(rows[0][0]) if rows else 1
 
     def close(self) -> None:
         """Close the database."""
@@ -180,6 +199,7 @@ class Manifest:
     def _make_tables(self) -> None:
         for statement in _TABLES.split(";"):
             self._database.execute(statement)
+        self._database.execute("INSERT INTO meta VALUES (?, ?)", (FORMAT, str(RUN_FORMAT)))
         self._database.execute(f"PRAGMA user_version = {MANIFEST_VERSION}")
 
     def _write(self, work: Callable[[], object]) -> None:

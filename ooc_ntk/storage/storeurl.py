@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.registry import Registry
 
 from .files import Files
-from .local import LocalFiles
-
-#: Bytes in names that every object store and every URL takes as they are.
-_PREFIX: Final = re.compile(r"[\w.=+,()!' @-]*")
-_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 #: What is said of a URL that may hold a secret; the URL itself is not repeated.
 _SECRET: Final = (
     "the store's URL carries credentials or options, which would be kept with the run; give s3://bucket/prefix alone, "
     "and credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by the machine's profile"
 )
+
+
+@dataclass(frozen=True)
+class StoreScheme:
+    """A sort of store, by the scheme of its URLs.
+
+    Attributes:
+        form: what a URL looks like, for messages.
+        checked: a URL in the one form that is kept, without a slash at its end; raises InputError for one that is none.
+            It is given none with ``?``, ``#``, or a user, password or port.
+        files: the files of a checked URL. The second argument gives the local folder in which files may be gathered
+            before they are uploaded; None is that of :mod:`tempfile`.
+    """
+
+    form: str
+    checked: Callable[[str], str]
+    files: Callable[[str, Callable[[], Path] | None], Files]
+
+
+#: Every sort of store, by scheme.
+STORES: Final[Registry[StoreScheme]] = Registry("scheme of stores", "ooc_ntk.storage.schemes")
+
+
+def register_store(scheme: str, store: StoreScheme) -> None:
+    """Add a sort of store, for ``--store scheme://...``.
+
+    Its files answer every call of :class:`~ooc_ntk.storage.files.Files`: what is published appears whole or not at all.
+
+    Args:
+        scheme: what stands before ``://``.
+        store: what it is.
+
+    Raises:
+        InputError: if it is one of this project's own.
+    """
+    STORES.register(scheme, store)
 
 
 def is_store(where: object) -> bool:
@@ -54,20 +84,10 @@ def checked_store(url: str) -> str:
     scheme, _, rest = url.partition("://")
     if "?" in rest or "#" in rest or "@" in rest.partition("/")[0] or ":" in rest:
         raise InputError(_SECRET)
-    if scheme == "file":
-        host, path = urlsplit(url).netloc, unquote(urlsplit(url).path)
-        if host or not path.startswith("/") or path == "/":
-            raise InputError(f"a folder as a store is file:///folder, with its whole path, got {url!r}")
-        return "file://" + path.rstrip("/")
-    if scheme != "s3":
-        raise InputError(f"stores are s3://bucket/prefix or file:///folder, got one of {scheme}://")
-    bucket, _, prefix = rest.strip("/").partition("/")
-    parts = [part for part in prefix.split("/") if part]
-    if not _BUCKET.fullmatch(bucket):
-        raise InputError(f"{url!r} names no bucket; a store is s3://bucket/prefix")
-    if any(not _PREFIX.fullmatch(part) or set(part) == {"."} for part in parts):
-        raise InputError(f"the prefix of {url!r} has characters that not all stores take; use letters, digits, - _ . =")
-    return "/".join([f"s3://{bucket}", *parts])
+    if scheme not in STORES:
+        forms = " or ".join(STORES.get(name).form for name in STORES)
+        raise InputError(f"stores are {forms}, got one of {scheme}://")
+    return STORES.get(scheme).checked(url)
 
 
 def files_at(url: str, scratch: Callable[[], Path] | None = None) -> Files:
@@ -79,12 +99,6 @@ def files_at(url: str, scratch: Callable[[], Path] | None = None) -> Files:
             :mod:`tempfile`.
 
     Raises:
-        InputError: if what object stores need is not installed.
+        InputError: if what its sort of store needs is not installed.
     """
-    if url.startswith("file://"):
-        return LocalFiles(url.removeprefix("file://"))
-    if importlib.util.find_spec("obstore") is None:
-        raise InputError(f"{url} needs the package obstore, which is not installed: pip install 'ooc-ntk[cloud]'")
-    from .objects import ObjectFiles  # imports obstore
-
-    return ObjectFiles(url, scratch)
+    return STORES.get(url.partition("://")[0]).files(url, scratch)

@@ -283,7 +283,7 @@ def test_faiss_of_a_view_is_refused(projected):
 
 def test_faiss_that_is_missing_says_what_to_install(projected, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(InputError, match=r"not installed: python -m pip install 'ooc-ntk\[faiss\]'.*--backend exact"):
+    with pytest.raises(InputError, match=r"not installed; run: .*pip install 'ooc-ntk\[faiss\]'.*--backend exact"):
         projected.nearest(3, backend="faiss")
 
 

@@ -662,13 +662,13 @@ def everything_installed(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize(
-    ("wanted", "device", "extra"), [("numba", "cpu", "numba"), ("cupy", "cuda:0", "ooc-ntk[cu13] (or [cu12])")]
+    ("wanted", "device", "extra"), [("numba", "cpu", "pip install numba"), ("cupy", "cuda:0", "'ooc-ntk[cu13]'")]
 )
 def test_a_missing_backend_is_an_error_that_names_what_to_install(wanted, device, extra):
     with pytest.raises(InputError) as got:
         backend_name(wanted, device)
-    said = f"backend '{wanted}' is not installed: pip install '{extra}', or use the backend 'torch'"
-    assert str(got.value) == said
+    for said in (f"backend '{wanted}' needs", "which is not installed", extra, "or use the backend 'torch'"):
+        assert said in str(got.value)
 
 
 @pytest.mark.usefixtures("nothing_installed")

@@ -101,6 +101,6 @@ def test_without_triton_it_is_refused_before_anything_is_derived(fused_plan, tmp
     job, plan = fused_plan
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "triton" else find_spec(name))
-    with pytest.raises(InputError, match="by a kernel of Triton, which is not installed here"):
+    with pytest.raises(InputError, match="by a kernel that needs Triton, which is not installed"):
         ooc_ntk.run(job, tmp_path / "run", plan=plan, progress=False, proof=False)
     assert not (tmp_path / "run/receipts.jsonl").exists()

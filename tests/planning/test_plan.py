@@ -78,7 +78,7 @@ def test_a_plan_of_a_newer_version_is_refused():
     fields = json.loads(make().to_json())
     fields["format"] = PLAN_FORMAT + 1
     fields["something new"] = 1
-    with pytest.raises(StorageError, match=rf"format {PLAN_FORMAT + 1}.*up to {PLAN_FORMAT}; upgrade"):
+    with pytest.raises(StorageError, match=rf"format {PLAN_FORMAT + 1}.*up to {PLAN_FORMAT}\); upgrade"):
         Plan.from_json(json.dumps(fields))
 
 

@@ -133,7 +133,7 @@ def test_a_manifest_of_a_newer_version_is_refused(tmp_path):
     database.execute(f"PRAGMA user_version = {MANIFEST_VERSION + 1}")
     database.close()
     for read_only in (False, True):
-        with pytest.raises(StorageError, match=rf"version {MANIFEST_VERSION + 1}.*up to {MANIFEST_VERSION}; upgrade"):
+        with pytest.raises(StorageError, match=rf"format {MANIFEST_VERSION + 1}.*up to {MANIFEST_VERSION}\); upgrade"):
             Manifest(tmp_path, read_only=read_only)
 
 

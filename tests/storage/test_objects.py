@@ -1,9 +1,9 @@
 """Object stores: whole objects or none, checked reads, errors that say what to do, and no secret anywhere."""
 
 import gc
-import importlib.util
 import logging
 import pickle
+import sys
 import time
 
 import google_crc32c
@@ -114,10 +114,7 @@ def test_what_is_no_store_is_refused(given, said):
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "obstore" else find(name, *more)
-    )
+    monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(InputError, match=r"pip install 'ooc-ntk\[cloud\]'"):
         files_at("s3://bucket/a")
     assert isinstance(files_at("file:///a"), LocalFiles)

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from ooc_ntk.errors import DamagedFileError, StorageError, TransientStorageError
+from ooc_ntk.errors import DamagedFileError, InputError, StorageError, TransientStorageError
 from ooc_ntk.storage import gds, reading, retries
 from ooc_ntk.storage.atomic import write_whole
 from ooc_ntk.storage.checked import read_checked, read_stripes
@@ -248,7 +248,8 @@ def test_device_reads_are_asked_for_and_need_kvikio(kvikio, monkeypatch):
     monkeypatch.setenv(gds.ASKED, "1")
     assert gds.wanted()
     monkeypatch.setitem(sys.modules, "kvikio", None)
-    assert not gds.wanted()
+    with pytest.raises(InputError, match=r"OOC_NTK_GDS=1 needs KvikIO, .*'ooc-ntk\[gds\]'; or unset OOC_NTK_GDS"):
+        gds.wanted()
 
 
 @pytest.mark.usefixtures("kvikio")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.extras import missing
 from ooc_ntk.planning.projection import Projection
 
-from .entries import Outer, factor_hash, rows_and_signs
+from .entries import Outer, draws, factor_hash, rows_and_signs
 from .philox import key_of, philox, split
 
 #: Entries of a dense R that torch makes at a time: ten copies of them in int64 stay within 32 MiB.
@@ -83,7 +84,7 @@ class Backend(Protocol):
         """Part of a dense R, unscaled: ±1, or the bits set in a word less 16, which bfloat16 holds exactly.
 
         Args:
-            projection: ``rademacher`` or ``gaussian``.
+            projection: of a dense kind.
             p: (n,) int64 global parameter indices, on the device.
             dtype: of the tile.
 
@@ -99,8 +100,11 @@ class TorchBackend:
 
     def table(self, projection: Projection, p: Tensor, outers: Sequence[Outer]) -> Tensor:
         """See :meth:`Backend.table`."""
-        rows, signs = rows_and_signs(projection, p, outers)
-        return (2 * rows + signs).to(torch.int32)
+        if projection.about.compiled:
+            return _packed(*rows_and_signs(projection, p, outers))
+        step = max(1, TORCH_WORDS // projection.nonzeros)  # its price counts on that
+        parts = [_packed(*rows_and_signs(projection, some, outers)) for some in torch.split(p, step)]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def table_at(
         self, projection: Projection, start: int, outer: Tensor, inner: Tensor, outers: Sequence[Outer]
@@ -110,8 +114,7 @@ class TorchBackend:
 
     def hashes(self, projection: Projection, outer: Outer, side: int, index: Tensor) -> Tensor:
         """See :meth:`Backend.hashes`."""
-        rows, signs = factor_hash(projection, outer, side, index)
-        return (2 * rows + signs).to(torch.int32)
+        return _packed(*factor_hash(projection, outer, side, index))
 
     def scatter(self, values: Tensor, table: Tensor, projection: Projection, total: Tensor) -> None:
         """See :meth:`Backend.scatter`; on CUDA as a product, whose order of sums is fixed."""
@@ -144,6 +147,11 @@ class TorchBackend:
         return out
 
 
+def _packed(rows: Tensor, signs: Tensor) -> Tensor:
+    """Twice the rows, plus 1 for a minus."""
+    return (2 * rows + signs).to(torch.int32)
+
+
 def summed_places(start: int, outer: Tensor, inner: Tensor) -> Tensor:
     """Global indices ``start + outer[i] + inner[j]``, (m · k,) int64."""
     return (start + outer[:, None] + inner[None]).reshape(-1)
@@ -152,6 +160,9 @@ def summed_places(start: int, outer: Tensor, inner: Tensor) -> Tensor:
 def _dense_words(projection: Projection, p: Tensor) -> Tensor:
     """Entries of a dense R as whole numbers, (n, dim) int64; each counter is used for all of its columns."""
     assert projection.dim is not None
+    if not projection.about.compiled:
+        columns = torch.arange(projection.dim, device=p.device)
+        return cast("Tensor", projection.about.entries(projection, p[:, None], columns[None], draws(projection, p)))
     signs = projection.kind == "rademacher"
     each = 128 if signs else 4
     group = torch.arange(-(-projection.dim // each), device=p.device)
@@ -190,8 +201,8 @@ def backend_name(wanted: str, device: str) -> str:
             f"backend {wanted!r} does not run on {device}; use {compiled!r}, 'torch' or leave it to 'auto'"
         )
     if not _installed(wanted):
-        extra = "ooc-ntk[cu13] (or [cu12])" if wanted == "cupy" else "numba"
-        raise InputError(f"backend {wanted!r} is not installed: pip install '{extra}', or use the backend 'torch'")
+        older = " ([cu12] for CUDA 12)" if wanted == "cupy" else ""
+        raise missing(wanted, f"backend {wanted!r}", f"use the backend 'torch'{older}")
     return wanted
 
 

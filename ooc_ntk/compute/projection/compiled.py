@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ooc_ntk.planning.memory import KEPT_SIGNS_BYTES
 from ooc_ntk.planning.projection import SMALL_BLOCK, Projection
+from ooc_ntk.planning.projectionkind import FACTORS, GAUSSIAN, SHIFT_SIGNS, SHIFTS, SIGNS, SJLT
 
-from .entries import FACTORS, GAUSSIAN, SHIFT_SIGNS, SHIFTS, SIGNS, SJLT, Outer
+from .backends import TorchBackend
+from .entries import Outer
 from .philox import key_of
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -197,6 +199,7 @@ class NumbaBackend:
         numba.set_num_threads(min(threads, most))
         torch.set_num_threads(threads)  # numba's threads are started by OpenMP, whose number they set to their own
         self._tile: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+        self._by_formula = TorchBackend()
         self._known_runs: dict[object, tuple[NDArray[Any], ...]] = {}
 
     def table(self, projection: Projection, p: Tensor, outers: Sequence[Outer]) -> Tensor:
@@ -207,6 +210,8 @@ class NumbaBackend:
         self, projection: Projection, start: int, outer: Tensor, inner: Tensor, outers: Sequence[Outer]
     ) -> Tensor:
         """See :meth:`~.backends.Backend.table_at`."""
+        if not projection.about.compiled:
+            return self._by_formula.table_at(projection, start, outer, inner, outers)
         base, within, block = start + outer.numpy(), inner.numpy(), np.uint64(projection.block)
         small = projection.block <= SMALL_BLOCK
         out: NDArray[Any] = np.empty(
@@ -217,7 +222,7 @@ class NumbaBackend:
             return torch.from_numpy(out)
         narrow = within.astype(np.uint32) if len(within) and within.max() < 2**32 else within
         _sjlt_table(base, narrow, _key(projection), block, out)
-        if projection.kind == "tensorsketch":
+        if projection.about.structured:
             for each in outers:
                 self._structured(projection, each, (base[:, None] + within).reshape(-1), out)
         return torch.from_numpy(out)
@@ -278,6 +283,8 @@ class NumbaBackend:
     def tile(self, projection: Projection, p: Tensor, dtype: torch.dtype) -> Tensor:
         """See :meth:`~.backends.Backend.tile`."""
         assert projection.dim is not None
+        if not projection.about.compiled:
+            return self._by_formula.tile(projection, p, dtype)
         if self._tile.size < len(p) * projection.dim:
             self._tile = np.empty(len(p) * projection.dim, dtype=np.float32)
         out = self._tile[: len(p) * projection.dim].reshape(len(p), projection.dim)

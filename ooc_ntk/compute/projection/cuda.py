@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ooc_ntk.planning.projection import SMALL_BLOCK, Projection
 
-from .backends import summed_places
+from .backends import TorchBackend, summed_places
 from .entries import Outer
 from .philox import key_of
 
@@ -123,11 +123,13 @@ class CupyBackend:
 
     def table(self, projection: Projection, p: Tensor, outers: Sequence[Outer]) -> Tensor:
         """See :meth:`~.backends.Backend.table`."""
+        if not projection.about.compiled:
+            return TorchBackend().table(projection, p, outers)
         n, numbers = len(p), (*_shape(projection), *_key(projection))
         out = torch.empty(projection.nonzeros, n, dtype=torch.int32, device=p.device)
         kernel = "shift_table" if projection.kind == "shift" else "sjlt_table"
         _launch(kernel, *_along(n), p, np.int64(n), *numbers, out)
-        for outer in outers if projection.kind == "tensorsketch" else ():
+        for outer in outers if projection.about.structured else ():
             place = np.int64(outer.start), np.int64(outer.outputs), np.int64(outer.inputs)
             _launch("outer_table", *_along(n), p, np.int64(n), *place, *numbers, out)
         return out
@@ -211,6 +213,8 @@ class CupyBackend:
     def tile(self, projection: Projection, p: Tensor, dtype: torch.dtype) -> Tensor:
         """See :meth:`~.backends.Backend.tile`."""
         assert projection.dim is not None
+        if not projection.about.compiled:
+            return TorchBackend().tile(projection, p, dtype)
         made = dtype if dtype == torch.bfloat16 else torch.float32
         out = torch.empty(len(p), projection.dim, dtype=made, device=p.device)
         signs = projection.kind == "rademacher"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ooc_ntk.compute.gradients import GradientPiece, contiguous_pieces
 from ooc_ntk.compute.held import Tile, some_samples
 from ooc_ntk.planning.memory import HOST_CHUNKS, SPECTRUM_BYTES, SketchChunks
-from ooc_ntk.planning.projection import SPARSE_KINDS, Projection
+from ooc_ntk.planning.projection import Projection
 
 from .backends import Backend
 from .entries import Outer
@@ -82,7 +82,7 @@ class Sketch:
     def _add_piece(self, name: str, piece: GradientPiece, total: Tensor) -> None:
         """Add a piece to a part of the sum, (samples, rows, dim)."""
         values, backend, projection, start = piece.values, self._backend, self.projection, self._starts[name]
-        if projection.kind not in SPARSE_KINDS:
+        if not projection.about.sparse:
             self._add_dense(piece.columns + start, values, total)
             return
         if projection.kind == "shift" and piece.start is not None:
@@ -207,10 +207,10 @@ class Sketch:
 
     def result(self) -> Tensor:
         """Φ of the batch, (samples, rows, dim) float64: a buffer that the next batch does not reuse."""
-        kind = self.projection.kind
-        if kind in SPARSE_KINDS:
+        about = self.projection.about
+        if about.sparse:
             return self._total.div_(self.projection.nonzeros**0.5)
-        return self._total.div_((8 * self.dim) ** 0.5 if kind == "gaussian" else self.dim**0.5)
+        return self._total.div_((about.unit * self.dim) ** 0.5)
 
 
 def split_bfloat16(values: Tensor, parts: int) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -192,3 +192,7 @@ class TransposedConvolution(OuterRule):
         a = inputs.view(samples, positions, groups, -1)
         g = gradients.view(samples, positions, rows, groups, outputs // groups)
         return torch.einsum("nsgc,nsrgb->nrgcb", a, g).flatten(2)
+
+
+#: The rules of this module.
+RULES: Final = (Convolution(), TransposedConvolution())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -154,3 +154,7 @@ class PReLU(_ChannelRule):
         if parameter.numel() == 1:
             return elements.flatten(1).sum(1, keepdim=True)
         return super().reduce(call, elements, parameter)
+
+
+#: The rules of this module.
+RULES: Final = (BatchNorm(), LayerNorm(), GroupNorm(), InstanceNorm(), RMSNorm(), PReLU())

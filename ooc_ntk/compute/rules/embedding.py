@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -104,3 +104,7 @@ class EmbeddingBag(Embedding):
             return spread
         counted = (_tokens(call, inputs) != NO_ROW).sum(1).clamp(min=1)  # padding is left out of the mean
         return spread.div(counted.view(-1, 1, 1))
+
+
+#: The rules of this module.
+RULES: Final = (Embedding(), EmbeddingBag())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -54,3 +54,7 @@ class AddMatrixProduct(Linear):
         """See :class:`Rule`; torch calls the bias ``input``, and what is multiplied ``mat1`` and ``mat2``."""
         names = {"input": "bias", "mat1": "input", "mat2": "weight"}
         return super().bind(args, {names.get(name, name): value for name, value in kwargs.items()})
+
+
+#: The rules of this module.
+RULES: Final = (Linear(), AddMatrixProduct())

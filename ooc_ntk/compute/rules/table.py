@@ -1,91 +1,31 @@
-"""The table of rules, by the torch function that a layer calls, and the rules that users register by module class."""
+"""The table of rules, by the torch function that a layer calls: those of every module of this folder.
+
+A module names its rules in ``RULES``. Rules by module class are in :mod:`~ooc_ntk.compute.rules.modules`; a module of
+this folder may have some of those as well, by its decorator :func:`layer_rule`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, Final
 
-from torch import Tensor, nn
-
-from ooc_ntk.errors import InputError
+from ooc_ntk.registry import modules_of
 
 from .base import Rule
-from .convolution import Convolution, TransposedConvolution
-from .elements import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, PReLU, RMSNorm
-from .embedding import Embedding, EmbeddingBag
-from .linear import AddMatrixProduct, Linear
+from .modules import forget_layer_rule, layer_rule, module_rule, registered_rules
 
-_RULES: Final[tuple[Rule, ...]] = (
-    Linear(),
-    AddMatrixProduct(),
-    Convolution(),
-    TransposedConvolution(),
-    Embedding(),
-    EmbeddingBag(),
-    BatchNorm(),
-    LayerNorm(),
-    GroupNorm(),
-    InstanceNorm(),
-    RMSNorm(),
-    PReLU(),
-)
+__all__ = ["RULES", "forget_layer_rule", "layer_rule", "module_rule", "registered_rules"]
+
+
+def _rules(folder: str) -> Iterator[Rule]:
+    """The rules of a folder's modules; this module is one of them."""
+    for name in modules_of(folder):
+        if f"{folder}.{name}" != __name__:
+            yield from getattr(import_module(f"{folder}.{name}"), "RULES", ())
+
 
 #: The rule of every torch function that has one.
-RULES: Final[Mapping[Callable[..., Any], Rule]] = {function: rule for rule in _RULES for function in rule.functions}
-
-#: A user's rule: from (module, its positional inputs, the gradient of its output) to the gradients of its own
-#: parameters by name, each (samples, *shape).
-ModuleRule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Mapping[str, Tensor]]
-
-_MODULE_RULES: dict[type[nn.Module], ModuleRule] = {}
-
-_AnyRule = TypeVar("_AnyRule", bound=ModuleRule)
-
-
-def layer_rule(kind: type[nn.Module]) -> Callable[[_AnyRule], _AnyRule]:
-    """Register a rule for a module class of one's own, as a decorator.
-
-    The function gets the module, the tuple of its positional inputs, each (samples, ...), and the gradient of its
-    output, (samples, ...). It returns the gradient of each of the module's own parameters by name, (samples, *shape):
-    one gradient per sample, not their sum. Before it is used it is compared with autograd on a few samples; a rule that
-    disagrees is refused with both numbers.
-
-    Args:
-        kind: the module class; instances of subclasses are not covered.
-
-    Returns:
-        The decorator.
-
-    Raises:
-        InputError: if ``kind`` is no module class.
-
-    >>> class Scale(nn.Module):
-    ...     pass
-    >>> @layer_rule(Scale)
-    ... def scale_rule(module, inputs, output_gradient):
-    ...     return {"weight": inputs[0] * output_gradient}
-    >>> forget_layer_rule(Scale)
-    """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise InputError(f"a layer rule is registered for a class of torch.nn.Module, got {kind!r}")
-
-    def register(rule: _AnyRule) -> _AnyRule:
-        _MODULE_RULES[kind] = rule
-        return rule
-
-    return register
-
-
-def forget_layer_rule(kind: type[nn.Module]) -> None:
-    """Take back what :func:`layer_rule` registered for a class, if anything."""
-    _MODULE_RULES.pop(kind, None)
-
-
-def module_rule(module: nn.Module) -> ModuleRule | None:
-    """The user's rule of a module, if there is one."""
-    return _MODULE_RULES.get(type(module))
-
-
-def registered_rules() -> dict[type[nn.Module], ModuleRule]:
-    """Every rule that users have registered, by module class."""
-    return dict(_MODULE_RULES)
+RULES: Final[Mapping[Callable[..., Any], Rule]] = {
+    function: rule for rule in _rules(__name__.rpartition(".")[0]) for function in rule.functions
+}

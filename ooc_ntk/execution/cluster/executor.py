@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from contextlib import ExitStack, suppress
-from importlib.util import find_spec
 from typing import Any
 
 from distributed import Client
@@ -14,6 +13,7 @@ from ooc_ntk.errors import RunConflictError
 from ooc_ntk.execution.calibration import reads_directly
 from ooc_ntk.execution.executors import Work
 from ooc_ntk.execution.work import perform
+from ooc_ntk.extras import how_to_install, is_installed
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tasks import Task
 
@@ -91,7 +91,7 @@ class ClusterExecutor:
         client = self._connected(plan.threads)
         if not self._shown and has_dashboard(client):
             self._shown = True
-            needs = "" if find_spec("bokeh") else "  (pip install 'ooc-ntk[cluster]' first: it needs Bokeh)"
+            needs = "" if is_installed("bokeh") else f"  (it needs Bokeh; first: {how_to_install('bokeh')})"
             work.say(f"dashboard: {client.dashboard_link}{needs}")
         sent = Sent.of(session_name(client), work, direct=reads_directly(plan.device, plan.promised.disk_bytes))
         passes: dict[int, list[Task]] = defaultdict(list)

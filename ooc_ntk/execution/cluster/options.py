@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.extras import require
 
 #: Seconds without any worker after which a run stops, to go on later (a choice: a nanny restarts a worker in five, and
 #: a job queue that has taken one back may take minutes to give another).
@@ -102,9 +103,6 @@ def _devices(given: Any) -> tuple[int, ...]:
 
 def _check_report(path: Path) -> None:
     """Refuse a performance report that could not be written in the end."""
-    try:
-        import bokeh  # noqa: F401
-    except ImportError as error:
-        raise InputError("a performance report needs Bokeh; pip install 'ooc-ntk[cluster]'") from error
+    require("bokeh", "a performance report")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"the performance report {path} cannot be written there; name a file in a folder that exists")

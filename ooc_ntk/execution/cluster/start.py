@@ -22,6 +22,7 @@ from tornado.ioloop import IOLoop
 from tornado.platform.asyncio import BaseAsyncIOLoop
 
 from ooc_ntk.errors import ClusterError, InputError
+from ooc_ntk.extras import how_to_install
 
 from .options import Cluster
 
@@ -168,9 +169,7 @@ def _on_devices(devices: tuple[int, ...], shared: Mapping[str, Any]) -> LocalClu
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError:
-        logger.info(
-            "dask-cuda is not installed (pip install 'ooc-ntk[cuda-cluster]'): processes are not bound to cores"
-        )
+        logger.info("dask-cuda is not installed (%s): processes are not bound to cores", how_to_install("dask_cuda"))
         return PinnedCluster(devices, **shared)
     cluster: LocalCluster = LocalCUDACluster(CUDA_VISIBLE_DEVICES=visible(devices), device_memory_limit=0, **shared)
     return cluster

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.extras import require
 
 from .catalog import ImageSet, find_set
 
@@ -63,11 +63,6 @@ def _arguments(entry: ImageSet, split: str) -> Mapping[str, object]:
 
 def _torchvision(entry: ImageSet, what: str) -> object:
     """torchvision.datasets, or the reason why not."""
-    try:
-        return importlib.import_module("torchvision.datasets")
-    except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch raises RuntimeError.
-        raise InputError(
-            f"{what} data {entry.name} cannot be downloaded: torchvision cannot be imported ({error}); run: python -m "
-            f"pip install 'ooc-ntk[vision]', or get the files from {entry.url} by hand"
-        ) from error
+    return require(
+        "torchvision.datasets", f"downloading {what} data {entry.name}", f"get the files from {entry.url} by hand"
+    )

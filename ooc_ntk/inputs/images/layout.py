@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.extras import how_to_install
 from ooc_ntk.inputs.options import plain_name
 
 from .catalog import CATALOG, ImageSet
@@ -101,7 +102,7 @@ def _folder_names(entry: ImageSet) -> str:
 def _remedy(entry: ImageSet) -> str:
     """How to get a data set."""
     return (
-        f"get the files from {entry.url} and unpack them there, or run: python -m pip install 'ooc-ntk[vision]', "
+        f"get the files from {entry.url} and unpack them there, or run: {how_to_install('torchvision')}, "
         "and try again with --download"
     )
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Final
 
 from ooc_ntk.errors import InputError, unknown_name
+from ooc_ntk.extras import require
 from ooc_ntk.inputs.options import NamedSpec
 
 #: Files that hold the weights of a model, or say in which files they are.
@@ -108,13 +109,7 @@ def quiet_transformers() -> Iterator[ModuleType]:
     Raises:
         InputError: if it is not installed.
     """
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise InputError(
-            f"text models and tokenizers need transformers, which cannot be imported ({error}); run: python -m pip "
-            "install 'ooc-ntk[text]'"
-        ) from error
+    transformers = require("transformers", "a text model or tokenizer")
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

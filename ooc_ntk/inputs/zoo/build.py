@@ -15,7 +15,7 @@ from ooc_ntk.inputs.weights import apply_weights
 
 from . import fitting, resnet, small
 from .efficientnet import EfficientNetB7
-from .extras import EXTRAS, build_extra
+from .extras import LIBRARIES, build_extra
 from .fitting import SampleShape
 from .names import ALIASES, HEAD_SEED, IMAGENET, SMALL, canonical_name, model_names
 from .pretrained import pretrained_weights
@@ -149,7 +149,7 @@ def build_model(
 
         return build_text_model(text, weights=weights, base=base).eval()
     spec = parse_named(text, "model")
-    if spec.name in EXTRAS:
+    if spec.name in LIBRARIES:
         return build_extra(spec, weights).eval()
     name = canonical_name(spec.name)
     if name is None:

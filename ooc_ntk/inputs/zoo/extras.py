@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Final
@@ -11,13 +10,15 @@ from typing import Final
 from torch import Tensor, nn
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.extras import require
 from ooc_ntk.inputs.options import NamedSpec, check_keys, whole_number
 from ooc_ntk.inputs.weights import apply_weights
 
 from .seeding import seeded
 
-#: The extra of this package that brings a library.
-EXTRAS: Final = {"torchvision": "vision", "timm": "timm"}
+#: Libraries whose models have names of their own.
+LIBRARIES: Final = ("torchvision", "timm")
+
 _SUGGESTED: Final = 5  # near names shown: these libraries have hundreds
 
 
@@ -86,16 +87,7 @@ def _timm(spec: NamedSpec) -> nn.Module:
 
 def _library(name: str, module: str) -> ModuleType:
     """Import a library when it is needed; an installation that is broken raises other errors than a missing one."""
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        extra = f"python -m pip install 'ooc-ntk[{EXTRAS[name]}]'"
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            raise InputError(f"models {name}:... need {name}, which is not installed; run: {extra}") from error
-        raise InputError(
-            f"models {name}:... need {name}, which cannot be imported here ({type(error).__name__}: {error}); "
-            f"install releases of torch and torchvision that belong together, for example: {extra}"
-        ) from error
+    return require(module, f"a model {name}:...", "install releases of torch and torchvision that belong together")
 
 
 def _called(spec: NamedSpec, factory: object, arguments: Mapping[str, object]) -> nn.Module:

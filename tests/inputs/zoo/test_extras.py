@@ -110,7 +110,7 @@ def test_missing_and_broken_libraries_name_the_extra(monkeypatch, name, extra):
     def refused(error):
         with monkeypatch.context() as patch:
             patch.setattr("importlib.import_module", fails(error))
-            with pytest.raises(InputError, match=rf"need {name}.*'ooc-ntk\[{extra}\]'") as raised:
+            with pytest.raises(InputError, match=rf"needs {name}.*'ooc-ntk\[{extra}\]'") as raised:
                 build_model(f"{name}:resnet18")
         return str(raised.value)
 

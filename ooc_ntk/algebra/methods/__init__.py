@@ -1,0 +1,1 @@
+"""Ways to solve a kernel ridge regression, one module each, named as the method is."""

@@ -1,0 +1,1 @@
+"""Kinds of random projection, one module each, named as the kind is."""
