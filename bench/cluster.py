@@ -109,9 +109,9 @@ def sleeping_tasks(count: int) -> list[Task]:
     return [Task("kernel", 0, index, 0) for index in range(count)]
 
 
-def overhead(smoke: bool, workers: int = 2) -> list[str]:
+def overhead(smoke: bool, workers: int = 2, count: int = 60) -> list[Finding]:
     """Wall seconds of sleeping tasks beside what the sleeping takes."""
-    count, seconds = (6, 0.2) if smoke else (60, 2.0)
+    count, seconds = (6, 0.2) if smoke else (count, 2.0)
     with tempfile.TemporaryDirectory() as folder, client_of(Cluster(workers=workers), 1) as client:
         job = Sleeping(seconds, manifest=Manifest(Path(folder)))
         Dispatcher(client, Sleeping(0.0), 60).run(sleeping_tasks(workers), nothing)  # everything is imported
@@ -123,11 +123,11 @@ def overhead(smoke: bool, workers: int = 2) -> list[str]:
     share = wall / least - 1
     return [
         f"overhead: {count} tasks of {seconds} s on {workers} workers: {wall:.2f} s, the sleeping alone {least:.2f} s",
-        "  " + checked("wall / sleeping − 1", share, OVERHEAD, smoke),
+        checked("wall / sleeping − 1", share, OVERHEAD, smoke),
     ]
 
 
-def memory(smoke: bool, workers: int = 4) -> list[str]:
+def memory(smoke: bool, workers: int = 4) -> list[Finding]:
     """What so many tasks take of the process that is driver and scheduler."""
     count, seconds = (200, 0.0) if smoke else (100_000, 0.001)
     process, peaks = psutil.Process(), [0]
@@ -148,7 +148,7 @@ def memory(smoke: bool, workers: int = 4) -> list[str]:
     return [
         f"memory: {count:,} tasks of {seconds} s on {workers} workers: idle {idle / 1e6:.0f} MB, peak "
         f"{max(peaks) / 1e6:.0f} MB, {count / wall:.0f} tasks/s",
-        "  " + checked("peak − idle, MB", more / 1e6, MEMORY / 1e6, smoke),
+        checked("peak − idle, MB", more / 1e6, MEMORY / 1e6, smoke),
     ]
 
 
@@ -179,7 +179,7 @@ def ceiling(seconds: float) -> float:
     return found[2] / found[1]
 
 
-def scaling(smoke: bool, repeats: int = 3) -> list[str]:
+def scaling(smoke: bool, repeats: int = 3) -> list[Finding]:
     """Two single-thread workers over one, on the same plan."""
     samples, tile = (40, 10) if smoke else (1600, 200)
     job = ooc_ntk.Job("bench.models:convolutional", f"mnist5k[0:{samples}]", device="cpu", base=ROOT)
@@ -210,7 +210,7 @@ def scaling(smoke: bool, repeats: int = 3) -> list[str]:
         *aligned(table),
         f"  {', '.join(f'{each:.2f}' for each in ratios)}; two processes of plain products at once over one, before "
         f"each: {', '.join(f'{each:.2f}' for each in ceilings)}",
-        "  " + checked("one worker / two workers", ratio, SCALING, smoke, at_least=True),
+        checked("one worker / two workers", ratio, SCALING, smoke, at_least=True),
     ]
 
 

@@ -1,0 +1,127 @@
+"""What a part of ``python -m bench`` gives back: records, checks against bars, and lines of text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+from .bars import Check
+from .contenders import OURS
+
+#: Samples from which on a workload counts for :func:`never_slower`.
+FEWEST_SAMPLES: Final = 64
+
+#: The claim that :func:`never_slower` computes.
+NEVER_SLOWER: Final = "best peer / ooc-ntk, least of all workloads of N ≥ 64"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One contender on one workload.
+
+    Attributes:
+        workload: what was computed, with its sizes.
+        contender: who.
+        seconds: wall clock; None of one that gave no figures.
+        samples: train samples; 0 where they say nothing.
+        series: the figure that it belongs to; "" for none. Those of ``peers`` count for :func:`never_slower`.
+        ratio: its seconds over those of ooc-ntk on the same workload in the same run.
+        at_least: whether it was stopped, so that seconds and ratio are the least that it takes.
+        peak_bytes: highest resident memory of its process.
+        moved_bytes: read and written on disk.
+        error: relative Frobenius error against float64.
+        promised_seconds: what the plan promised for its tasks.
+        task_seconds: what these took.
+        promised_bytes: what the plan promised for host memory.
+        figures: whatever else its figure needs, by name.
+        remark: how it went about it, or why there are no figures.
+    """
+
+    workload: str
+    contender: str
+    seconds: float | None = None
+    samples: int = 0
+    series: str = ""
+    ratio: float | None = None
+    at_least: bool = False
+    peak_bytes: int | None = None
+    moved_bytes: int | None = None
+    error: float | None = None
+    promised_seconds: float | None = None
+    task_seconds: float | None = None
+    promised_bytes: int | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    remark: str = ""
+
+
+#: What a part gives back, one after another.
+Finding = Record | Check | str
+
+
+def to_line(finding: Finding) -> str:
+    """A finding as one line of JSON."""
+    if isinstance(finding, str):
+        return json.dumps(finding)
+    return json.dumps({"is": type(finding).__name__, **asdict(finding)})
+
+
+def from_line(text: str) -> Finding:
+    """Read what :func:`to_line` wrote.
+
+    >>> from_line(to_line(Record("w", "c", 1.5))) == Record("w", "c", 1.5)
+    True
+    """
+    given: Any = json.loads(text)
+    if isinstance(given, str):
+        return given
+    kind = {"Record": Record, "Check": Check}[given.pop("is")]
+    found: Finding = kind(**given)
+    return found
+
+
+def texts(findings: Iterable[Finding]) -> list[str]:
+    """What a command of its own prints: all but records."""
+    return [str(finding) for finding in findings if not isinstance(finding, Record)]
+
+
+def named(prefix: str, findings: Iterable[Finding]) -> list[Finding]:
+    """The same findings, the figures of checks with a prefix that says of what they are."""
+    return [
+        replace(each, figure=f"{prefix}: {each.figure}") if isinstance(each, Check) else each for each in findings
+    ]
+
+
+def never_slower(records: Sequence[Record], smoke: bool) -> Check | None:
+    """The claim that no peer is faster on any workload of at least :data:`FEWEST_SAMPLES`, plans not counted.
+
+    A peer that was stopped took at least as long; one that gave no figures cannot do the job.
+
+    Args:
+        records: of all parts.
+        smoke: in smoke size every workload counts and nothing is judged.
+
+    Returns:
+        The least ratio of a peer beside 1; None where no peer gave figures.
+
+    >>> records = [
+    ...     Record("mlp", OURS, 2.0, 64, "peers", 1.0),
+    ...     Record("mlp", "loop", 3.0, 64, "peers", 1.5),
+    ...     Record("mlp", "fast on few", 0.1, 8, "peers", 0.05),
+    ... ]
+    >>> print(never_slower(records, smoke=False))
+    best peer / ooc-ntk, least of all workloads of N ≥ 64 = 1.5; bar at least 1: met
+    """
+    ratios = [
+        record.ratio
+        for record in records
+        if record.series == "peers"
+        and record.contender != OURS
+        and record.ratio is not None
+        and (smoke or record.samples >= FEWEST_SAMPLES)
+    ]
+    if not ratios:
+        return None
+    least = min(ratios)
+    return Check(NEVER_SLOWER, least, None, 1.0, True, None if smoke else least >= 1.0)

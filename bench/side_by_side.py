@@ -1,0 +1,130 @@
+"""Exact kernels beside every peer, as a part of ``python -m bench``: what ``bench.exact`` measures, within minutes.
+
+Ours goes first. A peer is ended after :data:`PATIENCE` times what ours took (at least :data:`LEAST_SECONDS`), and counts
+as that slow: how much slower it would have been is what ``bench.exact`` waits for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from . import contenders
+from .bars import BARS, Bar
+from .contenders import OURS
+from .exact import Setting
+from .models import WORKLOADS
+from .process import FLOORS, Case, Measurement, floors_apart, measure_apart
+from .records import NEVER_SLOWER, Finding, Record, named
+from .registry import load_peers, part
+from .table import Comparison, compare, format_comparison
+
+#: Workloads and samples of the full size: those of the bars, the text workload on half as many.
+CASES: Final = (Case("mlp", 128), Case("resnet18", 128), Case("vit", 64), Case("minilm", 64))
+SMOKE_CASES: Final = (Case("mlp", 6),)
+
+#: Times ours after which a peer is ended, and the seconds that it gets in any case: starting Python, torch and the
+#: peer's own package takes some of them (guessed).
+PATIENCE, LEAST_SECONDS = 8.0, 30.0
+
+
+def title(case: Case) -> str:
+    """A case as tables name it."""
+    return f"{case.workload}, N = {case.samples:,}"
+
+
+def exact_bars() -> tuple[Bar, ...]:
+    """The bars of these cases, named as the part names its checks."""
+    found = [Bar(NEVER_SLOWER, 1.0, at_least=True)]
+    for case in CASES:
+        for bar in BARS[case.workload]:
+            if bar.samples in (None, case.samples):
+                found.append(replace(bar, figure=f"{title(case)}: {bar.figure}"))
+    return tuple(found)
+
+
+@part(
+    "exact",
+    "Exact kernels beside peers and floors",
+    seconds=330,
+    limit_seconds=600,
+    bars=exact_bars(),
+    results="exact",
+)
+def measure(smoke: bool) -> Iterator[Finding]:
+    """Every workload with all contenders, one comparison after another."""
+    load_peers()
+    absent: set[str] = set()
+    for case in SMOKE_CASES if smoke else CASES:
+        missing = WORKLOADS[case.workload].missing()
+        if missing and not smoke:
+            yield f"{case.workload} is left out: {', '.join(missing)} not installed; pip install 'ooc-ntk[bench]'"
+            continue
+        peers = tuple(name for name in contenders.PEERS.values() if name not in absent)
+        setting = Setting((OURS, *peers), 1, smoke, torch.get_num_threads(), LEAST_SECONDS, False)
+        outcomes, comparison = compare_one(case, setting)
+        for peer in peers:
+            outcome = outcomes[peer]
+            if isinstance(outcome, str) and (found := re.search(r"No module named '([\w.]+)'", outcome)):
+                absent.add(peer)
+                outcomes[peer] = f"not installed: no module {found[1]}"
+        yield from named(title(case), comparison.checks)
+        yield from records(case, outcomes, comparison)
+        yield from format_comparison(comparison, profile=False).splitlines()
+        yield ""
+
+
+def compare_one(case: Case, setting: Setting) -> tuple[dict[str, Measurement | str], Comparison]:
+    """Measure floors, ours, and then the peers, each as long as ours allows.
+
+    Args:
+        case: workload and samples.
+        setting: contenders, ours first; ``peer_seconds`` are the least that a peer gets.
+
+    Returns:
+        By contender the measurement, or why there is none; and the comparison.
+    """
+    here = replace(setting.task(FLOORS, (case,)), here=setting.smoke)
+    floors = floors_apart(here)[case]
+    outcomes: dict[str, Measurement | str] = {}
+    limit = setting.peer_seconds
+    for contender in setting.contenders:
+        task = replace(here, contender=contender, limit_seconds=None if contender == OURS else limit)
+        outcomes[contender] = outcome = measure_apart(task)[case]
+        if contender == OURS and isinstance(outcome, Measurement):
+            limit = max(limit, PATIENCE * outcome.total_seconds)
+    return outcomes, compare(case, setting.smoke, outcomes, floors)
+
+
+def records(case: Case, outcomes: Mapping[str, Measurement | str], comparison: Comparison) -> Iterator[Record]:
+    """A record per contender: ours, peers that gave a kernel, those that were stopped, those that gave none."""
+    ours = outcomes[OURS]
+    assert isinstance(ours, Measurement)
+    base = ours.result.run_seconds
+    errors = {row.contender.removesuffix(", run"): row.error for row in comparison.rows}
+    for name, outcome in outcomes.items():
+        start = Record(title(case), name, samples=case.samples, series="peers")
+        if isinstance(outcome, Measurement):
+            promised = outcome.promised
+            tasks = outcome.result.derive_seconds + outcome.result.contract_seconds
+            yield replace(
+                start,
+                seconds=outcome.result.run_seconds,
+                ratio=outcome.result.run_seconds / base,
+                peak_bytes=outcome.peak_bytes,
+                moved_bytes=int(promised["moved_bytes"]) if "moved_bytes" in promised else None,
+                error=errors[name],
+                promised_seconds=promised.get("seconds"),
+                task_seconds=tasks if "seconds" in promised else None,
+                promised_bytes=int(promised["host_bytes"]) if "host_bytes" in promised else None,
+                remark=outcome.result.remark,
+            )
+        elif (found := re.fullmatch(r"stopped after (\d+) s", outcome)) and float(found[1]) > base:
+            seconds = float(found[1])
+            yield replace(start, seconds=seconds, ratio=seconds / base, at_least=True, remark=outcome)
+        else:
+            yield replace(start, remark=outcome)
