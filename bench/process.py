@@ -121,6 +121,7 @@ def measure_here(task: Task, folder: Path) -> None:
                 compute = CONTENDERS[task.contender]
                 if not task.smoke:
                     compute(model, take(inputs, slice(0, 1)))
+                (folder / f"{case.stem}.started").write_text(str(time.time()))
                 start = time.process_time()
                 with _promises() as promised:
                     result = compute(model, inputs)
@@ -181,7 +182,9 @@ def measure_apart(task: Task) -> dict[Case, Measurement | str]:
         try:
             _measure(task, folder, task.limit_seconds)
         except subprocess.TimeoutExpired:
-            return dict.fromkeys(task.cases, f"stopped after {task.limit_seconds:.0f} s")
+            started = [float(file.read_text()) for file in Path(folder).glob("*.started")]
+            computing = f", {time.time() - max(started):.0f} s of them computing" if started else ""
+            return dict.fromkeys(task.cases, f"stopped after {task.limit_seconds:.0f} s{computing}")
         except RuntimeError as error:
             if task.contender in (OURS, DENSE):
                 names = ", ".join(case.stem for case in task.cases)

@@ -88,9 +88,7 @@ def texts(findings: Iterable[Finding]) -> list[str]:
 
 def named(prefix: str, findings: Iterable[Finding]) -> list[Finding]:
     """The same findings, the figures of checks with a prefix that says of what they are."""
-    return [
-        replace(each, figure=f"{prefix}: {each.figure}") if isinstance(each, Check) else each for each in findings
-    ]
+    return [replace(each, figure=f"{prefix}: {each.figure}") if isinstance(each, Check) else each for each in findings]
 
 
 def never_slower(records: Sequence[Record], smoke: bool) -> Check | None:

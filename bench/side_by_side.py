@@ -123,7 +123,9 @@ def records(case: Case, outcomes: Mapping[str, Measurement | str], comparison: C
                 promised_bytes=int(promised["host_bytes"]) if "host_bytes" in promised else None,
                 remark=outcome.result.remark,
             )
-        elif (found := re.fullmatch(r"stopped after (\d+) s", outcome)) and float(found[1]) > base:
+        elif (found := re.fullmatch(r"stopped after \d+ s, (\d+) s of them computing", outcome)) and float(
+            found[1]
+        ) > base:
             seconds = float(found[1])
             yield replace(start, seconds=seconds, ratio=seconds / base, at_least=True, remark=outcome)
         else:
