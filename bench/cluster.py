@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,13 +34,19 @@ from ooc_ntk.execution.cluster.start import client_of
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.manifest import Manifest, Receipt
 
-from .bars import checked
+from .bars import Bar, checked
+from .contenders import OURS
 from .exact import machine
 from .process import ROOT
+from .records import Finding, Record, texts
+from .registry import part
 from .table import aligned
 
 #: Share of the wall that handing out may cost, bytes that 100,000 tasks may take, and what a second worker brings.
 OVERHEAD, MEMORY, SCALING = 0.03, 300e6, 1.7
+
+#: What a part of ``python -m bench`` judges, and its tasks of ``overhead``.
+FIGURES, PART_TASKS = ("wall / sleeping − 1, two workers", "one worker / two workers, seconds"), 20
 
 
 def sleep_there(session: str, key: str, seconds: float) -> None:
@@ -123,7 +129,7 @@ def overhead(smoke: bool, workers: int = 2, count: int = 60) -> list[Finding]:
     share = wall / least - 1
     return [
         f"overhead: {count} tasks of {seconds} s on {workers} workers: {wall:.2f} s, the sleeping alone {least:.2f} s",
-        checked("wall / sleeping − 1", share, OVERHEAD, smoke),
+        checked(FIGURES[0], share, OVERHEAD, smoke),
     ]
 
 
@@ -181,6 +187,7 @@ def ceiling(seconds: float) -> float:
 
 def scaling(smoke: bool, repeats: int = 3) -> list[Finding]:
     """Two single-thread workers over one, on the same plan."""
+    found: list[Finding] = []
     samples, tile = (40, 10) if smoke else (1600, 200)
     job = ooc_ntk.Job("bench.models:convolutional", f"mnist5k[0:{samples}]", device="cpu", base=ROOT)
     preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=tile, superblock_tiles=1, workers=2)
@@ -202,15 +209,29 @@ def scaling(smoke: bool, repeats: int = 3) -> list[Finding]:
                 busy = sum(receipt.seconds for receipt in receipts) / workers / took[workers]
                 row = (str(workers), f"{took[workers]:.2f}", f"{whole:.2f}", str(len(receipts)), f"{busy:.0%}")
                 table.append(row)
+                found.append(
+                    Record(
+                        f"CNN, N = {samples:,}, C = 10, {plan.task_count} tasks",
+                        f"{OURS}, {workers} single-thread worker{'s' if workers > 1 else ''}",
+                        took[workers],
+                        samples,
+                        "cluster",
+                        ratio=took[workers] / took[1],
+                        moved_bytes=sum(receipt.bytes_read + receipt.bytes_written for receipt in receipts),
+                        figures={"workers": workers, "busy": busy},
+                        remark=f"with start {whole:.1f} s",
+                    )
+                )
             ratios.append(took[1] / took[2])
     ratio = statistics.median(ratios)
     return [
+        *found,
         f"scaling: trace kernel of a convolutional network, N = {samples:,}, C = 10, P = {plan.columns:,}, "
         f"{plan.task_count} tasks, one thread each, in turns",
         *aligned(table),
         f"  {', '.join(f'{each:.2f}' for each in ratios)}; two processes of plain products at once over one, before "
         f"each: {', '.join(f'{each:.2f}' for each in ceilings)}",
-        checked("one worker / two workers", ratio, SCALING, smoke, at_least=True),
+        checked(FIGURES[1], ratio, SCALING, smoke, at_least=True),
     ]
 
 
@@ -225,6 +246,21 @@ def _receipts(out: Path) -> list[Receipt]:
 PARTS: Final = {"overhead": overhead, "memory": memory, "scaling": scaling}
 
 
+@part(
+    "cluster",
+    "Worker processes",
+    seconds=110,
+    limit_seconds=300,
+    bars=(Bar(FIGURES[0], OVERHEAD), Bar(FIGURES[1], SCALING, at_least=True)),
+    results="cluster",
+)
+def measure(smoke: bool) -> Iterator[Finding]:
+    """Parts ``overhead`` and ``scaling``, fewer times."""
+    yield from scaling(smoke, repeats=2)
+    if not smoke:
+        yield from overhead(smoke, count=PART_TASKS)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts that are asked for and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,9 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the tests")
     given = parser.parse_args(arguments)
     print(", ".join(f"{name} {value}" for name, value in machine(1).items()))
-    for part in given.parts:
+    for name in given.parts:
         print()
-        for line in PARTS[part](given.smoke):
+        for line in texts(PARTS[name](given.smoke)):
             print(line, flush=True)
     return 0
 

@@ -1,7 +1,7 @@
 """Exact kernels beside every peer, as a part of ``python -m bench``: what ``bench.exact`` measures, within minutes.
 
-Ours goes first. A peer is ended after :data:`PATIENCE` times what ours took (at least :data:`LEAST_SECONDS`), and counts
-as that slow: how much slower it would have been is what ``bench.exact`` waits for.
+Ours goes first. A peer is ended after :data:`PATIENCE` times what ours took (at least :data:`LEAST_SECONDS`), and
+counts as slow as it was until then: how much slower it would have been is what ``bench.exact`` waits for.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def exact_bars() -> tuple[Bar, ...]:
     """The bars of these cases, named as the part names its checks."""
     found = [Bar(NEVER_SLOWER, 1.0, at_least=True)]
     for case in CASES:
-        for bar in BARS[case.workload]:
-            if bar.samples in (None, case.samples):
-                found.append(replace(bar, figure=f"{title(case)}: {bar.figure}"))
+        mine = (bar for bar in BARS[case.workload] if bar.samples in (None, case.samples))
+        found.extend(replace(bar, figure=f"{title(case)}: {bar.figure}") for bar in mine)
     return tuple(found)
 
 
