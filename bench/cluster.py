@@ -203,7 +203,7 @@ def scaling(smoke: bool, repeats: int = 3) -> list[Finding]:
                 start = time.perf_counter()
                 ooc_ntk.run(job, out, plan=plan, scheduler=Cluster(workers=workers), progress=False, proof=False)
                 whole = time.perf_counter() - start
-                receipts = [receipt for receipt in _receipts(out) if receipt.worker]
+                receipts = [receipt for receipt in receipts_of(out) if receipt.worker]
                 last = max(receipt.started + receipt.seconds for receipt in receipts)
                 took[workers] = last - min(receipt.started for receipt in receipts)
                 busy = sum(receipt.seconds for receipt in receipts) / workers / took[workers]
@@ -235,7 +235,8 @@ def scaling(smoke: bool, repeats: int = 3) -> list[Finding]:
     ]
 
 
-def _receipts(out: Path) -> list[Receipt]:
+def receipts_of(out: Path) -> list[Receipt]:
+    """Receipts of all tasks that a run has committed."""
     manifest = Manifest(out, read_only=True)
     try:
         return list(manifest.receipts().values())
