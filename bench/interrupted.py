@@ -1,7 +1,7 @@
 """What a kill costs: a run killed at a random moment and typed again, beside an undisturbed one.
 
-``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a moment drawn between the start of the
-first task and the end of the last; the same command then goes on. Counted are the seconds of both, tasks that were
+``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a moment drawn between the start of
+the first task and the end of the last; the same command then goes on. Counted are the seconds of both, tasks that were
 committed before the kill and done again after it, and entries whose bits differ.
 """
 

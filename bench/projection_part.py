@@ -1,4 +1,4 @@
-"""Projection as a part of ``python -m bench``: what ``bench.projection`` measures, with fewer kinds, sizes and seeds."""
+"""Projection as a part of ``python -m bench``: what ``bench.projection`` measures, with fewer kinds and sizes."""
 
 from __future__ import annotations
 
