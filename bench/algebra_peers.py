@@ -77,8 +77,9 @@ def by_dask(
     matrix = kernel.dask()[:size].rechunk((edge, edge)).astype(np.float64)
     with limited_threads(1), dask.config.set(scheduler="threads", num_workers=workers):
         if task == "solve":
+            ridged = matrix + ridges[0] * da.eye(size, chunks=edge)
             given = da.from_array(targets, chunks=(edge, targets.shape[1]))
-            return np.asarray(da.linalg.solve(matrix + ridges[0] * da.eye(size, chunks=edge), given, "pos").compute())
+            return np.asarray(da.linalg.solve(ridged, given, assume_a="pos").compute())
         _, values, _ = da.linalg.svd_compressed(matrix, count, n_power_iter=4, seed=0)
         return np.asarray(values.compute())
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import ooc_ntk
+from ooc_ntk.storage.manifest import Receipt
 
 from .bars import Bar, Check, checked
 from .cluster import receipts_of
@@ -59,7 +60,7 @@ def interrupted(smoke: bool, kills: int = KILLS) -> Iterator[Finding]:
 
         begun = time.time()
         _start([*command, str(folder / "whole")]).check()
-        whole, receipts = time.time() - begun, receipts_of(folder / "whole")
+        whole, receipts = time.time() - begun, _by_key(folder / "whole")
         wanted = np.asarray(ooc_ntk.open(folder / "whole"))
         first = min(receipt.started for receipt in receipts.values()) - begun
         last = max(receipt.started + receipt.seconds for receipt in receipts.values()) - begun
@@ -81,11 +82,11 @@ def interrupted(smoke: bool, kills: int = KILLS) -> Iterator[Finding]:
         for number in range(kills):
             moment, out = chance.uniform(first, last), folder / f"killed-{number}"
             killed = _start([*command, str(out)]).kill_after(moment)
-            finished = receipts_of(out)
+            finished = _by_key(out)
             begun = time.time()
             _start([*command, str(out)]).check()
             resumed = time.time() - begun
-            after = receipts_of(out)
+            after = _by_key(out)
             redone = sum(after.get(key) != receipt for key, receipt in finished.items())
             again += redone
             differing += int((np.asarray(ooc_ntk.open(out)) != wanted).sum())
@@ -107,6 +108,10 @@ def interrupted(smoke: bool, kills: int = KILLS) -> Iterator[Finding]:
             f"a run starts its first task after {first:.1f} s, which a resumed one takes once more; its longest task "
             f"takes {max(receipt.seconds for receipt in receipts.values()):.2f} s"
         )
+
+
+def _by_key(out: Path) -> dict[str, Receipt]:
+    return {receipt.key: receipt for receipt in receipts_of(out)}
 
 
 class _start:  # noqa: N801 - reads as what it does
