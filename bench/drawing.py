@@ -102,7 +102,7 @@ def draw_peers(records: Sequence[Record]) -> Any:
     )
     for label, line in zip(axis.get_yticklabels(), lines, strict=True):
         label.set_fontweight("bold" if isinstance(line, str) else "normal")
-    axis.invert_yaxis()
+    axis.set_ylim(len(lines) - 0.4, -0.6)
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("seconds over those of ooc-ntk (right of 1: slower than ooc-ntk)")
     return figure
@@ -129,10 +129,24 @@ def draw_growth(records: Sequence[Record]) -> Any:
             sizes = [record.figures[name] / MIB for record in mine]
             memory.loglog(x, sizes, "-", color=COLOURS[colour], label=text)
         for axis, what in ((seconds, "seconds"), (memory, "MiB")):
+            axis.set_xticks(x, [_short(each) for each in x], fontsize=8)
+            axis.set_xticks([], minor=True)
             axis.set_xlabel(label)
             axis.set_ylabel(what)
             axis.legend(fontsize=7)
     return figure
+
+
+def _short(number: float) -> str:
+    """A number for a tick.
+
+    >>> _short(2_683), _short(11_169_345)
+    ('2.7k', '11M')
+    """
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2g}{suffix}" if number < 1000 * size else f"{number / size:.0f}{suffix}"
+    return f"{number:.0f}"
 
 
 def draw_promises(records: Sequence[Record]) -> Any:
@@ -183,7 +197,8 @@ def draw_outofcore(records: Sequence[Record]) -> Any:
     ):
         memory.bar(places + 0.25 * (offset - 1), sizes, 0.23, label=label, color=COLOURS[(1, 0, 5)[offset]])
     memory.set_ylabel("MiB")
-    memory.legend(fontsize=7)
+    memory.set_ylim(0, 1.35 * memory.dataLim.y1)
+    memory.legend(fontsize=7, ncols=3, loc="upper center")
     for axis in (seconds, memory):
         axis.set_xticks(places, names)
     figure.suptitle(first[0].workload, fontsize=9)
@@ -207,7 +222,7 @@ def draw_projection(records: Sequence[Record]) -> Any:
     coverage.axhline(0.95, color="black", linewidth=0.8)
     coverage.set_ylim(0.8, 1.0)
     coverage.set_ylabel("share of entries within their 95% bars")
-    residual.set_ylabel("relative residual: observed (dots), predicted (lines)")
+    residual.set_ylabel("residual: observed (o), predicted (–)")
     every = sorted({record.figures["dim"] for record in records})
     for axis in (residual, coverage):
         axis.set_xticks(every, [f"{dim:.0f}" for dim in every])

@@ -122,6 +122,9 @@ def records(case: Case, outcomes: Mapping[str, Measurement | str], comparison: C
                 promised_bytes=int(promised["host_bytes"]) if "host_bytes" in promised else None,
                 remark=outcome.result.remark,
             )
+            if name == OURS:
+                total = outcome.total_seconds
+                yield replace(start, contender=f"{OURS}, plan + run", seconds=total, ratio=total / base)
         elif (found := re.fullmatch(r"stopped after \d+ s, (\d+) s of them computing", outcome)) and float(
             found[1]
         ) > base:

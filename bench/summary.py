@@ -80,7 +80,9 @@ def claims(parts: Mapping[str, Part], played: Mapping[str, Played]) -> list[Clai
 def _claim(check: Check, command: str) -> Claim:
     assert check.limit is not None
     verdict = UNJUDGED if check.met is None else MET if check.met else MISSED
-    return Claim(check.figure, _bar(check.limit, at_least=check.at_least), f"{check.value:.3g}", verdict, command)
+    plan = "" if check.with_plan is None else f" (with planning {check.with_plan:.3g})"
+    bar = _bar(check.limit, at_least=check.at_least)
+    return Claim(check.figure, bar, f"{check.value:.3g}{plan}", verdict, command)
 
 
 def _unmeasured(bar: Bar, one: Played | None, command: str) -> Claim:
