@@ -33,7 +33,7 @@ TITLES: Final = {"solve": "coefficients, 10 targets", "eigh": "largest eigenpair
 @part(
     "algebra",
     "Algebra of a kernel on disk",
-    seconds=90,
+    seconds=80,
     limit_seconds=300,
     bars=(
         Bar(algebra.COEFFICIENTS, algebra.COEFFICIENTS_BAR),

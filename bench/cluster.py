@@ -251,14 +251,14 @@ PARTS: Final = {"overhead": overhead, "memory": memory, "scaling": scaling}
 @part(
     "cluster",
     "Worker processes",
-    seconds=110,
+    seconds=65,
     limit_seconds=300,
     bars=(Bar(FIGURES[0], OVERHEAD), Bar(FIGURES[1], SCALING, at_least=True)),
     results="cluster",
 )
 def measure(smoke: bool) -> Iterator[Finding]:
     """Parts ``overhead`` and ``scaling``, fewer times."""
-    yield from scaling(smoke, repeats=2, plain=not smoke)
+    yield from scaling(smoke, repeats=1, plain=not smoke)
     if not smoke:
         yield from overhead(smoke, count=PART_TASKS)
 

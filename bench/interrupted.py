@@ -148,7 +148,7 @@ class _start:  # noqa: N801 - reads as what it does
 @part(
     "interrupted",
     "What a kill costs",
-    seconds=90,
+    seconds=45,
     limit_seconds=240,
     bars=(Bar(AGAIN, 0.0), Bar(BITS, 0.0)),
     results="faults",

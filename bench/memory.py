@@ -45,7 +45,7 @@ AMPLE = 6 * 2**30
 MIDDLE = 1.4
 
 #: Cells of the part of ``python -m bench``, the one of its smoke size, and what it judges.
-PART_CELLS, SMOKE_CELL = 5, "cnn/resident/ample/few-outputs/float32"
+PART_CELLS, SMOKE_CELL = 4, "cnn/resident/ample/few-outputs/float32"
 KEPT, WASTED = (
     "measured / promised memory, largest of the grid's cells",
     "promised / measured memory, largest of the cells",
@@ -256,7 +256,7 @@ def format_outcomes(outcomes: Sequence[Outcome]) -> str:
 @part(
     "memory",
     "Promises of memory over a grid of jobs",
-    seconds=50,
+    seconds=40,
     limit_seconds=180,
     bars=(Bar(KEPT, 1.0), Bar(WASTED, WASTE)),
     results="memory",

@@ -351,7 +351,7 @@ PARTS: Final = {"spill": spill, "bytes": moved, "large": large, "resume": resume
 @part(
     "outofcore",
     "Tiles on disk beside tiles in memory",
-    seconds=110,
+    seconds=100,
     limit_seconds=300,
     bars=(
         Bar(SPILLED, SPILL_BAR),

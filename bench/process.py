@@ -133,7 +133,9 @@ def measure_here(task: Task, folder: Path) -> None:
                 np.save(folder / f"{case.stem}.npy", figures.pop("kernel"))
                 found = {**figures, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
                 found["promised"] = promised
-        (folder / f"{case.stem}.json").write_text(json.dumps(found))
+        staged = folder / f"{case.stem}.part"
+        staged.write_text(json.dumps(found))
+        os.replace(staged, folder / f"{case.stem}.json")
 
 
 @contextmanager
@@ -179,18 +181,25 @@ def measure_apart(task: Task) -> dict[Case, Measurement | str]:
     """
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as folder:
+        place, ended = Path(folder), ""
         try:
             _measure(task, folder, task.limit_seconds)
         except subprocess.TimeoutExpired:
-            started = [float(file.read_text()) for file in Path(folder).glob("*.started")]
-            computing = f", {time.time() - max(started):.0f} s of them computing" if started else ""
-            return dict.fromkeys(task.cases, f"stopped after {task.limit_seconds:.0f} s{computing}")
+            ended = f"stopped after {task.limit_seconds:.0f} s"
         except RuntimeError as error:
             if task.contender in (OURS, DENSE):
                 names = ", ".join(case.stem for case in task.cases)
                 raise RuntimeError(f"{task.contender} on {names}: {error}") from error
-            return dict.fromkeys(task.cases, str(error))
-        return {case: _read(Path(folder), case, load) for case in task.cases}
+            ended = str(error)
+        return {case: _read(place, case, load) or _unfinished(place, case, ended) for case in task.cases}
+
+
+def _unfinished(folder: Path, case: Case, ended: str) -> str:
+    """Why a case has no measurement: how its process ended, and for how long it had computed when it was stopped."""
+    started = folder / f"{case.stem}.started"
+    if not ended.startswith("stopped") or not started.exists():
+        return ended or "its process left nothing"
+    return f"{ended}, {time.time() - float(started.read_text()):.0f} s of them computing"
 
 
 def _measure(task: Task, folder: str, limit_seconds: float | None = None) -> None:
@@ -204,8 +213,12 @@ def _measure(task: Task, folder: str, limit_seconds: float | None = None) -> Non
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-def _read(folder: Path, case: Case, load: float) -> Measurement | str:
-    found = json.loads((folder / f"{case.stem}.json").read_text())
+def _read(folder: Path, case: Case, load: float) -> Measurement | str | None:
+    """What a child left of a case; None if it did not come to its end."""
+    record = folder / f"{case.stem}.json"
+    if not record.exists():
+        return None
+    found = json.loads(record.read_text())
     if "refusal" in found:
         return str(found["refusal"])
     cpu_seconds, peak_bytes, promised = (found.pop(name) for name in ("cpu_seconds", "peak_bytes", "promised"))

@@ -31,7 +31,7 @@ TRAK_SMALL: Final = (400, (1024,), 1)
 @part(
     "projection",
     "Projected kernels beside exact ones, capture and TRAK",
-    seconds=150,
+    seconds=115,
     limit_seconds=360,
     bars=(Bar(OVER_CAPTURE, CAPTURE_BAR), Bar(TRAK_OVER_OURS, TRAK_BAR, at_least=True)),
     results="projection",

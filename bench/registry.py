@@ -43,7 +43,7 @@ class Part:
         name: what ``--parts`` takes.
         title: what it is about.
         measure: gives findings one after another; True asks for smoke size.
-        seconds: what it takes on two cores that do nothing else (measured, rounded up).
+        seconds: what it takes on two cores that do nothing else (reckoned from longer runs).
         limit_seconds: after which it is ended; what it gave back until then counts.
         bars: the figures that it judges. One that is not there in the end is not measured.
         results: the page of ``bench/results`` with longer runs.

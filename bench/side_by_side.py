@@ -6,6 +6,7 @@ counts as slow as it was until then: how much slower it would have been is what 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,19 +18,30 @@ from . import contenders
 from .bars import BARS, Bar
 from .contenders import OURS
 from .exact import Setting
+from .floors import Floors
 from .models import WORKLOADS
 from .process import FLOORS, Case, Measurement, floors_apart, measure_apart
 from .records import Finding, Record, named
 from .registry import load_peers, part
 from .table import Comparison, compare, format_comparison
 
-#: Workloads and samples of the full size: those of the bars, the text workload on half as many.
-CASES: Final = (Case("mlp", 128), Case("resnet18", 128), Case("vit", 64), Case("minilm", 64))
-SMOKE_CASES: Final = (Case("mlp", 6),)
+#: Workloads and samples of the full size: those of the bars, the text workload on half as many. Cases of one group
+#: share a process per contender, as computing them takes less than starting one; their peaks are those of all before.
+GROUPS: Final = (
+    (Case("mlp", 128),),
+    (Case("resnet18", 128),),
+    (Case("vit", 64),),
+    (Case("minilm", 64),),
+    tuple(Case(name, 64) for name in ("small-mlp", "small-cnn") if name in WORKLOADS),
+)
+SMOKE_GROUPS: Final = ((Case("mlp", 6),),)
 
 #: Times ours after which a peer is ended, and the seconds that it gets in any case: starting Python, torch and the
 #: peer's own package takes some of them (guessed).
-PATIENCE, LEAST_SECONDS = 8.0, 30.0
+PATIENCE, LEAST_SECONDS = 4.0, 20.0
+
+#: What a peer says that no workload would bring about.
+ABSENT: Final = re.compile(r"No module named '[\w.]+'|not installed|environment is not there")
 
 
 def title(case: Case) -> str:
@@ -40,8 +52,8 @@ def title(case: Case) -> str:
 def exact_bars() -> tuple[Bar, ...]:
     """The bars of these cases, named as the part names its checks."""
     found: list[Bar] = []
-    for case in CASES:
-        mine = (bar for bar in BARS[case.workload] if bar.samples in (None, case.samples))
+    for case in itertools.chain(*GROUPS):
+        mine = (bar for bar in BARS.get(case.workload, ()) if bar.samples in (None, case.samples))
         found.extend(replace(bar, figure=f"{title(case)}: {bar.figure}") for bar in mine)
     return tuple(found)
 
@@ -49,54 +61,62 @@ def exact_bars() -> tuple[Bar, ...]:
 @part(
     "exact",
     "Exact kernels beside peers and floors",
-    seconds=330,
+    seconds=360,
     limit_seconds=600,
     bars=exact_bars(),
     results="exact",
 )
 def measure(smoke: bool) -> Iterator[Finding]:
-    """Every workload with all contenders, one comparison after another."""
+    """Every workload with all contenders, one group after another."""
     load_peers()
-    absent: set[str] = set()
-    for case in SMOKE_CASES if smoke else CASES:
-        missing = WORKLOADS[case.workload].missing()
-        if missing and not smoke:
-            yield f"{case.workload} is left out: {', '.join(missing)} not installed; pip install 'ooc-ntk[bench]'"
+    peers = tuple(contenders.PEERS.values())
+    for group in SMOKE_GROUPS if smoke else GROUPS:
+        cases = []
+        for case in group:
+            missing = () if smoke else WORKLOADS[case.workload].missing()
+            if missing:
+                yield f"{case.workload} is left out: {', '.join(missing)} not installed; pip install 'ooc-ntk[bench]'"
+            else:
+                cases.append(case)
+        if not cases:
             continue
-        peers = tuple(name for name in contenders.PEERS.values() if name not in absent)
         setting = Setting((OURS, *peers), 1, smoke, torch.get_num_threads(), LEAST_SECONDS, False)
-        outcomes, comparison = compare_one(case, setting)
-        for peer in peers:
-            outcome = outcomes[peer]
-            if isinstance(outcome, str) and (found := re.search(r"No module named '([\w.]+)'", outcome)):
-                absent.add(peer)
-                outcomes[peer] = f"not installed: no module {found[1]}"
-        yield from named(title(case), comparison.checks)
-        yield from records(case, outcomes, comparison)
-        yield from format_comparison(comparison, profile=False).splitlines()
-        yield ""
+        outcomes, floors = measure_group(tuple(cases), setting)
+        for case in cases:
+            comparison = compare(case, smoke, outcomes[case], floors[case])
+            yield from named(title(case), comparison.checks)
+            yield from records(case, outcomes[case], comparison)
+            yield from [*format_comparison(comparison, profile=False).splitlines(), ""]
+        told = outcomes[cases[0]]
+        absent = [peer for peer in peers if isinstance(told[peer], str) and ABSENT.search(str(told[peer]))]
+        peers = tuple(peer for peer in peers if peer not in absent)  # one line of them is enough
 
 
-def compare_one(case: Case, setting: Setting) -> tuple[dict[str, Measurement | str], Comparison]:
+def measure_group(
+    cases: tuple[Case, ...], setting: Setting
+) -> tuple[dict[Case, dict[str, Measurement | str]], dict[Case, Floors]]:
     """Measure floors, ours, and then the peers, each as long as ours allows.
 
     Args:
-        case: workload and samples.
+        cases: workloads and samples that share processes.
         setting: contenders, ours first; ``peer_seconds`` are the least that a peer gets.
 
     Returns:
-        By contender the measurement, or why there is none; and the comparison.
+        By case and contender the measurement, or why there is none; and the floors.
     """
-    here = replace(setting.task(FLOORS, (case,)), here=setting.smoke)
-    floors = floors_apart(here)[case]
-    outcomes: dict[str, Measurement | str] = {}
+    here = replace(setting.task(FLOORS, cases), here=setting.smoke)
+    floors = floors_apart(here)
+    outcomes: dict[Case, dict[str, Measurement | str]] = {case: {} for case in cases}
     limit = setting.peer_seconds
     for contender in setting.contenders:
         task = replace(here, contender=contender, limit_seconds=None if contender == OURS else limit)
-        outcomes[contender] = outcome = measure_apart(task)[case]
-        if contender == OURS and isinstance(outcome, Measurement):
-            limit = max(limit, PATIENCE * outcome.total_seconds)
-    return outcomes, compare(case, setting.smoke, outcomes, floors)
+        found = measure_apart(task)
+        for case, outcome in found.items():
+            outcomes[case][contender] = outcome
+        if contender == OURS:
+            ours = sum(outcome.total_seconds for outcome in found.values() if isinstance(outcome, Measurement))
+            limit = max(limit, PATIENCE * ours)
+    return outcomes, floors
 
 
 def records(case: Case, outcomes: Mapping[str, Measurement | str], comparison: Comparison) -> Iterator[Record]:

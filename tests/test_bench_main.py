@@ -113,7 +113,7 @@ def test_peers_that_break_are_lines_with_reasons_and_stop_nothing(smoke: tuple[P
     by_name = {record.contender: record for record in found}
     assert by_name["broken peer"].seconds is None
     assert by_name["broken peer"].remark == "ArithmeticError: broken on purpose"
-    assert by_name["absent peer"].remark == "not installed: no module no_such_package"
+    assert by_name["absent peer"].remark == "ModuleNotFoundError: No module named 'no_such_package'"
     assert "broken on purpose" in page
     assert by_name["per-sample loop"].ratio is not None
     assert by_name["per-sample loop"].error is not None
