@@ -46,7 +46,7 @@ from .table import aligned
 OVERHEAD, MEMORY, SCALING = 0.03, 300e6, 1.7
 
 #: What a part of ``python -m bench`` judges, and its tasks of ``overhead``.
-FIGURES, PART_TASKS = ("wall / sleeping − 1, two workers", "one worker / two workers, seconds"), 20
+FIGURES, PART_TASKS = ("wall / sleeping − 1", "one worker / two workers, seconds"), 20
 
 
 def sleep_there(session: str, key: str, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """What a kill costs: a run killed at a random moment and typed again, beside an undisturbed one.
 
-``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a moment drawn between the start of
-the first task and the end of the last; the same command then goes on. Counted are the seconds of both, tasks that were
+``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a moment drawn from as many seconds as
+its tasks take, from its start of a manifest on; the same command then goes on. Counted are seconds, tasks that were
 committed before the kill and done again after it, and entries whose bits differ.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import ooc_ntk
+from ooc_ntk.errors import StorageError
 from ooc_ntk.storage.manifest import Receipt
 
 from .bars import Bar, Check, checked
@@ -80,8 +81,8 @@ def interrupted(smoke: bool, kills: int = KILLS) -> Iterator[Finding]:
         )
         chance, again, differing, ratios = random.Random(SEED), 0, 0, []
         for number in range(kills):
-            moment, out = chance.uniform(first, last), folder / f"killed-{number}"
-            killed = _start([*command, str(out)]).kill_after(moment)
+            moment, out = chance.uniform(0, last - first), folder / f"killed-{number}"
+            killed = _start([*command, str(out)]).kill_after(out / "manifest", moment)
             finished = _by_key(out)
             begun = time.time()
             _start([*command, str(out)]).check()
@@ -111,7 +112,11 @@ def interrupted(smoke: bool, kills: int = KILLS) -> Iterator[Finding]:
 
 
 def _by_key(out: Path) -> dict[str, Receipt]:
-    return {receipt.key: receipt for receipt in receipts_of(out)}
+    """Receipts of the tasks that a run has committed; none where it was killed before it had a manifest."""
+    try:
+        return {receipt.key: receipt for receipt in receipts_of(out)}
+    except StorageError:
+        return {}
 
 
 class _start:  # noqa: N801 - reads as what it does
@@ -137,9 +142,11 @@ class _start:  # noqa: N801 - reads as what it does
         if self._process.returncode:
             raise RuntimeError(f"the run ended with status {self._process.returncode}: {text.strip()[-300:]}")
 
-    def kill_after(self, seconds: float) -> float:
-        """Kill it so many seconds after its start, and say after how many that was."""
-        time.sleep(max(0.0, self._began + seconds - time.time()))
+    def kill_after(self, file: Path, seconds: float) -> float:
+        """Kill it so many seconds after it made a file, and say how many seconds after its start that was."""
+        while not file.exists() and self._process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(seconds)
         self._process.kill()
         self._process.communicate()
         return time.time() - self._began
