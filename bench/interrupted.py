@@ -1,7 +1,7 @@
 """What a kill costs: a run killed at a random moment and typed again, beside an undisturbed one.
 
-``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a moment drawn from as many seconds as
-its tasks take, from its start of a manifest on; the same command then goes on. Counted are seconds, tasks that were
+``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a random moment of its tasks: so many
+seconds after its manifest is there. The same command then goes on. Counted are the seconds of both, tasks that were
 committed before the kill and done again after it, and entries whose bits differ.
 """
 

@@ -89,7 +89,11 @@ def play(parts: Sequence[Part], smoke: bool, patience: float = 1.0) -> list[Play
         command = [sys.executable, "-m", "bench", "--child", folder, "--parts", ",".join(part.name for part in parts)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         process = subprocess.Popen(
-            [*command, *(["--smoke"] if smoke else [])], cwd=ROOT, env=environment, start_new_session=True
+            [*command, *(["--smoke"] if smoke else [])],
+            cwd=ROOT,
+            env=environment,
+            stdout=2,  # what parts print is progress
+            start_new_session=True,
         )
         ended = ""
         try:
