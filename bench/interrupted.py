@@ -1,8 +1,8 @@
 """What a kill costs: a run killed at a random moment and typed again, beside an undisturbed one.
 
-``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a random moment of its tasks: so many
-seconds after its manifest is there. The same command then goes on. Counted are the seconds of both, tasks that were
-committed before the kill and done again after it, and entries whose bits differ.
+``python -m bench.interrupted`` kills ``ooc-ntk run`` by SIGKILL, once in a run, at a random moment of its tasks: so
+many seconds after its manifest is there. The same command then goes on. Counted are the seconds of both, tasks
+that were committed before the kill and done again after it, and entries whose bits differ.
 """
 
 from __future__ import annotations

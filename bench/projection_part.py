@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -40,7 +38,7 @@ def measure(smoke: bool) -> Iterator[Finding]:
     """Residuals and coverage, then throughput, then TRAK where it is installed."""
     setting = Setting(smoke, seeds=1 if smoke else SEEDS, repeats=1 if smoke else 3)
     outcome = Outcome({})
-    with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as name, contextlib.redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as name:
         folder = Path(name)
         data = digits(setting, folder, 24 if smoke else SAMPLES, KINDS, (128, 512) if smoke else DIMS, SEEDS)
         measure_residuals(data, folder, outcome)

@@ -20,6 +20,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LEFT_OUT = {
     "python -m bench.gpu_exact": "needs an NVIDIA GPU",
     "python -m bench.gpu_projection": "needs an NVIDIA GPU",
+    "python -m bench.experiments all": "experiments of two papers, see docs/experiments.md",
     "python -m bench.faults": "a proof, not a measurement: 200 scenarios, ten minutes",
 }
 
