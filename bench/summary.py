@@ -118,14 +118,10 @@ def results_page(
         results: folder of the pages of longer runs.
     """
     found = claims(parts, played)
-    latest = max(played.values(), key=lambda one: str(one.setting["date"]))
-    minutes = sum(one.seconds for one in played.values()) / 60
     page = [
         "# Results",
         "",
-        f"Written by `python -m bench{' --smoke' if latest.smoke else ''}`: {_setting(latest)}. Its parts took "
-        f"{minutes:.1f} minutes. Ratios are of one run on one machine; seconds are only there to compare lines of the "
-        "same table. A part that was played again keeps a date of its own.",
+        _written(played),
         "",
         "## Claims: ratios of earlier work, measured again",
         "",
@@ -143,6 +139,19 @@ def results_page(
     page += [f"- part `{name}`: not played" for name in parts if name not in played]
     page += [f"- `{command}`: {why}" for command, why in LEFT_OUT.items()]
     return "\n".join(page) + "\n"
+
+
+def _written(played: Mapping[str, Played]) -> str:
+    """By what the page was written, when and where."""
+    if not played:
+        return "Written by `python -m bench`, which has not been run yet."
+    latest = max(played.values(), key=lambda one: str(one.setting["date"]))
+    minutes = sum(one.seconds for one in played.values()) / 60
+    return (
+        f"Written by `python -m bench{' --smoke' if latest.smoke else ''}`: {_setting(latest)}. Its parts took "
+        f"{minutes:.1f} minutes. Ratios are of one run on one machine; seconds are only there to compare lines of the "
+        "same table. Every part says when it was played and what load there was before."
+    )
 
 
 def _setting(one: Played) -> str:
