@@ -75,7 +75,7 @@ class Outcome:
         terms: of the promised host memory, in bytes.
         seconds: wall clock of the run.
         task_seconds: of its tasks.
-        promised_seconds: for them.
+        promised_seconds: for them; 0 where the machine was not calibrated for one thread.
         moved_bytes: read and written by tasks.
     """
 
@@ -192,7 +192,7 @@ def run_here(cell: Cell, budget: int, folder: Path) -> dict[str, Any]:
         "terms": dict(plan.host_terms),
         "seconds": seconds,
         "task_seconds": info.seconds,
-        "promised_seconds": plan.promised.seconds,
+        "promised_seconds": plan.promised.seconds if plan.calibrated else 0.0,
         "moved_bytes": info.bytes_read + info.bytes_written,
     }
 

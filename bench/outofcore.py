@@ -257,7 +257,7 @@ SHORT_MOVED: Final = (("as planned", 9_000, 40, None, OTHER_BAR),)
 
 def moved_figures(name: str, samples: int) -> tuple[str, str]:
     """The figures that are judged of a case: Q over the bound, and over what was promised."""
-    return f"Q/LB, {name}, N = {samples:,}", f"|Q / promised Q − 1|, {name}, N = {samples:,}"
+    return f"Q/LB, {name}, N = {samples:,}", f"share by which Q differs from its promise, {name}, N = {samples:,}"
 
 
 def moved(smoke: bool, cases: Sequence[tuple[str, int, int, str | None, float]] = MOVED) -> list[Finding]:

@@ -13,6 +13,16 @@ from .contenders import OURS
 #: Samples from which on a workload counts for :func:`never_slower`.
 FEWEST_SAMPLES: Final = 64
 
+#: Seconds of tasks from which on :func:`promises` judges their promise: what is shorter is mostly noise (guessed).
+JUDGED_SECONDS: Final = 1.0
+
+#: What measured and promised seconds of tasks may differ by, as a factor.
+SECONDS_BAR: Final = 1.5
+
+#: The claims that :func:`promises` computes.
+TIME_KEPT = "factor by which tasks' seconds are off their promise, most of all runs ≥ 1 s"
+MEMORY_KEPT = "peak / promised memory, most of all runs"
+
 #: The claim that :func:`never_slower` computes.
 NEVER_SLOWER: Final = "best peer / ooc-ntk, least of all workloads of N ≥ 64"
 
@@ -124,3 +134,34 @@ def never_slower(records: Sequence[Record], smoke: bool) -> Check | None:
     assert worst.ratio is not None
     figure = f"{NEVER_SLOWER} ({worst.contender}, {worst.workload})"
     return Check(figure, worst.ratio, None, 1.0, True, None if smoke else worst.ratio >= 1.0)
+
+
+def promises(records: Sequence[Record], smoke: bool) -> list[Check]:
+    r"""The two claims of the planner over all runs: seconds within a factor, and memory below what was promised.
+
+    Args:
+        records: of all parts.
+        smoke: nothing is judged.
+
+    Returns:
+        A check for each of which there are runs.
+
+    >>> records = [Record("a", OURS, promised_seconds=2.0, task_seconds=1.0, promised_bytes=10, peak_bytes=9)]
+    >>> print(*promises(records, smoke=False), sep="\n")
+    factor by which tasks' seconds are off their promise, most of all runs ≥ 1 s (a) = 2; bar at most 1.5: MISSED
+    peak / promised memory, most of all runs (a) = 0.9; bar at most 1: met
+    """
+    factors: list[tuple[float, str]] = []
+    shares: list[tuple[float, str]] = []
+    for record in records:
+        if record.promised_seconds and record.task_seconds and record.task_seconds >= (0 if smoke else JUDGED_SECONDS):
+            share = record.task_seconds / record.promised_seconds
+            factors.append((max(share, 1 / share), record.workload))
+        if record.promised_bytes and record.peak_bytes:
+            shares.append((record.peak_bytes / record.promised_bytes, record.workload))
+    found = []
+    for figure, values, bar in ((TIME_KEPT, factors, SECONDS_BAR), (MEMORY_KEPT, shares, 1.0)):
+        if values:
+            worst, workload = max(values)
+            found.append(Check(f"{figure} ({workload})", worst, None, bar, False, None if smoke else worst <= bar))
+    return found

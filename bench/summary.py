@@ -10,7 +10,7 @@ from pathlib import Path
 from .bars import Bar, Check
 from .earlier import earlier
 from .playing import Played
-from .records import NEVER_SLOWER, Record, never_slower
+from .records import NEVER_SLOWER, Record, never_slower, promises
 from .registry import Part
 
 #: What the README's table stands between.
@@ -48,7 +48,7 @@ class Claim:
 
 
 def claims(parts: Mapping[str, Part], played: Mapping[str, Played]) -> list[Claim]:
-    """Every figure with a bar: that no peer is faster first, then part by part.
+    """Every figure with a bar: that no peer is faster and what the planner promises first, then part by part.
 
     A bar whose figure is not there is a line as well, and says why.
 
@@ -64,6 +64,7 @@ def claims(parts: Mapping[str, Part], played: Mapping[str, Played]) -> list[Clai
         found = [Claim(NEVER_SLOWER, _bar(1.0, at_least=True), "–", "not measured: no peer gave figures", everything)]
     else:
         found = [_claim(slower, everything)]
+    found += [_claim(check, everything) for check in promises(records, smoke)]
     for name, part in parts.items():
         command = f"python -m bench --parts {name}"
         one = played.get(name)
