@@ -84,7 +84,8 @@ def draw_peers(records: Sequence[Record]) -> Any:
         if isinstance(line, str):
             continue
         if line.ratio is None:
-            axis.annotate("no figures", (1.05, place), va="center", fontsize=7, color="#777777")
+            why = "no figures" if line.seconds is None else f"error {line.error:.0e}"
+            axis.annotate(why, (1.05, place), va="center", fontsize=7, color="#777777")
             continue
         colour = COLOURS[0] if line.ratio >= 1 else COLOURS[1]
         axis.plot([1, line.ratio], [place, place], color=colour, linewidth=1.5)

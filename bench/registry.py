@@ -80,9 +80,10 @@ def load_parts() -> dict[str, Part]:
     Returns:
         The parts, in the order of :data:`MODULES`.
     """
-    for module in MODULES:
-        importlib.import_module(f"bench.{module}")
-    return PARTS
+    names = [f"bench.{module}" for module in MODULES]
+    for name in names:
+        importlib.import_module(name)
+    return {part.name: part for name in names for part in PARTS.values() if part.measure.__module__ == name}
 
 
 def load_peers() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .bars import Bar, Check
 from .earlier import earlier
 from .playing import Played
-from .records import NEVER_SLOWER, Record, never_slower, promises
+from .records import NEVER_SLOWER, SERIES, Record, never_slower, promises
 from .registry import Part
 
 #: What the README's table stands between.
@@ -58,12 +58,12 @@ def claims(parts: Mapping[str, Part], played: Mapping[str, Played]) -> list[Clai
     """
     records = [record for one in played.values() for record in one.records]
     smoke = any(one.smoke for one in played.values())
-    slower = never_slower(records, smoke)
     everything = "python -m bench"
-    if slower is None:
-        found = [Claim(NEVER_SLOWER, _bar(1.0, at_least=True), "–", "not measured: no peer gave figures", everything)]
-    else:
-        found = [_claim(slower, everything)]
+    slower = never_slower(records, smoke)
+    found = [_claim(check, everything) for check in slower]
+    if not slower:
+        bar, why = _bar(1.0, at_least=True), "not measured: no peer gave figures"
+        found.append(Claim(f"{SERIES['peers']}{NEVER_SLOWER}", bar, "–", why, everything))
     found += [_claim(check, everything) for check in promises(records, smoke)]
     for name, part in parts.items():
         command = f"python -m bench --parts {name}"
