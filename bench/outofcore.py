@@ -252,7 +252,7 @@ MOVED: Final = (
 )
 
 #: Beside other parts: one that a minute is enough for.
-SHORT_MOVED: Final = (("as planned", 9_000, 40, None, OTHER_BAR),)
+SHORT_MOVED: Final = (("as planned", 6_000, 40, None, OTHER_BAR),)
 
 
 def moved_figures(name: str, samples: int) -> tuple[str, str]:
