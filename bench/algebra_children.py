@@ -182,8 +182,40 @@ def tile_rate_here(edge: int) -> dict[str, Any]:
     return {"rate": tile_product_rate(edge)}
 
 
+def peers_here(path: str, targets: str, out: str, who: str, count: int, ridges: list[float]) -> dict[str, Any]:
+    """Body of a child: one contender's coefficients, largest eigenpairs and GCV curve, each timed from the tiles on.
+
+    Args:
+        path: run directory of the kernel.
+        targets: file of the targets.
+        out: ``.npz`` file for what it finds.
+        who: of :data:`~bench.algebra_peers.CONTENDERS`.
+        count: eigenpairs.
+        ridges: of the curve; the first is that of the coefficients.
+
+    Returns:
+        By task seconds and peak, or why there are none.
+    """
+    from .algebra_peers import CONTENDERS, TASKS
+    from .throughput import reset_peak
+
+    kernel, y, found, figures = ooc_ntk.open(path), np.load(targets), {}, {}
+    for task in TASKS:
+        reset_peak()
+        start = time.perf_counter()
+        try:
+            found[task] = CONTENDERS[who](task, kernel, y, count, ridges)
+        except NotImplementedError as error:
+            figures[task] = {"refused": str(error)}
+        else:
+            figures[task] = {"seconds": time.perf_counter() - start, "peak_bytes": peak_resident_bytes()}
+    np.savez(out, **found)
+    return figures
+
+
 CHILDREN: Final[dict[str, Callable[..., dict[str, Any]]]] = {
     "solve": solve_here,
+    "peers": peers_here,
     "dask": dask_here,
     "floors": floors_here,
     "tile-rate": tile_rate_here,

@@ -15,6 +15,7 @@ from ooc_ntk.planning.solving import cholesky_bound_bytes, tile_cholesky_bytes
 from .algebra_children import MIB, RATIO, apart
 from .algebra_kernels import mlp_problem
 from .bars import checked
+from .records import Finding
 from .table import aligned
 
 #: Bar, as the project set it: time over the larger of the floors.
@@ -33,9 +34,9 @@ BLOCKS: Final = 4
 DASK_SECONDS, DASK_SHARE = 300.0, 0.8
 
 
-def large(folder: Path, smoke: bool) -> list[str]:
+def large(folder: Path, smoke: bool) -> list[Finding]:
     """A kernel of 3.6 GB solved within 1.5 GiB, beside floors and Dask."""
-    kernel, targets = _problem(folder, SMOKE_SAMPLES if smoke else SAMPLES)
+    kernel, targets = problem_file(folder, SMOKE_SAMPLES if smoke else SAMPLES)
     path, count = str(kernel.path), np.load(targets).shape[1]
     wanted: dict[str, Any] = {
         "path": path,
@@ -53,12 +54,12 @@ def large(folder: Path, smoke: bool) -> list[str]:
         lines += _dask_lines(scratch, kernel, targets, solved, smoke)
         if smoke:
             return lines
-        smaller, targets = _problem(folder, DASK_SAMPLES)  # that Dask can do, too
+        smaller, targets = problem_file(folder, DASK_SAMPLES)  # that Dask can do, too
         wanted |= {"path": str(smaller.path), "targets": str(targets), "method": "auto"}
         return lines + _dask_lines(scratch, smaller, targets, apart("solve", scratch, **wanted), smoke)
 
 
-def _problem(folder: Path, samples: int) -> tuple[ooc_ntk.Kernel, Path]:
+def problem_file(folder: Path, samples: int) -> tuple[ooc_ntk.Kernel, Path]:
     """A kernel, and a file of its targets."""
     problem = mlp_problem(folder, samples)
     targets = folder / f"targets-{samples}.npy"
@@ -93,7 +94,7 @@ def gemm_seconds(size: int, targets: int, solved: dict[str, Any], rates: dict[st
 
 def _solved_lines(
     kernel: ooc_ntk.Kernel, targets: int, runs: dict[str, dict[str, Any]], floors: dict[str, Any], smoke: bool
-) -> list[str]:
+) -> list[Finding]:
     """What was measured, of the page cache as it is and dropped before every pass, beside the floors."""
     size, item, solved = kernel.train_samples, kernel.dtype.itemsize, runs["as it is"]
     triangle, free = size * (size + 1) // 2 * item, psutil.virtual_memory().available
@@ -162,10 +163,10 @@ def _dask_lines(scratch: Path, kernel: ooc_ntk.Kernel, targets: Path, solved: di
     return lines
 
 
-def tiles(folder: Path, smoke: bool) -> list[str]:
+def tiles(folder: Path, smoke: bool) -> list[Finding]:
     """Cholesky on disk in several blocks."""
     size = SMOKE_TILE_SAMPLES if smoke else TILE_SAMPLES
-    kernel, targets = _problem(folder, size)
+    kernel, targets = problem_file(folder, size)
     given: dict[str, Any] = {"path": str(kernel.path), "targets": str(targets), "method": "tiles", "blocks": BLOCKS}
     with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as name:
         solved = apart("solve", Path(name), out=f"{name}/ours.npy", **given)

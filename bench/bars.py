@@ -110,8 +110,8 @@ def judge(
     return tuple(checks)
 
 
-def checked(figure: str, value: float, limit: float, smoke: bool, *, at_least: bool = False) -> str:
-    """A figure beside a bar of its own, in one line.
+def checked(figure: str, value: float, limit: float, smoke: bool, *, at_least: bool = False) -> Check:
+    """A figure beside a bar of its own.
 
     Args:
         figure: its name.
@@ -120,8 +120,8 @@ def checked(figure: str, value: float, limit: float, smoke: bool, *, at_least: b
         smoke: smoke size: nothing is judged.
         at_least: whether the bar is the least that will do.
 
-    >>> checked("seconds / floor", 2.5, 2.0, smoke=False)
-    'seconds / floor = 2.5; bar at most 2: MISSED'
+    >>> print(checked("seconds / floor", 2.5, 2.0, smoke=False))
+    seconds / floor = 2.5; bar at most 2: MISSED
     """
     met = value >= limit if at_least else value <= limit
-    return str(Check(figure, value, None, limit, at_least, None if smoke else met))
+    return Check(figure, value, None, limit, at_least, None if smoke else met)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,13 +34,19 @@ from ooc_ntk.execution.cluster.start import client_of
 from ooc_ntk.planning.tasks import Task
 from ooc_ntk.storage.manifest import Manifest, Receipt
 
-from .bars import checked
+from .bars import Bar, checked
+from .contenders import OURS
 from .exact import machine
 from .process import ROOT
+from .records import Finding, Record, texts
+from .registry import part
 from .table import aligned
 
 #: Share of the wall that handing out may cost, bytes that 100,000 tasks may take, and what a second worker brings.
 OVERHEAD, MEMORY, SCALING = 0.03, 300e6, 1.7
+
+#: What a part of ``python -m bench`` judges, and its tasks of ``overhead``.
+FIGURES, PART_TASKS = ("wall / sleeping − 1", "one worker / two workers, seconds"), 20
 
 
 def sleep_there(session: str, key: str, seconds: float) -> None:
@@ -109,9 +115,9 @@ def sleeping_tasks(count: int) -> list[Task]:
     return [Task("kernel", 0, index, 0) for index in range(count)]
 
 
-def overhead(smoke: bool, workers: int = 2) -> list[str]:
+def overhead(smoke: bool, workers: int = 2, count: int = 60) -> list[Finding]:
     """Wall seconds of sleeping tasks beside what the sleeping takes."""
-    count, seconds = (6, 0.2) if smoke else (60, 2.0)
+    count, seconds = (6, 0.2) if smoke else (count, 2.0)
     with tempfile.TemporaryDirectory() as folder, client_of(Cluster(workers=workers), 1) as client:
         job = Sleeping(seconds, manifest=Manifest(Path(folder)))
         Dispatcher(client, Sleeping(0.0), 60).run(sleeping_tasks(workers), nothing)  # everything is imported
@@ -123,11 +129,11 @@ def overhead(smoke: bool, workers: int = 2) -> list[str]:
     share = wall / least - 1
     return [
         f"overhead: {count} tasks of {seconds} s on {workers} workers: {wall:.2f} s, the sleeping alone {least:.2f} s",
-        "  " + checked("wall / sleeping − 1", share, OVERHEAD, smoke),
+        checked(FIGURES[0], share, OVERHEAD, smoke),
     ]
 
 
-def memory(smoke: bool, workers: int = 4) -> list[str]:
+def memory(smoke: bool, workers: int = 4) -> list[Finding]:
     """What so many tasks take of the process that is driver and scheduler."""
     count, seconds = (200, 0.0) if smoke else (100_000, 0.001)
     process, peaks = psutil.Process(), [0]
@@ -148,7 +154,7 @@ def memory(smoke: bool, workers: int = 4) -> list[str]:
     return [
         f"memory: {count:,} tasks of {seconds} s on {workers} workers: idle {idle / 1e6:.0f} MB, peak "
         f"{max(peaks) / 1e6:.0f} MB, {count / wall:.0f} tasks/s",
-        "  " + checked("peak − idle, MB", more / 1e6, MEMORY / 1e6, smoke),
+        checked("peak − idle, MB", more / 1e6, MEMORY / 1e6, smoke),
     ]
 
 
@@ -179,8 +185,9 @@ def ceiling(seconds: float) -> float:
     return found[2] / found[1]
 
 
-def scaling(smoke: bool, repeats: int = 3) -> list[str]:
+def scaling(smoke: bool, repeats: int = 3, *, plain: bool = True) -> list[Finding]:
     """Two single-thread workers over one, on the same plan."""
+    found: list[Finding] = []
     samples, tile = (40, 10) if smoke else (1600, 200)
     job = ooc_ntk.Job("bench.models:convolutional", f"mnist5k[0:{samples}]", device="cpu", base=ROOT)
     preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=tile, superblock_tiles=1, workers=2)
@@ -190,31 +197,47 @@ def scaling(smoke: bool, repeats: int = 3) -> list[str]:
         assert plan.threads == 1 or smoke
         for repeat in range(1 if smoke else repeats):
             took = {}
-            ceilings.append(ceiling(0.1 if smoke else 3.0))
+            if plain:
+                ceilings.append(ceiling(0.1 if smoke else 3.0))
             for workers in (1, 2):
                 out = Path(folder) / f"{repeat}-{workers}"
                 start = time.perf_counter()
                 ooc_ntk.run(job, out, plan=plan, scheduler=Cluster(workers=workers), progress=False, proof=False)
                 whole = time.perf_counter() - start
-                receipts = [receipt for receipt in _receipts(out) if receipt.worker]
+                receipts = [receipt for receipt in receipts_of(out) if receipt.worker]
                 last = max(receipt.started + receipt.seconds for receipt in receipts)
                 took[workers] = last - min(receipt.started for receipt in receipts)
                 busy = sum(receipt.seconds for receipt in receipts) / workers / took[workers]
                 row = (str(workers), f"{took[workers]:.2f}", f"{whole:.2f}", str(len(receipts)), f"{busy:.0%}")
                 table.append(row)
+                found.append(
+                    Record(
+                        f"CNN, N = {samples:,}, C = 10, {plan.task_count} tasks",
+                        f"{OURS}, {workers} single-thread worker{'s' if workers > 1 else ''}",
+                        took[workers],
+                        samples,
+                        "cluster",
+                        ratio=took[workers] / took[1],
+                        moved_bytes=sum(receipt.bytes_read + receipt.bytes_written for receipt in receipts),
+                        figures={"workers": workers, "busy": busy},
+                        remark=f"with start {whole:.1f} s",
+                    )
+                )
             ratios.append(took[1] / took[2])
     ratio = statistics.median(ratios)
     return [
+        *found,
         f"scaling: trace kernel of a convolutional network, N = {samples:,}, C = 10, P = {plan.columns:,}, "
         f"{plan.task_count} tasks, one thread each, in turns",
         *aligned(table),
         f"  {', '.join(f'{each:.2f}' for each in ratios)}; two processes of plain products at once over one, before "
-        f"each: {', '.join(f'{each:.2f}' for each in ceilings)}",
-        "  " + checked("one worker / two workers", ratio, SCALING, smoke, at_least=True),
+        f"each: {', '.join(f'{each:.2f}' for each in ceilings) or 'not measured'}",
+        checked(FIGURES[1], ratio, SCALING, smoke, at_least=True),
     ]
 
 
-def _receipts(out: Path) -> list[Receipt]:
+def receipts_of(out: Path) -> list[Receipt]:
+    """Receipts of all tasks that a run has committed."""
     manifest = Manifest(out, read_only=True)
     try:
         return list(manifest.receipts().values())
@@ -225,6 +248,21 @@ def _receipts(out: Path) -> list[Receipt]:
 PARTS: Final = {"overhead": overhead, "memory": memory, "scaling": scaling}
 
 
+@part(
+    "cluster",
+    "Worker processes",
+    seconds=65,
+    limit_seconds=300,
+    bars=(Bar(FIGURES[0], OVERHEAD), Bar(FIGURES[1], SCALING, at_least=True)),
+    results="cluster",
+)
+def measure(smoke: bool) -> Iterator[Finding]:
+    """Parts ``overhead`` and ``scaling``, fewer times."""
+    yield from scaling(smoke, repeats=1, plain=not smoke)
+    if not smoke:
+        yield from overhead(smoke, count=PART_TASKS)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts that are asked for and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,9 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the tests")
     given = parser.parse_args(arguments)
     print(", ".join(f"{name} {value}" for name, value in machine(1).items()))
-    for part in given.parts:
+    for name in given.parts:
         print()
-        for line in PARTS[part](given.smoke):
+        for line in texts(PARTS[name](given.smoke)):
             print(line, flush=True)
     return 0
 

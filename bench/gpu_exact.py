@@ -37,7 +37,7 @@ from .process import ROOT
 from .table import aligned
 
 #: Where results are kept.
-RESULTS: Final = ROOT / "bench/RESULTS.md"
+RESULTS: Final = ROOT / "bench/results/gpu.md"
 
 #: Edges of tiles at which the card's products are timed, and those of tests.
 EDGES: Final = (1024, 4096, 8192)
@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slice-seconds", type=float, default=450.0, help="after which --full stops (default: 450)")
     parser.add_argument("--outputs", type=int, choices=(1, 10), default=1, help="of the network of --full (default: 1)")
     parser.add_argument("--precision", choices=list(ITEM_BYTES), help=f"of --full (default: {float32_grade()})")
-    parser.add_argument("--record", action="store_true", help="append the figures to bench/RESULTS.md")
+    parser.add_argument("--record", action="store_true", help="append the figures to bench/results/gpu.md")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU where there is no CUDA device")
     return parser
 

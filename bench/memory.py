@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +26,11 @@ import ooc_ntk
 from ooc_ntk.compute.machine import peak_resident_bytes
 from ooc_ntk.errors import BudgetError
 
+from .bars import Bar, checked
+from .contenders import OURS
 from .memory_cells import CELLS, Cell, chosen_cells, make_job, preferences
+from .records import Finding, Record
+from .registry import part
 
 #: The repository, from which children start.
 ROOT = Path(__file__).parents[1]
@@ -38,6 +43,13 @@ AMPLE = 6 * 2**30
 
 #: A middle budget over the smallest.
 MIDDLE = 1.4
+
+#: Cells of the part of ``python -m bench``, the one of its smoke size, and what it judges.
+PART_CELLS, SMOKE_CELL = 4, "cnn/resident/ample/few-outputs/float32"
+KEPT, WASTED = (
+    "measured / promised memory, largest of the grid's cells",
+    "promised / measured memory, largest of the cells",
+)
 
 #: Seconds between samples of the run directory and of child processes.
 INTERVAL_SECONDS = 0.02
@@ -61,6 +73,10 @@ class Outcome:
         method: how rows are derived.
         layout: tiles and passes in one phrase.
         terms: of the promised host memory, in bytes.
+        seconds: wall clock of the run.
+        task_seconds: of its tasks.
+        promised_seconds: for them; 0 where the machine was not calibrated for one thread.
+        moved_bytes: read and written by tasks.
     """
 
     cell: str
@@ -76,6 +92,10 @@ class Outcome:
     method: str
     layout: str
     terms: dict[str, int]
+    seconds: float
+    task_seconds: float
+    promised_seconds: float
+    moved_bytes: int
 
     @property
     def broken(self) -> list[str]:
@@ -153,8 +173,11 @@ def run_here(cell: Cell, budget: int, folder: Path) -> dict[str, Any]:
     with watch.watching():
         plan = ooc_ntk.plan(job, limit, preferences=preferences(cell), out=folder)
         planned = peak_resident_bytes()
+        start = time.perf_counter()
         ooc_ntk.run(job, out, plan=plan, budget=limit, progress=False)
+        seconds = time.perf_counter() - start
     measured = max(watch.tree_bytes, peak_resident_bytes())
+    info = ooc_ntk.info(out)
     print(plan, file=sys.stderr)
     return {
         "promised": plan.promised.host_bytes,
@@ -167,6 +190,10 @@ def run_here(cell: Cell, budget: int, folder: Path) -> dict[str, Any]:
         "method": plan.method,
         "layout": plan.layout.describe(),
         "terms": dict(plan.host_terms),
+        "seconds": seconds,
+        "task_seconds": info.seconds,
+        "promised_seconds": plan.promised.seconds if plan.calibrated else 0.0,
+        "moved_bytes": info.bytes_read + info.bytes_written,
     }
 
 
@@ -224,6 +251,41 @@ def format_outcomes(outcomes: Sequence[Outcome]) -> str:
         f"median {ratios[len(ratios) // 2]:.2f}"
     )
     return "\n".join(lines)
+
+
+@part(
+    "memory",
+    "Promises of memory over a grid of jobs",
+    seconds=40,
+    limit_seconds=180,
+    bars=(Bar(KEPT, 1.0), Bar(WASTED, WASTE)),
+    results="memory",
+)
+def measure(smoke: bool) -> Iterator[Finding]:
+    """A few cells of the grid."""
+    outcomes = []
+    for cell in [Cell.parse(SMOKE_CELL)] if smoke else chosen_cells(PART_CELLS):
+        if smoke:
+            with tempfile.TemporaryDirectory(prefix="ooc-ntk-memory-") as made:
+                found = Outcome(cell=str(cell), budget=AMPLE, smallest=0, **run_here(cell, AMPLE, Path(made)))
+        else:
+            found = measure_cell(cell)
+        outcomes.append(found)
+        yield Record(
+            found.cell,
+            OURS,
+            found.seconds,
+            peak_bytes=found.measured,
+            moved_bytes=found.moved_bytes,
+            promised_seconds=found.promised_seconds,
+            task_seconds=found.task_seconds,
+            promised_bytes=found.promised,
+            remark=f"{found.method}, {found.layout}, one thread",
+        )
+    ratios = [found.measured / found.promised for found in outcomes]
+    yield checked(KEPT, max(ratios), 1.0, smoke)
+    yield checked(WASTED, 1 / min(ratios), WASTE, smoke)
+    yield from format_outcomes(outcomes).splitlines()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import psutil
 import torch
 
 import ooc_ntk
@@ -58,6 +61,7 @@ class Task:
         smoke: whether in smoke size, which is not warmed up.
         threads: CPU threads.
         limit_seconds: after which the process is ended; None waits for it.
+        here: in this process instead, in smoke size.
     """
 
     contender: str
@@ -65,6 +69,7 @@ class Task:
     smoke: bool
     threads: int
     limit_seconds: float | None = None
+    here: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> Task:
@@ -82,12 +87,15 @@ class Measurement:
         cpu_seconds: processor time of all its threads, plan included.
         peak_bytes: highest resident memory of the process (VmHWM).
         load: load average of the machine over the last minute, before it started.
+        promised: of a contender that plans, what its plan promised: ``seconds``, ``host_bytes``; and ``moved_bytes``,
+            which its run read and wrote.
     """
 
     result: Result
     cpu_seconds: float
     peak_bytes: int
     load: float
+    promised: dict[str, float] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -109,12 +117,14 @@ def measure_here(task: Task, folder: Path) -> None:
         if task.contender == FLOORS:
             found = asdict(measure_floors(model, inputs))
         else:
-            compute = CONTENDERS[task.contender]
             try:
+                compute = CONTENDERS[task.contender]
                 if not task.smoke:
                     compute(model, take(inputs, slice(0, 1)))
+                (folder / f"{case.stem}.started").write_text(str(time.time()))
                 start = time.process_time()
-                result = compute(model, inputs)
+                with _promises() as promised:
+                    result = compute(model, inputs)
             except Refused as refusal:
                 found = {"refusal": str(refusal)}
             else:
@@ -122,7 +132,30 @@ def measure_here(task: Task, folder: Path) -> None:
                 figures = asdict(result)
                 np.save(folder / f"{case.stem}.npy", figures.pop("kernel"))
                 found = {**figures, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
-        (folder / f"{case.stem}.json").write_text(json.dumps(found))
+                found["promised"] = promised
+        staged = folder / f"{case.stem}.part"
+        staged.write_text(json.dumps(found))
+        os.replace(staged, folder / f"{case.stem}.json")
+
+
+@contextmanager
+def _promises() -> Iterator[dict[str, float]]:
+    """What the last plan that is made in the body promises, and what its run moves: a contender gives a kernel only."""
+    found: dict[str, float] = {}
+    plan, info = ooc_ntk.plan, ooc_ntk.info
+
+    def planned(*arguments: object, **named: object) -> ooc_ntk.Plan:
+        made = plan(*arguments, **named)  # type: ignore[arg-type]
+        found.update(seconds=made.promised.seconds, host_bytes=made.promised.host_bytes)
+        return made
+
+    def told(*arguments: object, **named: object) -> object:
+        run = info(*arguments, **named)  # type: ignore[arg-type]
+        found.update(moved_bytes=run.bytes_read + run.bytes_written)
+        return run
+
+    with patch.object(ooc_ntk, "plan", planned), patch.object(ooc_ntk, "info", told):
+        yield found
 
 
 def peak_resident_bytes() -> int:
@@ -148,24 +181,48 @@ def measure_apart(task: Task) -> dict[Case, Measurement | str]:
     """
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as folder:
+        place, ended = Path(folder), ""
         try:
-            start_child("bench.process", [json.dumps(asdict(task)), folder], task.threads, task.limit_seconds)
+            _measure(task, folder, task.limit_seconds)
         except subprocess.TimeoutExpired:
-            return dict.fromkeys(task.cases, f"stopped after {task.limit_seconds:.0f} s")
+            ended = f"stopped after {task.limit_seconds:.0f} s"
         except RuntimeError as error:
             if task.contender in (OURS, DENSE):
                 names = ", ".join(case.stem for case in task.cases)
                 raise RuntimeError(f"{task.contender} on {names}: {error}") from error
-            return dict.fromkeys(task.cases, str(error))
-        return {case: _read(Path(folder), case, load) for case in task.cases}
+            ended = str(error)
+        return {case: _read(place, case, load) or _unfinished(place, case, ended) for case in task.cases}
 
 
-def _read(folder: Path, case: Case, load: float) -> Measurement | str:
-    found = json.loads((folder / f"{case.stem}.json").read_text())
+def _unfinished(folder: Path, case: Case, ended: str) -> str:
+    """Why a case has no measurement: how its process ended, and for how long it had computed when it was stopped."""
+    started = folder / f"{case.stem}.started"
+    if not ended.startswith("stopped") or not started.exists():
+        return ended or "its process left nothing"
+    return f"{ended}, {time.time() - float(started.read_text()):.0f} s of them computing"
+
+
+def _measure(task: Task, folder: str, limit_seconds: float | None = None) -> None:
+    """Measure in a fresh process, or here."""
+    if not task.here:
+        start_child("bench.process", [json.dumps(asdict(task)), folder], task.threads, limit_seconds)
+        return
+    try:
+        measure_here(task, Path(folder))
+    except Exception as error:  # whatever a peer raises; it must not end the others
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _read(folder: Path, case: Case, load: float) -> Measurement | str | None:
+    """What a child left of a case; None if it did not come to its end."""
+    record = folder / f"{case.stem}.json"
+    if not record.exists():
+        return None
+    found = json.loads(record.read_text())
     if "refusal" in found:
         return str(found["refusal"])
-    cpu_seconds, peak_bytes = found.pop("cpu_seconds"), found.pop("peak_bytes")
-    return Measurement(Result(np.load(folder / f"{case.stem}.npy"), **found), cpu_seconds, peak_bytes, load)
+    cpu_seconds, peak_bytes, promised = (found.pop(name) for name in ("cpu_seconds", "peak_bytes", "promised"))
+    return Measurement(Result(np.load(folder / f"{case.stem}.npy"), **found), cpu_seconds, peak_bytes, load, promised)
 
 
 def floors_apart(task: Task) -> dict[Case, Floors]:
@@ -181,7 +238,7 @@ def floors_apart(task: Task) -> dict[Case, Floors]:
         RuntimeError: if the process fails.
     """
     with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as folder:
-        start_child("bench.process", [json.dumps(asdict(task)), folder], task.threads)
+        _measure(task, folder)
         return {case: Floors(**json.loads((Path(folder) / f"{case.stem}.json").read_text())) for case in task.cases}
 
 
@@ -195,15 +252,40 @@ def start_child(module: str, arguments: Sequence[str], threads: int, limit_secon
         limit_seconds: after which it is ended.
 
     Raises:
-        RuntimeError: if it ends with another status than 0.
-        subprocess.TimeoutExpired: if it takes longer.
+        RuntimeError: if it ends with another status than 0, with the last line that it wrote to stderr.
+        subprocess.TimeoutExpired: if it takes longer; it is ended then with all its children.
     """
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads))}
     command = [sys.executable, "-m", module, *arguments]
-    status = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=limit_seconds).returncode
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said)
+        try:
+            status = process.wait(limit_seconds)
+        finally:
+            end_tree(process)
+        said.seek(0)
+        text = said.read()
+    sys.stderr.write(text)
     if status:
-        raise RuntimeError(f"its process ended with status {status}")
+        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+        raise RuntimeError(f"its process ended with status {status}{': ' if last else ''}{last[:300]}")
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """End a process, if it is still there, with all that it started.
+
+    Args:
+        process: a child of this one.
+    """
+    if process.poll() is not None:
+        return
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
 
 
 def calibrate_once() -> None:
@@ -214,4 +296,7 @@ def calibrate_once() -> None:
 
 
 if __name__ == "__main__":
+    from bench.registry import load_peers
+
+    load_peers()
     measure_here(Task.from_json(sys.argv[1]), Path(sys.argv[2]))

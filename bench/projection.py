@@ -75,7 +75,7 @@ def run_parts(parts: Sequence[str], setting: Setting, threads: int) -> Outcome:
 
 
 def markdown(outcome: Outcome, arguments: Sequence[str]) -> str:
-    """What may be pasted into RESULTS.md: bars as a table, everything else as it was printed."""
+    """What may be pasted into results/projection.md: bars as a table, everything else as it was printed."""
     command = " ".join(["python -m bench.projection", *arguments])
     text = [f"## `{command}`, {str(outcome.setting['date'])[:10]}", ""]
     if outcome.checks:
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> Outcome:
         dims = tuple(sorted({int(count) for count in counts}))
     setting = Setting(chosen.smoke, dims, chosen.seeds, chosen.repeats, chosen.out)
     outcome = run_parts(parts, setting, chosen.threads)
-    print(f"\nFor bench/RESULTS.md:\n\n{markdown(outcome, given)}", flush=True)
+    print(f"\nFor bench/results/projection.md:\n\n{markdown(outcome, given)}", flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
     return outcome

@@ -16,7 +16,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -28,14 +29,20 @@ import ooc_ntk
 from ooc_ntk.execution import measure as measuring
 from ooc_ntk.inputs.zoo.build import build_model
 
-from .contenders import DEVICE
+from .bars import Bar, checked
+from .contenders import DEVICE, OURS
 from .exact import machine
 from .process import calibrate_once, peak_resident_bytes, start_child
+from .records import Finding, Record
+from .registry import part as registered
 from .sentences import missing_packages, sentences
 from .table import aligned, relative_error
 
 #: Checkpoints, and what they may cost as a multiple of one run.
 CHECKPOINTS, BAR = 5, 5.0
+
+#: Figures that ``python -m bench`` judges.
+FIGURES: Final = ("five checkpoints / one run, seconds", "peak beyond that of one run / a second model's bytes")
 
 #: Memory of every run.
 HOST: Final = "14GiB"
@@ -122,8 +129,21 @@ def measure_here(part: str, way: str, folder: Path, smoke: bool, threads: int) -
     (folder / "found.json").write_text(json.dumps(found))
 
 
-def measure(part: str, smoke: bool, threads: int) -> list[list[str]]:
-    """Both ways of one part, as rows of the table."""
+@dataclass(frozen=True)
+class Ways:
+    """Both ways of one part.
+
+    Attributes:
+        found: by way its ``seconds``, ``peak_bytes`` and ``rows``, the plain one first.
+        errors: by way the relative difference of its kernel to the plain one's.
+    """
+
+    found: dict[str, dict[str, float]]
+    errors: dict[str, float]
+
+
+def compare_ways(part: str, smoke: bool, threads: int, *, here: bool = False) -> Ways:
+    """Run both ways of one part, each in a process of its own, or here."""
     found: dict[str, dict[str, float]] = {}
     kernels: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory(prefix="ooc-ntk-bench-") as name:
@@ -133,14 +153,28 @@ def measure(part: str, smoke: bool, threads: int) -> list[list[str]]:
                 model = build_model(f"{checkpoint_model(smoke)},seed={index}")
                 torch.save(model.state_dict(), folder / f"{index}.pt")
         for way in PARTS[part]:
-            start_child("bench.savings", ["--child", part, way, name, *(["--smoke"] if smoke else [])], threads)
+            if here:
+                measure_here(part, way, folder, smoke, threads)
+            else:
+                start_child("bench.savings", ["--child", part, way, name, *(["--smoke"] if smoke else [])], threads)
             found[way] = json.loads((folder / "found.json").read_text())
             kernels[way] = np.load(folder / "kernel.npy")
-    (plain, one), (_, other) = found.items()
+    plain = next(iter(kernels))
+    return Ways(found, {way: relative_error(kernel, kernels[plain]) for way, kernel in kernels.items()})
+
+
+def model_bytes(smoke: bool) -> int:
+    """What the parameters of the model with checkpoints take."""
+    return sum(value.numel() * value.element_size() for value in build_model(checkpoint_model(smoke)).parameters())
+
+
+def table_rows(part: str, smoke: bool, threads: int) -> list[list[str]]:
+    """Both ways of one part, as rows of the table."""
+    ways = compare_ways(part, smoke, threads)
+    one, other = ways.found.values()
     rows = []
-    for way, figures in found.items():
+    for way, figures in ways.found.items():
         ratio = figures["seconds"] / one["seconds"] if part == "checkpoints" else one["seconds"] / figures["seconds"]
-        error = relative_error(kernels[way], kernels[plain])
         rows.append(
             [
                 part,
@@ -149,18 +183,42 @@ def measure(part: str, smoke: bool, threads: int) -> list[list[str]]:
                 f"{figures['seconds']:.1f} s",
                 f"{figures['peak_bytes'] / 2**20:.0f} MiB",
                 "-" if figures is one else f"{ratio:.2f}",
-                "-" if figures is one else f"{error:.1e}",
+                "-" if figures is one else f"{ways.errors[way]:.1e}",
             ]
         )
     if part == "checkpoints":
         more = (other["peak_bytes"] - one["peak_bytes"]) / 2**20
-        size = sum(value.numel() * value.element_size() for value in build_model(checkpoint_model(smoke)).parameters())
         print(
             f"{CHECKPOINTS} checkpoints: {other['seconds'] / one['seconds']:.2f} times one run (bar {BAR:.0f}), ",
             end="",
         )
-        print(f"{more:+.0f} MiB beside one run, whose model is {size / 2**20:.0f} MiB", flush=True)
+        print(f"{more:+.0f} MiB beside one run, whose model is {model_bytes(smoke) / 2**20:.0f} MiB", flush=True)
     return rows
+
+
+@registered(
+    "savings",
+    "Five checkpoints of one model",
+    seconds=30,
+    limit_seconds=180,
+    bars=(Bar(FIGURES[0], BAR), Bar(FIGURES[1], 1.0)),
+    results="savings",
+)
+def measure(smoke: bool) -> Iterator[Finding]:
+    """Part ``checkpoints``."""
+    ways = compare_ways("checkpoints", smoke, torch.get_num_threads(), here=smoke)
+    one, many = ways.found.values()
+    for way, figures in ways.found.items():
+        yield Record(
+            checkpoint_model(smoke),
+            f"{OURS}, {way}",
+            figures["seconds"],
+            ratio=figures["seconds"] / one["seconds"],
+            peak_bytes=int(figures["peak_bytes"]),
+            remark=f"difference of its first kernel to that of one run {ways.errors[way]:.1e}",
+        )
+    yield checked(FIGURES[0], many["seconds"] / one["seconds"], BAR, smoke)
+    yield checked(FIGURES[1], (many["peak_bytes"] - one["peak_bytes"]) / model_bytes(smoke), 1.0, smoke)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -182,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if part == "texts" and missing_packages():
             print(f"texts left out: {', '.join(missing_packages())} not installed", flush=True)
             continue
-        rows += measure(part, chosen.smoke, chosen.threads)
+        rows += table_rows(part, chosen.smoke, chosen.threads)
     print("\n".join(aligned(rows)))
 
 

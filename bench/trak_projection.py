@@ -26,9 +26,15 @@ from .throughput import Bench, bench_of, large_job, large_title, measure_through
 TRAK_OVER_OURS, TRAK_BAR = "TRAK's projector / project (sjlt, expanding included)", 10.0
 
 
-def measure_trak(setting: Setting, folder: Path, outcome: Outcome) -> None:
+#: Samples, columns and seeds of the small network.
+SMALL = (400, (1024, 4096), 3)
+
+
+def measure_trak(
+    setting: Setting, folder: Path, outcome: Outcome, small: tuple[int, tuple[int, ...], int] = SMALL
+) -> None:
     """TRAK's projector beside ours: residuals and time on the small network, time on the large one."""
-    sizes = (24, (64,), 1) if setting.smoke else (400, (1024, 4096), 3)
+    sizes = (24, (64,), 1) if setting.smoke else small
     data = replace(digits(setting, folder, sizes[0], ("sjlt", "rademacher"), sizes[1], sizes[2]), dims=sizes[1])
     exact = np.asarray(ooc_ntk.run(data.job(), folder / "trak-exact", progress=False), dtype=np.float64)
     gradients = _all_gradients(data)

@@ -59,7 +59,7 @@ def test_residuals_of_projected_kernels(
     assert all(text.count(f"\n{title}\n") == 2 for title in outcome.tables)  # once alone and once in the block
     assert "figures are left out: matplotlib is not installed" in text
     assert not (tmp_path / "figures").exists()
-    assert "For bench/RESULTS.md:\n\n## `python -m bench.projection --smoke" in text
+    assert "For bench/results/projection.md:\n\n## `python -m bench.projection --smoke" in text
     assert len(json.loads(record.read_text())["residuals"]) == len(wanted)
 
 
