@@ -6,7 +6,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from importlib.metadata import version as installed_version
+from typing import Annotated, Any
 
 import typer
 
@@ -19,11 +20,25 @@ EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
 
 app = typer.Typer(
     name="ooc-ntk",
-    help="Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ooc-ntk {installed_version('ooc-ntk')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified."""
 
 
 @contextmanager
