@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Final, Literal
 
 from ooc_ntk.errors import BudgetError, InputError, unknown_name
@@ -113,7 +114,11 @@ class Preferences:
             raise unknown_name("order", self.order, ORDERS)
         for field in ("tile_samples", "span_columns", "passes", "superblock_tiles", "workers"):
             value = getattr(self, field)
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise InputError(f"{field} must be a whole number, got {value!r}")
+            if value < 1:
                 raise InputError(f"{field} must be at least 1, got {value}")
         if self.passes is not None and self.passes > 1 and self.dataflow not in (None, "recompute"):
             raise InputError(

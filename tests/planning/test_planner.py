@@ -227,6 +227,8 @@ def test_too_many_tasks_are_refused():
         ({"dataflow": "resdent"}, "did you mean 'resident'"),
         ({"tile_samples": 0}, "tile_samples must be at least 1, got 0"),
         ({"passes": -1}, "passes must be at least 1, got -1"),
+        ({"workers": 1.5}, "workers must be a whole number, got 1.5"),
+        ({"tile_samples": True}, "tile_samples must be a whole number, got True"),
         ({"dataflow": "spill", "passes": 2}, "makes one pass, got passes=2"),
     ],
 )
