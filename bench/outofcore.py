@@ -211,6 +211,7 @@ def moved(smoke: bool) -> list[str]:
         ("square, N/b whole", 23_000, 310, "square", WHOLE_BAR),
         ("square, N/b not whole", 17_000, 140, "square", OTHER_BAR),
         ("triangle", 40_000, 60, "triangle", TRIANGLE_BAR),
+        ("triangle and strip", 30_500, 60, "triangle", TRIANGLE_BAR),
         ("as planned", 20_000, 140, None, OTHER_BAR),
     ]
     rows: list[tuple[str, ...]] = [("", "N", "N/b", "f", "Q/LB", "bar", "Q / promised", "peak / promised", "layout")]
