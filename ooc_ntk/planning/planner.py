@@ -38,7 +38,7 @@ RESTART_BYTES: Final = 12 * 2**20
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
 EQUALLY_FAST: Final = 0.03
 
-#: Of layouts that read tiles from disk, those that move within this share of the fewest bytes (a choice).
+#: Layouts that move bytes within this share of the fewest are taken as moving equally few (a choice).
 EQUALLY_FEW: Final = 0.005
 
 #: Or, of superblocks, not longer than this share of the run: large ones move fewer bytes, and save their sums as they
