@@ -248,6 +248,7 @@ MOVED: Final = (
     ("square, N/b whole", 23_000, 310, "square", WHOLE_BAR),
     ("square, N/b not whole", 17_000, 140, "square", OTHER_BAR),
     ("triangle", 40_000, 60, "triangle", TRIANGLE_BAR),
+    ("triangle and strip", 30_500, 60, "triangle", TRIANGLE_BAR),
     ("as planned", 20_000, 140, None, OTHER_BAR),
 )
 
@@ -262,7 +263,7 @@ def moved_figures(name: str, samples: int) -> tuple[str, str]:
 
 def moved(smoke: bool, cases: Sequence[tuple[str, int, int, str | None, float]] = MOVED) -> list[Finding]:
     """Measured Q beside the promised one and the bound."""
-    rows: list[tuple[str, ...]] = [("", "N", "N/b", "f", "Q/LB", "Q / promised", "peak / promised", "layout")]
+    rows: list[tuple[str, ...]] = [("", "N", "N/b", "f", "Q/LB", "bar", "Q / promised", "peak / promised", "layout")]
     found: list[Finding] = []
     for name, samples, room, order, bar in cases:
         preferences = {**DENSE, "dataflow": "spill", **({"order": order} if order else {})}
@@ -283,6 +284,7 @@ def moved(smoke: bool, cases: Sequence[tuple[str, int, int, str | None, float]] 
                 f"{run.side:.2f}",
                 f"{run.share:.2f}",
                 f"{run.ratio:.2f}",
+                f"{bar:.1f}",
                 f"{run.moved:.3f}",
                 f"{run.peak_bytes / run.promised_bytes:.2f}",
                 run.layout,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,11 @@ def test_nothing_heavy_is_imported_before_it_is_used():
     code = f"import sys, ooc_ntk, ooc_ntk.cli; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_version_is_printed():
+    result = subprocess.run([sys.executable, "-m", "ooc_ntk", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"ooc-ntk {version('ooc-ntk')}\n"
 
 
 def test_python_dash_m_is_the_command():

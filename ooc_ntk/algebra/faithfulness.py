@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau
 
 Array = NDArray[np.float64]
 
@@ -129,6 +128,8 @@ def kendall_tau(x: Array, y: Array) -> float:
     """Kendall's τ-b, which counts ties (Kendall 1945); NaN where one side is constant."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
+    from scipy.stats import kendalltau  # takes half a second
+
     return float(kendalltau(x, y, variant="b").statistic)
 
 

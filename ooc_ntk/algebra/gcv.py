@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import scipy.stats
+import scipy.special
 from numpy.typing import NDArray
 
 from ooc_ntk.errors import InputError
@@ -299,7 +299,7 @@ def _estimated(path: RidgePath, drawn: _Drawn) -> GcvCurve:
 
 def _student(count: float) -> float:
     """Half width, in standard errors, of the interval that covers the mean of so many draws."""
-    return float(scipy.stats.t.ppf(0.5 + COVERAGE / 2, max(1.0, count - 1)))
+    return float(scipy.special.stdtrit(max(1.0, count - 1), 0.5 + COVERAGE / 2))
 
 
 def _leave_one_out(

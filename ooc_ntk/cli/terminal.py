@@ -20,7 +20,6 @@ EXIT_FINDING, EXIT_INPUT, EXIT_STOPPED = 1, 2, 130
 
 app = typer.Typer(
     name="ooc-ntk",
-    help="Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},

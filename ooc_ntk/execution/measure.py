@@ -39,7 +39,7 @@ from ooc_ntk.planning.factors import LayerFactors
 from ooc_ntk.planning.memory import DEVICE_POSITIONS, LIBRARY_GROWTH_BYTES
 from ooc_ntk.planning.outputs import PER_CLASS, OutputSpec
 from ooc_ntk.planning.tiles import Range
-from ooc_ntk.planning.workload import ParameterBlock, Workload
+from ooc_ntk.planning.workload import Derivation, ParameterBlock, Workload
 from ooc_ntk.units import item_bytes
 
 from .context import SampleReader
@@ -76,6 +76,11 @@ DEVICE_TIMED_BYTES = 2**28
 #: Samples of train and of test that are read twice before anything is computed, spread evenly, to catch data sets that
 #: augment at random.
 READ_TWICE_SAMPLES = 4
+
+
+#: Host bytes that the pilot of a projection takes beside a batch: Numba, and features of some samples (measured: 160 to
+#: 275 MiB).
+PILOT_BYTES = 280 * 2**20
 
 
 def measure(
@@ -162,7 +167,8 @@ def measure(
     sketch = None
     if job.sketch is not None:
         with tf32(allowed=False), steady_allocator():
-            sketch = measure_sketch(prepared, blocks, found.derivation, found.rows_per_sample)
+            piloted = _leaving_room(found.derivation, limits.host) if on_cpu else found.derivation
+            sketch = measure_sketch(prepared, blocks, piloted, found.rows_per_sample)
     return_free_memory()
     values = [*first.args, *first.kwargs.values(), *([first.targets] if first.targets is not None else [])]
     full = job.kernel == "full"
@@ -196,6 +202,17 @@ def measure(
         saved_bytes=_saved_bytes(job),
         live_bytes=_live_bytes(job),
     )
+
+
+def _leaving_room(derivation: Derivation, limit: int) -> Derivation:
+    """The same in batches in which a pilot stays within the budget, as far as that goes.
+
+    Without it a budget that would do for the run could be spent before the run begins.
+    """
+    room = limit - resident_bytes() - PILOT_BYTES
+    while derivation.batch_size > 1 and derivation.working_bytes > room:
+        derivation = derivation.at(derivation.batch_size // 2)
+    return derivation
 
 
 def _saved_bytes(job: Job) -> int:

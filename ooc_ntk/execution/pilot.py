@@ -265,6 +265,8 @@ def _timed(
         first = torch.zeros(1, dtype=torch.int64, device=like.device)
         making = _seconds(lambda: backend.table_at(projection, 0, first, p, ()))
         adding = _seconds(lambda: backend.scatter(values, table, projection, total))
+        # Few parameters go another way: what compiling that takes counts as planning's, not as the run's.
+        backend.scatter(values[:, :1].contiguous(), backend.table(projection, p[:1], ()), projection, total)
         if chunks.table_bytes >= 8 * projection.nonzeros * columns:
             making = 0.0  # once, for all batches
         return adding / count * columns / size, making * columns / size

@@ -15,7 +15,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.again import AUDIT
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
-from ooc_ntk.storage.swap import HISTORY
+from ooc_ntk.storage.swap import HISTORY, Generations
 
 from .audit import Audit
 from .concurrent import peak_host_bytes, wall_seconds
@@ -51,6 +51,8 @@ class RunInfo:
         history: the generations that the run was grown from, the earliest first: digests of plan and job, train and
             test samples, versions.
         store: URL of the store that has the tiles; None where they are in the run directory.
+        extension: of one that was begun and is not finished, its train samples, kernel tiles that are done (those that
+            are copied count), and kernel tiles in all; None if there is none.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class RunInfo:
     audited: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     store: str | None = None
+    extension: tuple[int, int, int] | None = None
 
     @property
     def finished(self) -> bool:
@@ -125,6 +128,9 @@ class RunInfo:
                 "job": self.job_digests,
                 "versions": self.versions,
                 "history": self.history,
+                "extension": None
+                if self.extension is None
+                else {"train_samples": self.extension[0], "kernel_tiles": list(self.extension[1:])},
             },
             indent=2,
         )
@@ -195,7 +201,23 @@ def run_info(path: str | Path) -> RunInfo:
         audited=read_audit(directory),
         history=json.loads(history or "[]"),
         store=directory.store,
+        extension=_extension(directory.root),
     )
+
+
+def _extension(root: Path) -> tuple[int, int, int] | None:
+    """Train samples, finished kernel tiles and kernel tiles of a next generation that is being written."""
+    coming = RunDirectory(Generations.of(root).next)
+    # It may be swapped in, or deleted, at any moment.
+    with suppress(StorageError, OSError):
+        if coming.holds_run:
+            plan = Plan.load(coming.plan_path)
+            manifest = Manifest(coming.root, read_only=True)
+            try:
+                return plan.train_samples, plan.finished_tiles(manifest.keys()), plan.tile_count
+            finally:
+                manifest.close()
+    return None
 
 
 def keep_audit(directory: RunDirectory, plan: Plan, audit: Audit) -> None:

@@ -61,6 +61,8 @@ def _load_pickled(path: Path) -> object:
     try:
         # Mapped where the format allows it: only what is copied into a model takes memory.
         mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         text = str(error)
@@ -75,6 +77,23 @@ def _load_pickled(path: Path) -> object:
             f"weights {path} are damaged or not a file of torch.save ({type(error).__name__}: {error}); copy the file "
             "again"
         ) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compare what a zip file holds with its checksums, which torch writes but does not look at.
+
+    Raises:
+        InputError: if they differ.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not any(entry.CRC for entry in archive.infolist()):  # torch can be told to write none
+                return
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise InputError(f"weights {path} are damaged ({error}); copy the file again") from error
+    if damaged is not None:
+        raise InputError(f"weights {path} are damaged: the checksum of {damaged} differs; copy the file again")
 
 
 def _state_dict(state: object, path: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -11,17 +11,38 @@ from ooc_ntk.errors import InputError
 
 from .budget import Limits
 from .layout import Layout
-from .memory import PANEL_PAGES_BYTES, device_room, kernel_room, panel_bytes, read_buffers, superblock_bytes
-from .planes import PLANES
-from .superblocks import AHEAD, Order, kept_panels, panel_loads, triangle_tiles
+from .memory import (
+    ALLOCATOR_SHARE,
+    DEVICE_LIBRARY_BYTES,
+    FOLDED_SPANS,
+    PANEL_PAGES_BYTES,
+    STRIPE_BYTES,
+    device_room,
+    fixed_host_bytes,
+    kernel_room,
+    panel_bytes,
+    read_buffers,
+    stored_tile_bytes,
+)
+from .superblocks import AHEAD, Grouping, Order, kept_panels, panel_loads
 from .tiles import SampleGrid, count_tiles
+from .triangles import COVERS, Triangles
 from .workload import Workload
 
 #: Superblocks of a plan for a cluster whose number of workers is not known, at least (a choice).
 CLUSTER_TASKS: Final = 32
 
-#: Triangles are worth pricing where squares would read every panel so many times (DESIGN: dataflows).
-TRIANGLE_TIMES: Final = 3
+#: Most row tiles of a point of triangles that are worth pricing: smaller tiles fill memory no better (a choice).
+MOST_TOGETHER: Final = 8
+
+#: The largest share of row tiles in the strip of rectangles below triangles: with more of them there is always a cover
+#: of more points that reads less (found by counting at 90 sizes of memory).
+STRIP_SHARE: Final = 0.25
+
+#: Columns of the narrowest spans that are priced, and bytes of a panel that is worth reading by itself: between them
+#: lie the panels that tile sizes are made for (choices).
+NARROW_COLUMNS: Final = 256
+READ_BYTES: Final = 2**20
 
 
 def check_superblocks(workload: Workload, order: str | None) -> None:
@@ -63,8 +84,8 @@ def grouped(
             found: Order = "triangle" if order == "triangle" else "square"
             yield replace(layout, order=found, superblock_tiles=tiles)
         return
-    for found, capacity in _capacities(workload, limits, layout, grid, order):
-        yield replace(layout, order=found, superblock_tiles=capacity)
+    for found, capacity, triangles in _capacities(workload, limits, layout, grid, order):
+        yield replace(layout, order=found, superblock_tiles=capacity, triangles=triangles)
 
 
 def keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
@@ -83,6 +104,36 @@ def keeping(workload: Workload, limits: Limits, layout: Layout) -> Layout:
         room = device_room(workload, layout, limits.device)
     kept = kept_panels(loads, sizes, max(0, room))
     return replace(layout, kept_bytes=kept.bytes)
+
+
+def triangle_counts(workload: Workload, limits: Limits) -> list[int]:
+    """Numbers of tiles of the train samples with which triangles fill the memory.
+
+    Of every cover, with one row tile to a point and with more, the largest tiles that memory holds: its points take in
+    the first row tiles, and the strip below them what is left.
+    """
+    if workload.device == "cpu":
+        room = limits.host - fixed_host_bytes(workload) - workload.loader_bytes
+    else:
+        room = limits.device - workload.model_bytes - DEVICE_LIBRARY_BYTES
+    variable = room / (1 + ALLOCATOR_SHARE) - 2 * STRIPE_BYTES
+    entry = workload.item_bytes * workload.entries_per_sample**2
+    row = workload.rows_per_sample * workload.held_item_bytes
+    # Narrow spans take less memory, but sums of very many of them are added up on disk.
+    widths = {NARROW_COLUMNS, max(NARROW_COLUMNS, count_tiles(workload.columns, FOLDED_SPANS))}
+    found = set[int]()
+    for points, size in COVERS.items():
+        for each in range(1, MOST_TOGETHER + 1):
+            triangles = Triangles(points, size, each * points)
+            tile, buffers = 3 * entry + triangles.largest * entry, triangles.live + AHEAD
+            # tile · t² + buffers · (a panel of t rows) = memory; a panel is narrow, or of a size worth reading.
+            for line, flat in (*((buffers * row * columns, 0) for columns in widths), (0, buffers * READ_BYTES)):
+                left = variable - flat
+                edge = int((math.sqrt(line**2 + 4 * tile * left) - line) / (2 * tile)) if left > 0 else 0
+                count = count_tiles(workload.train_samples, edge) if edge else 0
+                if triangles.tiles * (1 - STRIP_SHARE / 8) <= count <= triangles.tiles / (1 - STRIP_SHARE):
+                    found.add(max(count, triangles.tiles))
+    return sorted(found)
 
 
 def shared_squares(workers: int, train: int) -> list[int]:
@@ -108,9 +159,9 @@ def shared_squares(workers: int, train: int) -> list[int]:
 
 def _capacities(
     workload: Workload, limits: Limits, layout: Layout, grid: SampleGrid, wanted: str | None
-) -> Iterator[tuple[Order, int]]:
+) -> Iterator[tuple[Order, int, Triangles | None]]:
     """The largest superblocks for which there is memory: everything at once, squares, triangles."""
-    tile = superblock_bytes(workload, replace(layout, superblock_tiles=2)) // 2
+    tile = stored_tile_bytes(workload, layout)
     panel, base = panel_bytes(workload, layout), read_buffers(workload, layout)
     if workload.device == "cpu":
         room = kernel_room(workload, layout, limits.host)
@@ -123,25 +174,40 @@ def _capacities(
     train = grid.column_tiles
     if wanted != "triangle" and workload.workers:
         yield from (
-            ("square", tiles) for tiles in shared_squares(workload.workers, train) if fits(tiles, math.isqrt(tiles) + 1)
+            ("square", tiles, None)
+            for tiles in shared_squares(workload.workers, train)
+            if fits(tiles, math.isqrt(tiles) + 1)
         )
         if workload.workers == 1:
             return
     if wanted != "triangle":
         if fits(grid.kernel_tile_count, train):
-            yield "square", grid.kernel_tile_count
+            yield "square", grid.kernel_tile_count, None
             return
         for groups in range(1, train):
             side = count_tiles(train, groups)
             tiles = side * side if groups > 1 else train * (train + 1) // 2
             if tiles > 1 and fits(tiles, side + 1 if groups > 1 else train):
-                yield "square", tiles
+                yield "square", tiles, None
                 break
     # A tile is divided by diagonal tiles, which triangles do not finish first.
     if wanted != "square" and workload.normalize is None:
-        for points, side in PLANES.items():  # the smaller the plane, the fewer panels
-            times = (points - 1) // (side - 1)
-            live = side * count_tiles(train, points)
-            if times >= TRIANGLE_TIMES and points <= train and fits(triangle_tiles(train, points), live):
-                yield "triangle", triangle_tiles(train, points)
-                break
+        able = (_largest_triangles(grid, points, size, fits) for points, size in COVERS.items())
+        found = [triangles for triangles in able if triangles is not None]
+        if found:
+            best = min(found, key=lambda each: Grouping.of(grid, "triangle", each.largest, each).loads)
+            yield "triangle", best.largest, best
+
+
+def _largest_triangles(grid: SampleGrid, points: int, size: int, fits: Callable[[int, int], bool]) -> Triangles | None:
+    """Triangles over a cover whose points are as large as memory allows; None if too much is left for the strip."""
+    train = grid.column_tiles
+    most = min(train // points, MOST_TOGETHER)
+    for each in range(most, 0, -1):
+        found = Triangles(points, size, each * points)
+        if train - found.tiles > STRIP_SHARE * train:
+            return None
+        grouping = Grouping.of(grid, "triangle", found.largest, found)
+        if fits(grouping.tiles, grouping.buffers - AHEAD):
+            return found
+    return None

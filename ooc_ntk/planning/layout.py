@@ -13,6 +13,7 @@ from ooc_ntk.units import format_count
 from .spans import DENSE, Choice, Cut, Span
 from .superblocks import Grouping, Order, Superblock, superblocks
 from .tiles import Range, SampleGrid, count_tiles, even_size
+from .triangles import Triangles
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Layout:
         order: how kernel tiles are grouped into superblocks (``spill`` only).
         superblock_tiles: most kernel tiles of one superblock.
         kept_bytes: memory for panels that stay once they were read, until all tiles are contracted.
+        triangles: how the train square is cut into triangles; None if it is not, or by a plane that takes in all of it.
     """
 
     dataflow: Dataflow
@@ -67,6 +69,7 @@ class Layout:
     order: Order = "square"
     superblock_tiles: int = 1
     kept_bytes: int = 0
+    triangles: Triangles | None = None
 
     @property
     def in_memory(self) -> bool:
@@ -79,11 +82,11 @@ class Layout:
 
     def superblocks(self, grid: SampleGrid) -> tuple[Superblock, ...]:
         """Kernel tiles grouped into what one task contracts."""
-        return superblocks(grid, self.order, self.superblock_tiles)
+        return superblocks(grid, self.order, self.superblock_tiles, triangles=self.triangles)
 
     def grouping(self, workload: Workload) -> Grouping:
         """The same in numbers."""
-        return Grouping.of(self.sample_grid(workload), self.order, self.superblock_tiles)
+        return Grouping.of(self.sample_grid(workload), self.order, self.superblock_tiles, self.triangles)
 
     def block_choices(self, workload: Workload | Plan) -> tuple[Choice, ...]:
         """How every block is held and contracted."""

@@ -254,7 +254,7 @@ def superblock_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the sums of a superblock's kernel tiles, as they are stored; 0 where tiles are contracted one by one."""
     if layout.superblock_tiles == 1:
         return 0
-    return layout.grouping(workload).tiles * _stored_tile_bytes(workload, layout)
+    return layout.grouping(workload).tiles * stored_tile_bytes(workload, layout)
 
 
 def folds(layout: Layout, spans: int) -> int:
@@ -555,7 +555,7 @@ def _kernel_terms(workload: Workload, layout: Layout) -> Terms:
     if folds(layout, len(layout.spans(workload))):
         terms.disk["sums of a superblock in float64"] = 8 * superblock_bytes(workload, layout) // workload.item_bytes
     if len(layout.passes) > 1:
-        terms.disk["the tile being replaced"] = 2 * _stored_tile_bytes(workload, layout)
+        terms.disk["the tile being replaced"] = 2 * stored_tile_bytes(workload, layout)
     return terms
 
 
@@ -591,7 +591,7 @@ def _rule_bytes(workload: Workload, layout: Layout, index: int) -> int:
     return max(per_sample, min(RULE_BYTES, workload.derivation.batch_size * per_sample))
 
 
-def _stored_tile_bytes(workload: Workload, layout: Layout) -> int:
+def stored_tile_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of one kernel tile as it is stored."""
     edge = layout.tile_samples * workload.entries_per_sample
     return edge * edge * workload.item_bytes
@@ -601,7 +601,7 @@ def _disk_stays(workload: Workload, layout: Layout) -> dict[str, int]:
     """Disk bytes by term, of what is kept from task to task; edge tiles are padded to whole ones."""
     grid = layout.sample_grid(workload)
     edge = layout.tile_samples * workload.entries_per_sample
-    tile = _stored_tile_bytes(workload, layout)
+    tile = stored_tile_bytes(workload, layout)
     sketch = workload.sketch
     disk = {
         "kernel": 0 if sketch is not None and sketch.features_only else grid.row_tiles * grid.column_tiles * tile,

@@ -24,6 +24,7 @@ from .spans import DENSE, BlockShape, Choice, Contraction, Representation
 from .superblocks import KeptPanels, Order, Superblock, kept_panels, panel_loads, superblocks
 from .tasks import Task, TaskGraph
 from .tiles import Range, SampleGrid
+from .triangles import Triangles
 from .workload import HeadRows
 
 #: Version of the plan's JSON form; 2 came with layer rules, 3 with projections.
@@ -149,7 +150,7 @@ class Plan:
     ``saves_sums`` says that the sums of a superblock are saved while it is contracted, as it takes long.
     ``grown`` is the finished run whose entries are copied and not computed, if there is one. ``workers`` is the number
     of worker processes that the promises are for, each of which takes ``process_bytes`` of host memory; 0 where one
-    process does all.
+    process does all. ``triangles`` says how triangles are made up where that does not follow from ``superblock_tiles``.
     """
 
     kernel: str
@@ -207,12 +208,13 @@ class Plan:
     grown: Grown | None = None
     workers: int = 0
     process_bytes: int = 0
+    triangles: Triangles | None = None
 
     @cached_property
     def superblocks(self) -> tuple[Superblock, ...]:
         """Kernel tiles grouped into what one task contracts; those that are copied are by themselves."""
         grid = self.sample_grid
-        return superblocks(grid, self.order, self.superblock_tiles, kept_tiles(grid, self.grown))
+        return superblocks(grid, self.order, self.superblock_tiles, kept_tiles(grid, self.grown), self.triangles)
 
     @cached_property
     def graph(self) -> TaskGraph:
@@ -271,6 +273,7 @@ class Plan:
             self.order,
             self.superblock_tiles,
             self.kept_bytes,
+            self.triangles,
         )
 
     def host_bytes(self, workers: int) -> int:
@@ -336,6 +339,8 @@ class Plan:
             covered["by_length"] = True
         if self.superblock_tiles > 1:
             covered["superblocks"] = [self.order, self.superblock_tiles]
+        if self.triangles is not None:
+            covered["triangles"] = asdict(self.triangles)
         if self.head is not None:
             covered["head"] = asdict(self.head)
         if self.grown is not None:
@@ -383,6 +388,8 @@ class Plan:
             fields["heavy"] = tuple(fields["heavy"])
             if fields.get("head") is not None:
                 fields["head"] = HeadRows(**fields["head"])
+            if fields.get("triangles") is not None:
+                fields["triangles"] = Triangles(**fields["triangles"])
             if fields.get("grown") is not None:
                 fields["grown"] = Grown(**fields["grown"])
             if fields["projection"] is not None:

@@ -28,7 +28,12 @@ PLANES: Final = {
 }
 
 #: Finite fields that are no residues: characteristic, and what x to the degree is equal to, lowest coefficient first.
-_FIELDS: Final = {4: (2, (1, 1)), 8: (2, (1, 1, 0)), 9: (3, (2, 0))}
+_FIELDS: Final = {
+    4: (2, (1, 1)),
+    8: (2, (1, 1, 0)),
+    9: (3, (2, 0)),
+    16: (2, (1, 1, 0, 0)),
+}
 
 
 @lru_cache(maxsize=64)

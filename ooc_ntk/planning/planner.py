@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Final, Literal
 
 from ooc_ntk.errors import BudgetError, InputError, unknown_name
@@ -11,12 +12,11 @@ from ooc_ntk.units import format_bytes, format_seconds
 
 from .budget import Limits
 from .cost import Cost, block_flops, price
-from .grouping import check_superblocks, grouped, keeping
+from .grouping import check_superblocks, grouped, keeping, triangle_counts
 from .layout import DATAFLOWS, IN_MEMORY, MAX_TASKS, Dataflow, Layout, pass_ranges, span_sizes, tile_sizes
 from .memory import ALLOCATOR_SHARE, memory_need, superblock_bytes
 from .need import MemoryNeed
 from .plan import Alternative, Plan, PlannedBlock, Promise
-from .planes import PLANES
 from .rates import MachineRates
 from .representation import POLICIES, REPRESENTATIONS, choose
 from .sketched import features_workload, from_factors
@@ -36,6 +36,9 @@ RESTART_BYTES: Final = 12 * 2**20
 
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.
 EQUALLY_FAST: Final = 0.03
+
+#: Layouts that move bytes within this share of the fewest are taken as moving equally few (a choice).
+EQUALLY_FEW: Final = 0.005
 
 #: Or, of superblocks, not longer than this share of the run: large ones move fewer bytes, and save their sums as they
 #: grow, so that stopping loses no more (a choice).
@@ -110,7 +113,11 @@ class Preferences:
             raise unknown_name("order", self.order, ORDERS)
         for field in ("tile_samples", "span_columns", "passes", "superblock_tiles", "workers"):
             value = getattr(self, field)
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise InputError(f"{field} must be a whole number, got {value!r}")
+            if value < 1:
                 raise InputError(f"{field} must be at least 1, got {value}")
         if self.passes is not None and self.passes > 1 and self.dataflow not in (None, "recompute"):
             raise InputError(
@@ -269,6 +276,7 @@ def make_plan(
         by_length=workload.by_length,
         workers=workload.workers,
         process_bytes=need.total("host") if workload.workers else 0,
+        triangles=layout.triangles,
     )
 
 
@@ -447,7 +455,7 @@ def _candidates(
             continue
         if workload.by_layer and dataflow == "recompute":
             continue  # a layer's kernel would have to be put together from several passes
-        more = [points * each for points in PLANES for each in (1, 2, 4)] if dataflow == "spill" else ()
+        more = triangle_counts(workload, limits) if dataflow == "spill" and preferences.order != "square" else ()
         for tile in tile_sizes(workload, preferences.tile_samples, more):
             if SampleGrid(workload.train_samples, workload.test_samples, tile).kernel_tile_count > MAX_TASKS:
                 continue
@@ -541,7 +549,7 @@ def _best(fitting: list[_Candidate], fewer_bytes: float = FEWER_BYTES_SHARE) -> 
         if c.layout.dataflow == fastest.layout.dataflow and c.cost.seconds <= fastest.cost.seconds * (1 + share)
     ]
     moved = min(c.cost.moved_bytes for c in equal)
-    few = [c for c in equal if c.cost.moved_bytes <= moved * (1 + EQUALLY_FAST)]
+    few = [c for c in equal if c.cost.moved_bytes <= moved * (1 + EQUALLY_FEW)]
     return min(few, key=lambda c: c.need.total("host"))
 
 

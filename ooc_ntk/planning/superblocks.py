@@ -4,7 +4,7 @@ A panel is the part of one row tile in one span. While a superblock is contracte
 its panels stream by; panels that several superblocks need are read several times. How tiles are grouped therefore
 decides how many bytes move. Squares of ``b × b`` samples read every panel ``⌈N/b⌉`` times. Triangles, all pairs of
 some row tiles, do with √2 times less (Beaumont et al. 2022, arXiv 2202.10217); that every pair is in exactly one
-triangle takes a combinatorial design, here the lines of affine and projective planes.
+triangle takes a combinatorial design, here mostly the lines of affine and projective planes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Final, Literal
 
-from .planes import PLANES, cover
-from .tiles import Range, SampleGrid, count_tiles, even_ranges
+from .tiles import SampleGrid, count_tiles, even_ranges
+from .triangles import COVERS, Triangles
 
 Order = Literal["square", "triangle"]
 ORDERS: Final[tuple[Order, ...]] = ("square", "triangle")
@@ -151,59 +151,82 @@ class Grouping:
 
     @classmethod
     @lru_cache(maxsize=4096)
-    def of(cls, grid: SampleGrid, order: Order, capacity: int) -> Grouping:
+    def of(cls, grid: SampleGrid, order: Order, capacity: int, triangles: Triangles | None = None) -> Grouping:
         """Of :func:`superblocks` with the same arguments, without making them where formulas will do.
 
         >>> Grouping.of(SampleGrid(12, 0, 1), "square", 16)
         Grouping(tasks=6, tiles=16, buffers=7, loads=36)
         """
         train, rows = grid.column_tiles, grid.row_tiles - grid.column_tiles
-        half = train * (train + 1) // 2
         if capacity == 1:
             count = grid.kernel_tile_count
             return cls(count, 1, 4 if count > 1 else 2, 2 * count - train)
         if grid.kernel_tile_count <= capacity:
             live = train + (1 if rows else 0)
             return cls(1, grid.kernel_tile_count, live + min(AHEAD, train + rows), train + rows)
-        points = plane_of(train, capacity) if order == "triangle" else None
-        if points is not None and not rows:
-            side = PLANES[points]
-            # A plane of order q has a line for every point, or with a point fewer on each q more.
-            lines = points if points != side**2 else points + side
-            live = side * count_tiles(train, points)
-            return cls(lines, triangle_tiles(train, points), live + AHEAD, (points - 1) // (side - 1) * train)
         if order == "triangle":
-            found = superblocks(grid, order, capacity)
-            return cls(
-                len(found),
-                max(len(block.tiles) for block in found),
-                max(block.buffers for block in found),
-                panel_loads(found).total(),
-            )
+            return cls._of_triangles(grid, capacity, triangles or Triangles.of(train, capacity))
+        square = cls._of_squares(train, capacity)
+        return square + cls._of_rectangles(train, rows, capacity) if rows else square
+
+    def __add__(self, other: Grouping) -> Grouping:
+        """Superblocks of both."""
+        return Grouping(
+            self.tasks + other.tasks,
+            max(self.tiles, other.tiles),
+            max(self.buffers, other.buffers),
+            self.loads + other.loads,
+        )
+
+    @classmethod
+    def _of_squares(cls, train: int, capacity: int) -> Grouping:
+        half = train * (train + 1) // 2
         if half <= capacity:
-            square = cls(1, half, train + min(AHEAD, train), train)
-        else:
-            cuts = count_tiles(train, math.isqrt(capacity))
-            high = count_tiles(train, cuts)
-            second = high if train - cuts * (high - 1) > 1 else high - 1
-            live = high + 1 if second > 1 else max(high, 2)  # of a single row each column is needed once
-            square = cls(cuts * (cuts + 1) // 2, max(high * second, high * (high + 1) // 2), live + AHEAD, cuts * train)
-        if not rows:
-            return square
+            return cls(1, half, train + min(AHEAD, train), train)
+        cuts = count_tiles(train, math.isqrt(capacity))
+        high = count_tiles(train, cuts)
+        second = high if train - cuts * (high - 1) > 1 else high - 1
+        live = high + 1 if second > 1 else max(high, 2)  # of a single row each column is needed once
+        return cls(cuts * (cuts + 1) // 2, max(high * second, high * (high + 1) // 2), live + AHEAD, cuts * train)
+
+    @classmethod
+    def _of_rectangles(cls, train: int, rows: int, capacity: int) -> Grouping:
         height, width = _rectangle(train, rows, capacity)
         down, across = count_tiles(rows, height), count_tiles(train, width)
         high, wide = count_tiles(rows, down), count_tiles(train, across)
-        return cls(
-            square.tasks + down * across,
-            max(square.tiles, high * wide),
-            max(square.buffers, min(high, wide) + 1 + AHEAD),
-            square.loads + across * rows + down * train,
-        )
+        return cls(down * across, high * wide, min(high, wide) + 1 + AHEAD, across * rows + down * train)
+
+    @classmethod
+    def _of_strip(cls, train: int, rows: int, capacity: int) -> Grouping:
+        last = _last_columns(train, rows, capacity)
+        if last is None:
+            return cls._of_rectangles(train, rows, capacity) + cls._of_squares(rows, capacity)
+        before = count_tiles(train - last, capacity // rows)
+        wide = count_tiles(train - last, before) if before else 0
+        tiles = max(wide * rows, last * rows + rows * (rows + 1) // 2)
+        return cls(before + 1, tiles, rows + 1 + AHEAD, before * rows + train + rows)
+
+    @classmethod
+    def _of_triangles(cls, grid: SampleGrid, capacity: int, triangles: Triangles) -> Grouping:
+        if triangles.tiles % triangles.points or COVERS.get(triangles.points) != triangles.size:
+            # Triangles are of different sizes.
+            made = superblocks(grid, "triangle", capacity, triangles=triangles)
+            largest, buffers = max(len(block.tiles) for block in made), max(block.buffers for block in made)
+            return cls(len(made), largest, buffers, panel_loads(made).total())
+        found = cls(triangles.count, triangles.largest, triangles.live + AHEAD, triangles.loads)
+        rest, rows = grid.column_tiles - triangles.tiles, grid.row_tiles - grid.column_tiles
+        if rest:
+            found += cls._of_strip(triangles.tiles, rest, capacity)
+        return found + cls._of_rectangles(grid.column_tiles, rows, capacity) if rows else found
 
 
 @lru_cache(maxsize=4)
 def superblocks(
-    grid: SampleGrid, order: Order = "square", capacity: int = 1, alone: frozenset[KernelTile] = frozenset()
+    grid: SampleGrid,
+    order: Order = "square",
+    capacity: int = 1,
+    alone: frozenset[KernelTile] = frozenset(),
+    triangles: Triangles | None = None,
 ) -> tuple[Superblock, ...]:
     """Group the kernel tiles of a grid.
 
@@ -212,6 +235,7 @@ def superblocks(
         order: ``square`` or ``triangle``, for the train square; the test rows are cut into rectangles.
         capacity: most kernel tiles of one superblock.
         alone: tiles that are superblocks by themselves.
+        triangles: how the train square is cut with ``triangle``; None takes a plane whose points take in all of it.
 
     Returns:
         Superblocks; every kernel tile is in exactly one. With ``square`` those with tiles on the diagonal come first,
@@ -230,8 +254,13 @@ def superblocks(
     elif len(tiles) <= capacity:
         groups = [tiles]
     else:
-        square = _triangles if order == "triangle" else _squares
-        groups = square(grid.column_tiles, capacity) + _rectangles(grid, capacity)
+        train = grid.column_tiles
+        if order == "triangle":
+            triangles = triangles or Triangles.of(train, capacity)
+            groups = triangles.groups() + _strip(train, triangles.tiles, capacity)
+        else:
+            groups = _squares(train, capacity)
+        groups += _rectangles(train, range(train, grid.row_tiles), capacity)
     rest = [[tile for tile in group if tile not in alone] for group in groups] if alone else groups
     return tuple(
         Superblock(tuple(group)) for group in [*([tile] for tile in sorted(alone, key=_diagonal_first)), *rest] if group
@@ -260,17 +289,38 @@ def _squares(count: int, capacity: int) -> list[list[KernelTile]]:
     return inner + outer
 
 
-def _rectangles(grid: SampleGrid, capacity: int) -> list[list[KernelTile]]:
-    """Tiles of test rows, in the rectangles that need the fewest panels."""
-    train, rows = grid.column_tiles, grid.row_tiles - grid.column_tiles
+def _strip(count: int, start: int, capacity: int) -> list[list[KernelTile]]:
+    """Tiles on and below the diagonal in rows from ``start`` on: rectangles beside it, and squares along it."""
+    rows = range(start, count)
+    along = [[(start + i, start + j) for i, j in tiles] for tiles in _squares(len(rows), capacity)]
+    last = _last_columns(start, len(rows), capacity)
+    if last is None:
+        return _rectangles(start, rows, capacity) + [tiles for tiles in along if tiles]
+    width = capacity // len(rows)
+    cuts = even_ranges(start - last, count_tiles(start - last, width)) if last < start else ()
+    beside = [[(i, j) for j in range(cut.start, cut.stop) for i in rows] for cut in cuts]
+    return [*beside, [*((i, j) for j in range(start - last, start) for i in rows), *along[0]]]
+
+
+def _last_columns(train: int, rows: int, capacity: int) -> int | None:
+    """Columns of a strip's last rectangle, if the rows' own pairs fit it as well and no rectangle more is needed."""
+    if not rows or _rectangle(train, rows, capacity)[0] < rows:
+        return None
+    last = min(train, (capacity - rows * (rows + 1) // 2) // rows)
+    width = capacity // rows
+    return last if last > 0 and count_tiles(train - last, width) < count_tiles(train, width) else None
+
+
+def _rectangles(train: int, rows: range, capacity: int) -> list[list[KernelTile]]:
+    """Tiles of some rows and the first ``train`` columns, in the rectangles that need the fewest panels."""
     if not rows:
         return []
 
-    height, width = _rectangle(train, rows, capacity)
+    height, width = _rectangle(train, len(rows), capacity)
     groups = []
-    for high in even_ranges(rows, count_tiles(rows, height)):
+    for high in even_ranges(len(rows), count_tiles(len(rows), height)):
         for wide in even_ranges(train, count_tiles(train, width)):
-            across, down = range(wide.start, wide.stop), range(train + high.start, train + high.stop)
+            across, down = range(wide.start, wide.stop), rows[high.start : high.stop]
             # The longer side streams by while the shorter one is held.
             if len(across) <= len(down):
                 groups.append([(i, j) for i in down for j in across])
@@ -288,75 +338,3 @@ def _rectangle(train: int, rows: int, capacity: int) -> tuple[int, int]:
 
     height = min(range(1, min(rows, capacity) + 1), key=lambda wanted: (loads(wanted), wanted))
     return height, min(train, capacity // height)
-
-
-def triangle_tiles(count: int, points: int) -> int:
-    """Most kernel tiles of a triangle, where row tiles are put together to the points of a plane.
-
-    >>> triangle_tiles(7, 7), triangle_tiles(14, 7)
-    (4, 15)
-    """
-    side, each = PLANES[points], count_tiles(count, points)
-    return side * (side - 1) // 2 * each**2 + each * (each + 1) // 2
-
-
-def plane_of(count: int, capacity: int) -> int | None:
-    """Points of the plane that needs the fewest panels among those whose triangles hold at most so many kernel tiles.
-
-    >>> plane_of(14, 15), plane_of(14, 14), plane_of(5, 10)
-    (7, None, None)
-    """
-    able = (points for points in PLANES if points <= count and triangle_tiles(count, points) <= capacity)
-    return min(able, key=lambda points: ((points - 1) // (PLANES[points] - 1), points), default=None)
-
-
-def _triangles(count: int, capacity: int) -> list[list[KernelTile]]:
-    """Tiles on and below the diagonal, in triangles of at most so many tiles.
-
-    Row tiles next to each other are one point of a plane, and every line of it one triangle: all pairs of its points,
-    and the pairs within one of them. Where no plane is small enough, sets of single row tiles hold every pair once.
-    """
-    points = plane_of(count, capacity)
-    if points is None:
-        side = (1 + math.isqrt(8 * capacity - 7)) // 2
-        cuts, sets = even_ranges(count, count), cover(count, side)
-    else:
-        cuts, sets = even_ranges(count, points), cover(points, PLANES[points])
-    homes = _homes(len(cuts), sets)
-    groups = []
-    for number, members in enumerate(sets):
-        pairs = [(a, b) for a in members for b in members if b < a or (b == a and homes.get(a) == number)]
-        tiles = [(i, j) for a, b in pairs for i in _of(cuts[a]) for j in _of(cuts[b]) if j <= i]
-        groups.append(sorted(tiles))
-    alone = [cut for number, cut in enumerate(cuts) if number not in homes]
-    return groups + [[(i, j) for i in _of(cut) for j in _of(cut) if j <= i] for cut in alone]
-
-
-def _of(cut: Range) -> range:
-    return range(cut.start, cut.stop)
-
-
-def _homes(count: int, sets: Sequence[Sequence[int]]) -> dict[int, int]:
-    """The set with which the pairs within each member are contracted: no set takes in two, as far as that goes.
-
-    A matching by augmenting paths.
-    """
-    holding: dict[int, int] = {}
-    of: dict[int, list[int]] = {index: [] for index in range(count)}
-    for number, members in enumerate(sets):
-        for index in members:
-            of[index].append(number)
-
-    def place(index: int, tried: set[int]) -> bool:
-        for number in of[index]:
-            if number in tried:
-                continue
-            tried.add(number)
-            if number not in holding or place(holding[number], tried):
-                holding[number] = index
-                return True
-        return False
-
-    for index in range(count):
-        place(index, set())
-    return {index: number for number, index in holding.items()}

@@ -197,10 +197,25 @@ def provenance(info: RunInfo) -> list[tuple[str, str]]:
         *((name, digest) for name, digest in sorted(info.job_digests.items())),
         ("plan", info.plan.digest),
         *(("grown", line) for line in _grown(info)),
+        *_extension(info),
         *_proof(info),
         ("versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())),
         *([("retries", f"{info.retries:,}, after errors of the file system that passed")] if info.retries else ()),
         *_micro_batches(info),
+    ]
+
+
+def _extension(info: RunInfo) -> list[tuple[str, str]]:
+    """An extension that is not finished."""
+    if info.extension is None:
+        return []
+    samples, done, tiles = info.extension
+    return [
+        (
+            "extension",
+            f"to {samples:,} train samples, {done:,} of {tiles:,} kernel tiles, not finished: type the same "
+            "ooc-ntk extend again to go on",
+        )
     ]
 
 

@@ -8,16 +8,18 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
 from ooc_ntk.errors import TransientStorageError
 
 from . import retries
 from .retries import UNWRITTEN, note_retry, retried, storage_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Mark of files that are being written; whatever bears it after a crash is swept away.
 TEMPORARY: Final = ".tmp-"
@@ -49,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 def raw_bytes(data: NDArray[np.generic]) -> NDArray[np.uint8]:
     """The bytes of a C-contiguous array, without a copy."""
-    return data.reshape(-1).view(np.uint8)
+    return data.reshape(-1).view("u1")
 
 
 class StagedFile:
@@ -158,6 +160,8 @@ def write_whole(root: Path, path: str, data: bytes) -> FileRecord:
 
 
 def _write_once(root: Path, path: str, data: bytes) -> FileRecord:
+    import numpy as np  # heavy, and not needed to see that a run is done
+
     staged = StagedFile(root, path)
     try:
         staged.append(np.frombuffer(data, dtype=np.uint8))

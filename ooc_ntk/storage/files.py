@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .atomic import FileRecord
 from .reading import Reader
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Staged(Protocol):
@@ -128,6 +129,8 @@ class Files(ABC):
         Raises:
             StorageError: if it cannot be read.
         """
+        import numpy as np  # heavy, and not needed to see that a run is done
+
         target = np.empty(self.size(path), dtype=np.uint8)
         file, done = self.open(path), 0
         try:

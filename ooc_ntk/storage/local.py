@@ -6,10 +6,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Final
 
 from ooc_ntk.errors import StorageError
 
@@ -17,6 +14,10 @@ from .atomic import TEMPORARY, FileRecord, StagedFile, write_whole
 from .files import Files, Opened
 from .reading import FileReader, Reader, checksum_file, forget_pages, open_for_reading, read_at
 from .retries import storage_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Names of metadata that Zarr was writing (it renames them when they are whole).
 _ZARR_TEMPORARY: Final = "zarr.*.partial"
@@ -94,6 +95,8 @@ class LocalFiles(Files):
 
     def matrix(self, path: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> Any:
         """See :class:`Files`: mapped, so that only the pages that are used are read."""
+        import numpy as np  # heavy, and not needed to see that a run is done
+
         file = self.root / path
         try:
             return np.memmap(file, dtype=dtype, mode="r", shape=shape)

@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Final
 
-import psutil
-
 from ooc_ntk.errors import RunLockedError
 
 from .atomic import TEMPORARY
@@ -64,6 +62,8 @@ class Holder:
     @classmethod
     def this_process(cls) -> Holder:
         """This process, now."""
+        import psutil  # heavy, and not needed to see that a run is done
+
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), since)
 
@@ -75,6 +75,8 @@ class Holder:
     @property
     def is_alive(self) -> bool:
         """Whether that process of this machine still runs: another one may have its number by now."""
+        import psutil
+
         try:
             return abs(float(psutil.Process(self.pid).create_time()) - self.started) < _SAME_START
         except psutil.NoSuchProcess:

@@ -12,16 +12,18 @@ import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 
 from ooc_ntk.errors import DamagedFileError
 
 from .atomic import FileRecord
 from .retries import note_retry, retried, storage_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: What direct reads are aligned to, in memory and in the file: a page, a multiple of every disk's block.
 ALIGNMENT: Final = max(4096, mmap.PAGESIZE)
@@ -45,6 +47,8 @@ def padded(size: int) -> int:
 
 def aligned_buffer(size: int) -> NDArray[np.uint8]:
     """Bytes that begin on a page and fill whole pages, uninitialised; they go back to the system when dropped."""
+    import numpy as np  # heavy, and not needed to see that a run is done
+
     return np.frombuffer(_private(padded(max(1, size))), dtype=np.uint8)
 
 

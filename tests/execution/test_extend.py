@@ -31,6 +31,7 @@ from ooc_ntk.errors import (
 from ooc_ntk.execution import calibration, executors, extend
 from ooc_ntk.execution.driver import Observer
 from ooc_ntk.planning.growth import Grown, kept_rows, kept_tiles
+from ooc_ntk.report.tables import provenance
 from ooc_ntk.storage import swap
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
@@ -565,8 +566,18 @@ def test_another_extension_that_is_unfinished_is_in_the_way(tmp_path):
         RunConflictError, match=r"to 53 train samples, was begun in .*\.run\.next; type its command again"
     ):
         grow(out, job, more(TRAIN, 3))
+    info = ooc_ntk.info(out)
+    assert info.finished
+    assert info.extension is not None
+    samples, done, tiles = info.extension
+    assert (samples, json.loads(info.to_json())["extension"]["kernel_tiles"]) == (53, [done, tiles])
+    assert 0 <= done < tiles
+    assert ("extension", f"to 53 train samples, {done} of {tiles} kernel tiles, not finished") in [
+        (name, value.partition(":")[0]) for name, value in provenance(info)
+    ]
     shutil.rmtree(out.with_name(".run.next"))
     assert grow(out, job, more(TRAIN, 3)).shape == (TRAIN + 3 + TEST, TRAIN + 3)
+    assert ooc_ntk.info(out).extension is None
 
 
 def test_both_generations_are_locked(tmp_path):

@@ -10,7 +10,9 @@ import ooc_ntk
 import ooc_ntk.api
 from ooc_ntk.execution import sums
 from ooc_ntk.planning import memory, planner
+from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.superblocks import panel_loads
+from ooc_ntk.planning.triangles import Triangles
 from tests import oracle, zoo
 from tests.zoo import zoo_case
 
@@ -18,12 +20,12 @@ from tests.zoo import zoo_case
 TILE = 3
 
 
-def spilled(name, tmp_path, order, capacity, kept=0, **settings):
+def spilled(name, tmp_path, order, capacity, kept=0, triangles=None, tile=TILE, **settings):
     """The kernel of a case with its tiles on disk, in superblocks of so many kernel tiles."""
     job = zoo_case(name).job(**settings)
-    preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE, span_columns=64)
+    preferences = ooc_ntk.Preferences(dataflow="spill", tile_samples=tile, span_columns=64)
     plan = ooc_ntk.plan(job, ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=preferences, out=tmp_path)
-    plan = replace(plan, order=order, superblock_tiles=capacity, kept_bytes=kept)
+    plan = replace(plan, order=order, superblock_tiles=capacity, kept_bytes=kept, triangles=triangles)
     out = tmp_path / f"{order}-{capacity}-{kept}"
     return ooc_ntk.run(job, out, plan=plan, progress=False)
 
@@ -50,6 +52,16 @@ def test_every_kernel_in_superblocks(name, settings, order, capacity, tmp_path):
     assert np.array_equal(np.asarray(found)[: found.shape[1]], np.asarray(found)[: found.shape[1]].T)
     assert ooc_ntk.verify(found.path, zoo_case(name).job(**settings)).passed
     assert found.plan.digest != alone.plan.digest
+
+
+def test_triangles_with_a_strip_below_them(tmp_path):
+    """A plane over the first seven row tiles, the others in rectangles, test samples in rectangles of their own."""
+    triangles = Triangles(7, 3, 7)
+    found = spilled("gpt", tmp_path, "triangle", 4, triangles=triangles, tile=1)
+    assert found.plan.sample_grid.column_tiles > triangles.tiles + 1
+    assert Plan.from_json(found.plan.to_json()) == found.plan
+    assert oracle.error(found, np.asarray(spilled("gpt", tmp_path, "square", 1, tile=1))) < 2e-7
+    assert found.plan.digest != replace(found.plan, triangles=None).digest
 
 
 @pytest.mark.parametrize(("order", "capacity"), [("square", 4), ("square", 1000)])

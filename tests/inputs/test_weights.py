@@ -116,6 +116,28 @@ def test_bad_files_are_refused_with_a_reason(tmp_path):
             load_weights(tmp_path / name)
 
 
+def test_a_flipped_byte_is_found(tmp_path):
+    """Torch writes a checksum of every tensor and does not look at it."""
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(300)}, path)
+    assert set(load_weights(path)) == {"a"}
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.ones(300).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"w.pt are damaged: the checksum of w/data/0 differs; copy the file again"):
+        load_weights(path)
+
+
+def test_weights_without_checksums_are_read(tmp_path):
+    kept = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(300)}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(kept)
+    assert float(load_weights(tmp_path / "w.pt")["a"].sum()) == 300.0
+
+
 def test_weights_that_cannot_be_written(tmp_path):
     with pytest.raises(StorageError, match="cannot write the weights"):
         save_weights(nn.Linear(1, 1), tmp_path / "nowhere" / "w.safetensors")

@@ -227,6 +227,8 @@ def test_too_many_tasks_are_refused():
         ({"dataflow": "resdent"}, "did you mean 'resident'"),
         ({"tile_samples": 0}, "tile_samples must be at least 1, got 0"),
         ({"passes": -1}, "passes must be at least 1, got -1"),
+        ({"workers": 1.5}, "workers must be a whole number, got 1.5"),
+        ({"tile_samples": True}, "tile_samples must be a whole number, got True"),
         ({"dataflow": "spill", "passes": 2}, "makes one pass, got passes=2"),
     ],
 )
@@ -270,11 +272,10 @@ def test_empty_workloads_are_refused(changes):
         # N/b for b = √(0.8·S/s_K), and what is moved over the least that can be.
         (300, 3.0, "square", 1.6),
         (300, 3.0, None, 1.6),
-        # Triangles come in the sizes of planes: where one fills the memory, and where it does not.
         (300, 3.6, "triangle", 1.35),
-        (300, 12.0, "triangle", 1.35),
-        (300, 12.0, None, 1.35),
-        (300, 8.0, "triangle", 1.6),
+        (300, 12.0, "triangle", 1.3),
+        (300, 12.0, None, 1.3),
+        (300, 8.0, "triangle", 1.3),
         (300, 1.7, None, 2.3),
         (300, 2.4, None, 2.3),
         (300, 3.6, None, 2.3),
@@ -289,3 +290,18 @@ def test_few_bytes_more_than_the_bound_are_moved(room, side, order, bar, columns
     limits = ample(host=job.baseline_bytes + LIBRARY_GROWTH_BYTES + room * 2**20)
     plan = make_plan(job, limits, UNCALIBRATED, Preferences(dataflow="spill", order=order))
     assert plan.io_ratio <= bar, plan.layout.describe()
+
+
+@pytest.mark.parametrize("room", [256, 1000])
+@pytest.mark.parametrize("side", [8.0, 8.4, 8.8, 9.2, 9.6, 10.0, 11.0, 12.0, 13.5, 15.0, 18.0, 21.0, 25.0, 29.0])
+def test_triangles_fill_the_memory_at_every_size(room, side):
+    """Between the sizes of planes as well; K is small beside what is read, so that it hides nothing."""
+    samples = int(side * math.sqrt(0.85 * room * 2**20 / 4))
+    job = small_workload(train_samples=samples, outputs=1, rows_per_sample=1, sizes=(200_000,))
+    limits = ample(host=job.baseline_bytes + LIBRARY_GROWTH_BYTES + room * 2**20)
+    plan = make_plan(job, limits, UNCALIBRATED, Preferences(dataflow="spill", order="triangle"))
+    assert plan.promised.host_bytes <= limits.host
+    assert plan.triangles is not None
+    largest = max(len(block.tiles) for block in plan.superblocks) * plan.tile_samples**2 * 4
+    assert samples / math.sqrt(largest / 4) >= 7.8, "N/b"
+    assert plan.io_ratio <= 1.3, (plan.layout.describe(), plan.triangles)

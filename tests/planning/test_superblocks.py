@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ooc_ntk.planning.planes import PLANES, cover
-from ooc_ntk.planning.superblocks import Grouping, Superblock, panel_loads, plane_of, superblocks, triangle_tiles
+from ooc_ntk.planning.superblocks import Grouping, Superblock, panel_loads, superblocks
 from ooc_ntk.planning.tiles import SampleGrid
+from ooc_ntk.planning.triangles import COVERS, Triangles, plane_of, triangle_tiles
 
 grids = st.builds(SampleGrid, train=st.integers(1, 40), test=st.integers(0, 15), tile=st.integers(1, 20))
 
@@ -63,6 +64,33 @@ def test_formulas_count_what_superblocks_hold(grid, order, capacity):
     even = points is None or grid.column_tiles % points == 0
     assert found.tiles - max(len(block.tiles) for block in blocks) in (range(1) if even else range(60))
     assert found.buffers - max(block.buffers for block in blocks) in (range(1) if even else range(20))
+
+
+@given(
+    st.sampled_from([entry for entry in COVERS.items() if entry[0] <= 31]),
+    st.integers(1, 3),
+    st.integers(0, 40),
+    st.integers(0, 6),
+)
+def test_a_strip_takes_in_what_triangles_leave(cover, each, rest, test):
+    """Every kernel tile once, none beyond the capacity, and the formulas' numbers, whatever is left below triangles."""
+    triangles = Triangles(*cover, cover[0] * each)
+    grid, capacity = SampleGrid(triangles.tiles + rest, test, 1), triangles.largest
+    blocks = superblocks(grid, "triangle", capacity, triangles=triangles)
+    assert Counter(tile for block in blocks for tile in block.tiles) == Counter(grid.kernel_tiles())
+    found = Grouping.of(grid, "triangle", capacity, triangles)
+    assert found.tasks == len(blocks)
+    assert found.loads == panel_loads(blocks).total()
+    assert max(len(block.tiles) for block in blocks) <= found.tiles <= capacity
+    assert max(block.buffers for block in blocks) <= found.buffers
+
+
+@pytest.mark.parametrize(("points", "size"), COVERS.items())
+def test_covers_worth_pricing_read_little_more_than_the_bound(points, size):
+    """With K in all of the memory a triangle block needs N²/√(2S) panels at least (Beaumont et al. 2022)."""
+    triangles = Triangles(points, size, points * 4)
+    assert triangles.loads <= 1.22 * triangles.tiles**2 / math.sqrt(2 * triangles.largest)
+    assert max(map(len, cover(points, size))) == size
 
 
 @pytest.mark.parametrize("each", [1, 2, 3])
