@@ -19,7 +19,6 @@ from .audit_features import FeatureReference
 from .prepare import PreparedJob
 from .reference import Reference, plain_float64
 
-
 #: Recomputed entries that are kept for people to look at, chosen at random where there are more (a choice).
 KEPT_ENTRIES: Final = 1000
 
@@ -44,7 +43,9 @@ class Compared:
 
     def figures(self) -> dict[str, list[float] | None]:
         """Columns by name, in values that JSON has."""
-        return {each.name: None if (found := getattr(self, each.name)) is None else found.tolist() for each in fields(self)}
+        return {
+            each.name: None if (found := getattr(self, each.name)) is None else found.tolist() for each in fields(self)
+        }
 
 
 @dataclass(frozen=True)

@@ -278,9 +278,7 @@ def _some_rows(kernel: Kernel) -> NDArray[np.int64]:
     return np.unique(np.concatenate(parts).astype(np.int64))
 
 
-def _stream(
-    kernel: Kernel, numbers: NDArray[np.int64] | None
-) -> Iterator[tuple[Any, range, NDArray[Any], bool]]:
+def _stream(kernel: Kernel, numbers: NDArray[np.int64] | None) -> Iterator[tuple[Any, range, NDArray[Any], bool]]:
     """Entries piece by piece: places of rows, columns, entries, and whether they are mirrored as well."""
     height, width = kernel.shape
     entries = kernel.entries
@@ -306,26 +304,28 @@ def _class_blocks(kernel: Kernel, sums: BlockSums, numbers: NDArray[np.int64] | 
     names = [group.name for group in columns.groups]
     pixel_class = np.concatenate([np.full(g.stop - g.start, names.index(g.name)) for g in row_groups])
     column_class = np.concatenate([np.full(g.stop - g.start, names.index(g.name)) for g in columns.groups])
-    both = [_grouped(each[:train], pixel_class, column_class, len(names)) for each in (sums.sums, sums.squares)]
+    totals, squares = (
+        _grouped(each[:train], pixel_class, column_class, len(names)) for each in (sums.sums, sums.squares)
+    )
     of_rows = np.bincount(pixel_class, sums.rows.counts[:train], len(names))
     of_columns = np.bincount(column_class, columns.counts, len(names))
-    counts = np.outer(of_rows, of_columns)
+    counts = np.outer(of_rows, of_columns).astype(np.float64)
     own = np.arange(kernel.shape[1]) if numbers is None else numbers[numbers < kernel.shape[1]]
     diagonal = kernel.entries.diagonal()[own]
     own_class = pixel_class[sums.rows.pixels[: len(own)]]
     each = np.arange(len(names))
-    for power, total in enumerate(both, start=1):
+    for power, total in enumerate((totals, squares), start=1):
         total[each, each] -= np.bincount(own_class, diagonal**power, len(names))
     counts[each, each] -= of_rows
     same = np.eye(len(names), dtype=bool)
-    means, spreads = _moments(*both, counts)
+    means, spreads = _moments(totals, squares, counts)
     return ClassBlocks(
         names=tuple(names),
         samples=(of_columns / kernel.entries_per_sample).astype(np.int64),
         means=means,
         spreads=spreads,
-        within=_pooled(*both, counts, same),
-        between=_pooled(*both, counts, ~same),
+        within=_pooled(totals, squares, counts, same),
+        between=_pooled(totals, squares, counts, ~same),
     )
 
 
@@ -350,6 +350,6 @@ def _pooled(
     sums: NDArray[np.float64], squares: NDArray[np.float64], counts: NDArray[np.float64], chosen: NDArray[np.bool_]
 ) -> tuple[float, float]:
     """Mean and standard deviation of the entries of some blocks together."""
-    total = [np.array([[each[chosen].sum()]]) for each in (sums, squares, counts)]
-    mean, spread = _moments(*total)
+    sum_, square, count = (np.array([[each[chosen].sum()]]) for each in (sums, squares, counts))
+    mean, spread = _moments(sum_, square, count)
     return float(mean[0, 0]), float(spread[0, 0])

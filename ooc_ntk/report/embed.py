@@ -93,7 +93,9 @@ def _bokeh_scripts() -> tuple[str, ...]:
     from bokeh.resources import Resources
 
     found = Resources(mode="inline", components=["bokeh"], log_level="error").js_raw
-    return tuple(script.replace("</script", "<\\/script") for script in found if not script.startswith("Bokeh.set_log_level"))
+    return tuple(
+        script.replace("</script", "<\\/script") for script in found if not script.startswith("Bokeh.set_log_level")
+    )
 
 
 def _digest(script: str) -> str:

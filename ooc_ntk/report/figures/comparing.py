@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .distributions import MOST_BARS, TWO_SIDED
 from .heatmap import colour_range
-from .theme import FONT, LIGHT, colour_bar, hover, legend_above, new_figure, palette
+from .theme import FONT, LIGHT, colour_bar, hover, legend_above, new_figure, palette, plain_numbers
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as Plot  # noqa: N812
@@ -48,6 +48,8 @@ def draw_entries(
         told.append(("95% error bar", "± @half"))
     points = plot.scatter("x", "y", source=source, size=5, color=LIGHT["accent"], alpha=0.8)
     hover(plot, told, [points])
+    for axis in plot.axis:
+        plain_numbers(axis, max(map(abs, ends)))
     legend_above(plot, [("entries", [points]), ("equal", [equal])])
     return plot
 
@@ -163,7 +165,9 @@ def draw_matrix(names: Sequence[str], values: NDArray[np.float64], what: str) ->
             "x": columns,
             "y": rows,
             "value": values.reshape(-1),
-            "pair": [f"{names[row]} and {names[column]}" for row, column in zip(rows, columns, strict=True)],
+            "pair": [
+                f"{names[row]} and {names[column]}" for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+            ],
         },
         fill_color={"field": "value", "transform": mapper},
         line_color=LIGHT["ground"],

@@ -73,6 +73,8 @@ def read_curve(figures: dict[str, Any], name: str = "") -> Curve | None:
     errors["train"] = curve["train"]
     bars = {"GCV": curve.get("gcv_error") or [], "leave-one-out": curve.get("loo_error") or []}
 
+    accuracies = figures.get("accuracies") or []
+
     def sorted_(values: list[float | None]) -> NDArray[np.float64]:
         return np.asarray(values, dtype=np.float64)[order]
 
@@ -82,7 +84,7 @@ def read_curve(figures: dict[str, Any], name: str = "") -> Curve | None:
         relative=relative,
         errors={key: sorted_(each) for key, each in errors.items() if len(each) == len(ridges)},
         bars={key: sorted_(each) for key, each in bars.items() if len(each) == len(ridges) and any(each)},
-        accuracies=sorted_(figures["accuracies"]) if len(figures.get("accuracies") or []) == len(ridges) else np.empty(0),
+        accuracies=sorted_(accuracies) if len(accuracies) == len(ridges) else np.empty(0),
         chosen=float(figures["ridge"]) * scale,
     )
 
@@ -116,7 +118,9 @@ def draw_curve(found: Curve) -> Plot:
         items.append((name, [line]))
         if name in found.bars:
             centre, half = found.errors[name][usable], found.bars[name][usable]
-            plot.varea(x=x, y1=np.maximum(centre - half, 1e-3 * centre), y2=centre + half, color=LIGHT[role], alpha=0.15)
+            plot.varea(
+                x=x, y1=np.maximum(centre - half, 1e-3 * centre), y2=centre + half, color=LIGHT[role], alpha=0.15
+            )
     _mark(plot, found)
     legend_above(plot, items)
     return plot

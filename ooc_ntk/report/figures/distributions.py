@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ooc_ntk.report.blocks import ClassBlocks
 
-from .theme import FONT, LIGHT, hover, legend_above, new_figure
+from .theme import FONT, LIGHT, hover, legend_above, new_figure, plain_numbers
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as Plot  # noqa: N812
@@ -39,7 +39,7 @@ def draw_diagonal(train: NDArray[np.float64], test: NDArray[np.float64]) -> Plot
     edges = _edges(np.log10(every) if wide else every)
     edges = 10**edges if wide else edges
     plot = new_figure(
-        "diagonal entry K(i, i): squared norm of a sample's gradient",
+        "diagonal entry K(i, i)",
         "share of the samples",
         height=300,
         x_axis_type="log" if wide else "linear",
@@ -77,6 +77,7 @@ def draw_diagonal(train: NDArray[np.float64], test: NDArray[np.float64]) -> Plot
     if len(items) > 1:
         legend_above(plot, items)
     _percent(plot.yaxis[0])
+    plain_numbers(plot.xaxis[0], 0.0 if wide else float(every.max()))
     return plot
 
 
@@ -122,6 +123,7 @@ def draw_within(blocks: ClassBlocks) -> Plot:
     plot.yaxis.major_label_overrides = dict(enumerate(blocks.names))
     plot.yaxis.major_tick_line_color = None
     plot.y_range.start, plot.y_range.end = count - 0.4, -0.6
+    plain_numbers(plot.xaxis[0], float(np.nanmax(np.abs(blocks.means))))
     plot.ygrid.visible, plot.xgrid.visible = False, True
     legend_above(plot, items)
     return plot
@@ -166,6 +168,8 @@ def draw_residuals(
     points = plot.scatter("x", "y", source=source, color="colour", size=5)
     hover(plot, [("exact", "@x"), ("projected − exact", "@y"), ("95% error bar", "± @half")], [points])
     _zero(plot)
+    plain_numbers(plot.xaxis[0], float(np.abs(x).max()))
+    plain_numbers(plot.yaxis[0], float((np.abs(y) + half).max()))
     return plot
 
 
@@ -217,7 +221,9 @@ def draw_shares(names: list[str], traces: NDArray[np.float64], parameters: NDArr
     plot = new_figure("share", "", height=max(160, 104 + 24 * count), y_range=(count - 0.4, -0.6))
     y = np.arange(count)
     source = {"y": y, "trace": traces, "share": parameters, "name": names}
-    bars = plot.hbar(y="y", right="trace", left=0, height=0.6, source=source, fill_color=LIGHT["accent"], line_color=None)
+    bars = plot.hbar(
+        y="y", right="trace", left=0, height=0.6, source=source, fill_color=LIGHT["accent"], line_color=None
+    )
     marks = plot.scatter("share", "y", source=source, marker="dash", angle=np.pi / 2, size=16, color=LIGHT["second"])
     marks.glyph.line_width = 3
     hover(plot, [("", "@name"), ("of the trace", "@trace{0.0%}"), ("of the parameters", "@share{0.0%}")], [bars, marks])

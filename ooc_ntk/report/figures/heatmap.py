@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ooc_ntk.report.blocks import Axis, ClassBlocks, Group, KernelMap
+from ooc_ntk.report.words import number, with_spread
 
 from .theme import LIGHT, colour_bar, hover, new_figure, palette
 
@@ -135,10 +136,10 @@ def _hover_classes(plot: Plot, found: KernelMap) -> None:
         data["column"].append(f"class {column.name}")
         if test or blocks is None:
             part = found.means[row.start : row.stop, column.start : column.stop]
-            data["mean"].append(f"{part.mean():.4g} mean")
+            data["mean"].append(number(float(part.mean())))
         else:
             place = names[row.name], names[column.name]
-            data["mean"].append(f"{blocks.means[place]:.4g} ± {blocks.spreads[place]:.2g}")
+            data["mean"].append(with_spread(blocks.means[place], blocks.spreads[place]))
     areas = plot.quad(
         **{name: name for name in ("left", "right", "top", "bottom")}, source=data, fill_alpha=0, line_alpha=0
     )
@@ -163,9 +164,9 @@ def draw_classes(blocks: ClassBlocks) -> Plot:
         source={
             "x": (columns + 0.5).tolist(),
             "y": (rows + 0.5).tolist(),
-            "mean": [_number(each) for each in means],
+            "mean": [number(float(each)) for each in means],
             "value": means,
-            "spread": [_number(each) for each in spreads],
+            "spread": [number(float(each)) for each in spreads],
             "row": [blocks.names[each] for each in rows],
             "column": [blocks.names[each] for each in columns],
         },
@@ -181,7 +182,3 @@ def draw_classes(blocks: ClassBlocks) -> Plot:
         axis.major_tick_line_color = None
     colour_bar(plot, mapper, "mean entry")
     return plot
-
-
-def _number(value: float) -> str:
-    return "-" if not np.isfinite(value) else f"{value:.4g}"

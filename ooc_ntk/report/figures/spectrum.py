@@ -62,7 +62,7 @@ def draw_eigenvalues(spectra: Sequence[Eigenvalues]) -> Plot:
             ends = np.array([law["first"], law["last"]], dtype=np.float64)
             colour = LIGHT["ink"] if len(spectra) == 1 else LIGHT[role]
             line = plot.line(ends, law["scale"] * ends ** -law["value"], color=colour, line_width=1.5, line_dash=dash)
-            items.append((f"rank^−{law['value']:.2f}", [line]))
+            items.append((f"decay, α = {law['value']:.2f}", [line]))
     legend_above(plot, items)
     return plot
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from bokeh.plotting import figure as Plot  # noqa: N812
 
 #: Colours by what they are for. In the dark the page puts those of DARK in the place of those of LIGHT, so that every
-#: one must be there once. Letters have a contrast of 4.5 at least to the ground; accent, second and third are told
-#: apart by people who see no red or no green, and by their lightness (checked by the tests).
+#: one must be there once, and none may be a default of Bokeh's, which pages do not hold. Letters have a contrast of 4.5
+#: at least to the ground (checked by the tests); accent and second, blue and orange, are told apart by the
+#: colour-blind.
 LIGHT: Final = {
-    "ground": "#ffffff",
+    "ground": "#fdfdfd",
     "panel": "#f3f5f7",
     "ink": "#1b2430",
     "soft": "#55616f",
@@ -77,6 +78,14 @@ def style_axis(axis: Any) -> None:
     axis.minor_tick_line_color = None
 
 
+def plain_numbers(axis: Any, largest: float) -> None:
+    """Large numbers along an axis in thousands and millions."""
+    from bokeh.models import NumeralTickFormatter
+
+    if largest >= 1e4:
+        axis.formatter = NumeralTickFormatter(format="0.[00]a")
+
+
 def colour_bar(plot: Plot, mapper: Any, title: str) -> None:
     """A bar of colours on the right, with what they mean."""
     from bokeh.models import ColorBar
@@ -98,6 +107,7 @@ def colour_bar(plot: Plot, mapper: Any, title: str) -> None:
         title_standoff=6,
         padding=4,
     )
+    plain_numbers(bar, max(abs(mapper.low), abs(mapper.high)))
     plot.add_layout(bar, "right")
 
 

@@ -164,7 +164,7 @@ def draw_timeline(found: Timeline) -> Plot:
                 source=_columns(mine, at, begin),
                 fill_color=LIGHT[role],
                 line_color=LIGHT["ground"],
-                line_width=0.5 if len(found.bars) < 400 else 0,
+                line_width=1 if len(found.bars) <= 60 else 0,
             )
             told = [("task", "@what"), ("began after", "@began"), ("took", "@took"), ("moved", "@moved")]
             hover(plot, [*told, ("by", "@worker"), ("", "@again")], [bars])
@@ -202,7 +202,8 @@ def _lanes(found: Timeline) -> tuple[list[str], list[int]]:
         free = next((place for place, end in enumerate(ends) if end <= bar.start + 1e-6), len(ends))
         ends[free : free + 1] = [bar.stop]
         within.append(free)
-    names, starts = [], {}
+    names: list[str] = []
+    starts: dict[tuple[str, str], int] = {}
     for number, worker in enumerate(found.workers):
         for kind in KINDS:
             count = len(until.get((worker, kind), ()))

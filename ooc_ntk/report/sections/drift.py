@@ -8,6 +8,7 @@ from pathlib import Path
 from ooc_ntk import api
 from ooc_ntk.report.figures.comparing import draw_drift, draw_matrix
 from ooc_ntk.report.parts import Figure, Figures, Page, Part, Section, Table, Text
+from ooc_ntk.report.words import number
 from ooc_ntk.units import format_bytes, format_seconds
 
 
@@ -59,7 +60,7 @@ def _drift(path: Path, several: Sequence[api.RunInfo]) -> Section:
         Figure(
             "drift",
             draw_drift(names, found.changes, found.distances[0]),
-            f"How far kernels move from the first: {said}. The distance 1 − ⟨K, K₀⟩ / (‖K‖ ‖K₀‖) does not see a factor.",
+            f"How far kernels move from the first: {said}. The distance, 1 − ⟨K, K₀⟩ / (‖K‖ ‖K₀‖), sees no factor.",
             f"Change over checkpoints: {said}.",
         )
     ]
@@ -73,7 +74,7 @@ def _drift(path: Path, several: Sequence[api.RunInfo]) -> Section:
             )
         )
     rows = [
-        (name, f"{found.norms[place]:.4g}", f"{found.changes[place]:.2%}", f"{found.distances[0, place]:.4f}")
+        (name, number(float(found.norms[place])), f"{found.changes[place]:.2%}", f"{found.distances[0, place]:.4f}")
         for place, name in enumerate(names)
     ]
     head = ("checkpoint", "norm", "change from the first", "distance from the first")

@@ -20,12 +20,12 @@ from ooc_ntk.report.figures.distributions import (
 )
 from ooc_ntk.report.figures.heatmap import CLIPPED, draw_classes, draw_map
 from ooc_ntk.report.parts import Figure, Figures, Missing, Part, Section, Table, Text
+from ooc_ntk.report.words import number, with_spread
 
 from .run import Run
 
 #: Classes up to which the figure of means within and between them is drawn; a table has more.
 DRAWN_CLASSES: Final = 30
-
 
 
 def heat_map(run: Run) -> Section:
@@ -50,8 +50,21 @@ def heat_map(run: Run) -> Section:
         f"The kernel, {rows:,} × {columns:,} entries, {order}{inside}.{test}{each}{some} The outermost "
         f"{CLIPPED:.1%} of the pixels on either side share the last colour."
     )
-    alt = f"Map of the kernel's entries, {order}; values from {found.means.min():.3g} to {found.means.max():.3g}."
-    return Section("map", "The kernel", (Figures((Figure("map", draw_map(found), caption, alt),)),))
+    alt = (
+        f"Map of the kernel's entries, {order}; values from {number(found.means.min())} to {number(found.means.max())}."
+    )
+    figures = [Figure("map", draw_map(found), caption, alt)]
+    if found.blocks is not None:
+        said = contrast(found.blocks)
+        figures.append(
+            Figure(
+                "classes",
+                draw_classes(found.blocks),
+                f"Mean entry of each class against each other class, of the train samples. {said}",
+                f"Map of mean entries by class. {said}",
+            )
+        )
+    return Section("map", "The kernel", (Figures(tuple(figures)),))
 
 
 def distributions(run: Run) -> Section:
@@ -62,15 +75,16 @@ def distributions(run: Run) -> Section:
     train, test = diagonal[: kernel.shape[1]], diagonal[kernel.shape[1] :]
     largest = int(np.argmax(train)) // kernel.entries_per_sample
     said = (
-        f"mean {train.mean():.4g}, standard deviation {train.std():.3g}, from {train.min():.3g} to {train.max():.3g} "
-        f"(train sample {largest})"
+        f"mean {number(train.mean())}, standard deviation {number(train.std(), 3)}, from {number(train.min())} to "
+        f"{number(train.max())} (train sample {largest})"
     )
     raw = ", before it was normalised" if kernel.plan is not None and kernel.plan.normalize else ""
     figures = [
         Figure(
             "diagonal",
             draw_diagonal(train, test),
-            f"How large gradients are: diagonal entries of the kernel{raw}. Train samples: {said}.",
+            f"How large gradients are: diagonal entries of the kernel{raw}, the squared norm of each "
+            f"sample’s gradient. Train samples: {said}.",
             f"Histogram of diagonal entries: {said}.",
         )
     ]
@@ -83,32 +97,25 @@ def distributions(run: Run) -> Section:
             "Diagonal and classes",
             (Figures(tuple(figures)), Text(f"No statistics by class: {why}.", soft=True)),
         )
-    alike = _contrast(blocks)
     if len(blocks.names) <= DRAWN_CLASSES:
         figures.append(
             Figure(
                 "within",
                 draw_within(blocks),
-                f"Entries within each class and with the others, each sample with itself left out. {alike}",
-                alike,
+                "Entries within each class and with the others, each sample with itself left out.",
+                contrast(blocks),
             )
         )
-    classes = Figure(
-        "classes",
-        draw_classes(blocks),
-        "Mean entry of each class against each other class, of the train samples.",
-        f"Map of mean entries by class. {alike}",
-    )
-    parts: list[Part] = [Figures(tuple(figures)), Figures((classes,)), _class_table(blocks)]
-    return Section("diagonal", "Diagonal and classes", tuple(parts))
+    return Section("diagonal", "Diagonal and classes", (Figures(tuple(figures)), _class_table(blocks)))
 
 
-def _contrast(blocks: ClassBlocks) -> str:
+def contrast(blocks: ClassBlocks) -> str:
     """How far apart entries within classes and between them are."""
     (inner, inner_spread), (outer, outer_spread) = blocks.within, blocks.between
     spread = float(np.sqrt((inner_spread**2 + outer_spread**2) / 2))
-    found = f"Within a class {inner:.4g} ± {inner_spread:.2g} on average, between classes {outer:.4g} ± {outer_spread:.2g}"
-    return f"{found}: {(inner - outer) / spread:.2f} standard deviations apart." if spread > 0 else f"{found}."
+    apart = f": {(inner - outer) / spread:.2f} standard deviations apart" if spread > 0 else ""
+    both = with_spread(inner, inner_spread), with_spread(outer, outer_spread)
+    return f"Entries within a class are {both[0]} (mean ± standard deviation), between classes {both[1]}{apart}."
 
 
 def _class_table(blocks: ClassBlocks) -> Table:
@@ -117,8 +124,8 @@ def _class_table(blocks: ClassBlocks) -> Table:
         (
             name,
             f"{blocks.samples[place]:,}",
-            _with_spread(inner[0][place], inner[1][place]),
-            _with_spread(outer[0][place], outer[1][place]),
+            with_spread(inner[0][place], inner[1][place]),
+            with_spread(outer[0][place], outer[1][place]),
             _ratio(inner[0][place], outer[0][place]),
         )
         for place, name in enumerate(blocks.names)
@@ -128,17 +135,13 @@ def _class_table(blocks: ClassBlocks) -> Table:
         (
             "all",
             f"{int(blocks.samples.sum()):,}",
-            _with_spread(*all_[:2]),
-            _with_spread(*all_[2:]),
+            with_spread(*all_[:2]),
+            with_spread(*all_[2:]),
             _ratio(all_[0], all_[2]),
         )
     )
     head = ("class", "train samples", "within it", "with other classes", "ratio")
     return Table(head, tuple(rows), "Entries by class: mean ± standard deviation", folded=len(rows) > DRAWN_CLASSES)
-
-
-def _with_spread(mean: float, spread: float) -> str:
-    return "-" if not np.isfinite(mean) else f"{mean:.4g} ± {spread:.2g}"
 
 
 def _ratio(inner: float, outer: float) -> str:
@@ -189,12 +192,18 @@ def residuals(run: Run) -> Section:
     expected = run.info.expected_error
     lead = Text(
         "Entries of a projected kernel are estimates. "
-        + (f"Of the whole kernel a relative error of {expected:.2%} (Frobenius norm) is to be expected." if expected else "")
+        + (
+            f"Of the whole kernel a relative error of {expected:.2%} (Frobenius norm) is to be expected."
+            if expected
+            else ""
+        )
     )
     found = compared(run)
     if found is None:
         command = run.command("verify", " --samples 24")
-        return Section("residuals", "Error of the projection", (lead, Missing("Exact entries to compare with", command)))
+        return Section(
+            "residuals", "Error of the projection", (lead, Missing("Exact entries to compare with", command))
+        )
     exact, off, errors = found
     scores = off / np.where(errors > 0, errors, np.inf)
     covered = float((np.abs(scores) <= 1.959964).mean())

@@ -23,7 +23,7 @@ JOB_WORDS: Final = {
     "data_dir": "data folder",
     "outputs": "output function",
     "parameters": "parameters",
-    "scale": "sum over outputs",
+    "scale": "several outputs",
     "normalize": "normalisation",
     "seed": "seed of the job",
 }
@@ -83,7 +83,7 @@ def _in_words(name: str, value: object) -> str:
     if value == "live":
         return "a live Python object"
     if name == "scale":
-        return {"sum": "summed over the outputs", "mean": "divided by the number of outputs"}.get(str(value), str(value))
+        return {"sum": "summed", "mean": "summed, divided by their number"}.get(str(value), str(value))
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -138,7 +138,9 @@ def origin(run: Run) -> Section:
     """Digests, versions, machine, seeds."""
     plan = run.info.plan
     rows = [(ORIGIN_WORDS.get(label, label), value) for label, value in provenance(run.info)]
-    rows.append(("machine", f"{plan.device}, {plan.threads} threads" if plan.threads != 1 else f"{plan.device}, 1 thread"))
+    rows.append(
+        ("machine", f"{plan.device}, {plan.threads} threads" if plan.threads != 1 else f"{plan.device}, 1 thread")
+    )
     rows.append(("seed of the plan", str(plan.seed)))
     if plan.projection is not None:
         rows.append(("seed of the projection", str(plan.projection.seed)))

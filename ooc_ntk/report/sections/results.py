@@ -10,6 +10,7 @@ from ooc_ntk.errors import OocNtkError
 from ooc_ntk.report.figures.curve import Curve, draw_accuracy, draw_curve, read_curve
 from ooc_ntk.report.figures.spectrum import Eigenvalues, draw_eigenvalues, draw_shares
 from ooc_ntk.report.parts import Figure, Figures, Missing, Part, Section, Table, Text
+from ooc_ntk.report.words import number
 
 from .run import Run
 
@@ -54,19 +55,24 @@ def spectrum(run: Run) -> Section:
     if found.decay is not None:
         law = found.decay
         said += (
-            f", which fall as rank^−α with α = {law['value']:.3f} ± {law['error']:.3f} over ranks {law['first']:,} to "
-            f"{law['last']:,} (r² {law['r2']:.3f})"
+            f", which fall as rank to the power −α, α = {law['value']:.3f} ± {law['error']:.3f}, over ranks "
+            f"{law['first']:,} to {law['last']:,} (r² {law['r2']:.3f})"
         )
     figures = [
         Figure(
-            "spectrum", draw_eigenvalues([found]), f"Eigenvalues of the train square: {said}.", f"Eigenvalues by rank: {said}."
+            "spectrum",
+            draw_eigenvalues([found]),
+            f"Eigenvalues of the train square: {said}.",
+            f"Eigenvalues by rank: {said}.",
         )
     ]
     if len(found.values) > 1:
         half = int(np.searchsorted(np.cumsum(found.values), 0.5 * found.trace)) + 1
         share = f"half of the trace is in the first {half:,} eigenvectors"
         if found.shares is not None and found.shares.sum() >= 0.5:
-            share += f", half of the targets' energy in the first {int(np.searchsorted(np.cumsum(found.shares), 0.5)) + 1:,}"
+            share += (
+                f", half of the targets' energy in the first {int(np.searchsorted(np.cumsum(found.shares), 0.5)) + 1:,}"
+            )
         figures.append(
             Figure(
                 "shares",
@@ -79,7 +85,9 @@ def spectrum(run: Run) -> Section:
     kept = run.result("spectrum") or {}
     dimensions = kept.get("effective_dimension") or []
     if dimensions:
-        rows = tuple((f"{each['ratio']:.0e}", f"{each['ridge']:.4g}", *_between(each, found.rows)) for each in dimensions)
+        rows = tuple(
+            (f"{each['ratio']:.0e}", number(each["ridge"]), *_between(each, found.rows)) for each in dimensions
+        )
         head = ("ridge / mean diagonal", "ridge", "effective dimension", "of the rows")
         parts.append(Table(head, rows, "Effective dimension: how many directions a ridge leaves free"))
     if found.shares is None:
@@ -134,7 +142,9 @@ def accuracies(run: Run) -> list[tuple[str, str, str]]:
     kept = run.result("fit")
     if kept is not None and (kept.get("accuracy") is not None or kept.get("train_accuracy") is not None):
         ridge = f", ridge {kept['ridge_ratio']:.2g} of the mean diagonal" if kept.get("ridge_ratio") else ""
-        found.append((f"kernel regression{ridge}", _percent(kept.get("train_accuracy")), _percent(kept.get("accuracy"))))
+        found.append(
+            (f"kernel regression{ridge}", _percent(kept.get("train_accuracy")), _percent(kept.get("accuracy")))
+        )
     return found
 
 
@@ -146,27 +156,31 @@ def _fitted(kept: dict[str, Any], run: Run, network: tuple[float, int] | None) -
     """What ``fit`` has found."""
     curve = curve_of(run)
     if curve is None:
-        error = "" if kept.get("test_error") is None else f"; mean squared error of the test samples {kept['test_error']:.4g}"
+        error = (
+            ""
+            if kept.get("test_error") is None
+            else f"; mean squared error of the test samples {number(kept['test_error'])}"
+        )
         return [
-            Text(f"One ridge was fitted, {kept.get('ridge', 0):.4g}{error}."),
+            Text(f"One ridge was fitted, {number(kept.get('ridge'))}{error}."),
             Missing("Errors over a grid of ridges", run.command("fit")),
         ]
     best = int(np.nanargmin(curve.errors["GCV"]))
-    said = f"GCV is least, {curve.errors['GCV'][best]:.4g}, with a ridge of {curve.ridges[best]:.2g}"
+    said = f"GCV is least, {number(curve.errors['GCV'][best])}, with a ridge of {number(curve.ridges[best], 2)}"
     said += " of the mean diagonal" if curve.relative else ""
     if "test" in curve.errors:
         least = int(np.nanargmin(curve.errors["test"]))
         said += (
-            f", where the test error is {curve.errors['test'][best]:.4g}; that is least, {curve.errors['test'][least]:.4g}, "
-            f"with {curve.ridges[least]:.2g}"
+            f", where the test error is {number(curve.errors['test'][best])}; that is least, "
+            f"{number(curve.errors['test'][least])}, with {number(curve.ridges[least], 2)}"
         )
     estimated = " Bands are 95% intervals of what is estimated." if curve.bars else ""
     figures = [
         Figure(
             "gcv",
             draw_curve(curve),
-            f"Errors of kernel regression over the ridge, as GCV and leave-one-out tell them from the train samples, and as "
-            f"they are. {said}.{estimated} The dashed line is the ridge that was kept.",
+            f"Errors of kernel regression over the ridge, as GCV and leave-one-out tell them from the train samples, "
+            f"and as they are. {said}.{estimated} The dashed line is the ridge that was kept.",
             f"Mean squared errors over the ridge: {said}.",
         )
     ]
@@ -176,7 +190,12 @@ def _fitted(kept: dict[str, Any], run: Run, network: tuple[float, int] | None) -
         levels = [] if network is None else [("network", network[0])]
         told += "" if network is None else f", by the network {network[0]:.1%}"
         figures.append(
-            Figure("accuracy", draw_accuracy(curve, levels), f"By kernel regression {told}.", f"Accuracy over the ridge: {told}.")
+            Figure(
+                "accuracy",
+                draw_accuracy(curve, levels),
+                f"By kernel regression {told}.",
+                f"Accuracy over the ridge: {told}.",
+            )
         )
     return [Figures(tuple(figures))]
 

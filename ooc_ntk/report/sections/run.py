@@ -80,6 +80,7 @@ def open_run(path: str | Path, job: api.Job | None = None) -> Run:
     Raises:
         StorageError: if there is none.
     """
+    kernel: api.Kernel | None
     if is_store(path):
         kernel = api.open(path)
         info, place = replace(api.info(kernel.path), path=kernel.path), checked_store(str(path))

@@ -15,6 +15,7 @@ from ooc_ntk import api
 from ooc_ntk.errors import OocNtkError
 from ooc_ntk.report.neighbours import summary_lines
 from ooc_ntk.report.parts import Gallery, Missing, Part, Section, Text, Thumbnail
+from ooc_ntk.report.words import number
 
 from .run import Run
 
@@ -42,7 +43,10 @@ def nearest(run: Run) -> Section:
     if kept.get("note"):
         parts.append(Text(f"Note: {kept['note']}", soft=True))
     pictures, why = _pictures(run, kept)
-    rows = [(_thumbnail(row, f"{kept['rows']} {row['index']}", pictures, "sample"), *_others(row, pictures)) for row in kept["shown"]]
+    rows = [
+        (_thumbnail(row, f"{kept['rows']} {row['index']}", pictures, "sample"), *_others(row, pictures))
+        for row in kept["shown"]
+    ]
     marked = any(each["same_class"] is not None for row in kept["shown"] for each in row["neighbours"])
     caption = "Each line begins with the sample; its neighbours follow, the most similar first, with number and value"
     caption += ", and their class: ✓ the sample’s own, ✗ another." if marked else "."
@@ -89,9 +93,9 @@ def _pictures(run: Run, kept: Mapping[str, Any]) -> tuple[dict[tuple[str, int], 
         return {}, str(error)
     addresses = {}
     for what, samples in zip(("sample", "train"), found, strict=True):
-        for number, sample in samples.items():
+        for place, sample in samples.items():
             if sample.pixels is not None:
-                addresses[what, number] = {"address": picture_address(sample.pixels), "stretched": sample.stretched}
+                addresses[what, place] = {"address": picture_address(sample.pixels), "stretched": sample.stretched}
     return addresses, ""
 
 
@@ -110,10 +114,10 @@ def picture_address(pixels: NDArray[np.float32]) -> str:
 
 def _others(row: Mapping[str, Any], pictures: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Thumbnail]:
     """The neighbours of a sample."""
-    found = []
-    for each in row["neighbours"][:SHOWN]:
-        found.append(_thumbnail(each, f"train {each['index']}", pictures, "train", value=each["value"]))
-    return found
+    return [
+        _thumbnail(each, f"train {each['index']}", pictures, "train", value=each["value"])
+        for each in row["neighbours"][:SHOWN]
+    ]
 
 
 def _thumbnail(
@@ -125,7 +129,7 @@ def _thumbnail(
 ) -> Thumbnail:
     lines = [name]
     if value is not None:
-        lines.append(f"{value:#.4g}".removesuffix("."))
+        lines.append(number(value))
     if each["label"] is not None:
         label = each["label"]
         lines.append(f"class {label:,}" if isinstance(label, int) else f"target {label:.4g}")

@@ -101,7 +101,9 @@ def timeline(run: Run) -> Section:
     if run.info.phases:
         whole = run.info.seconds or 1.0
         phases = [(name, format_seconds(took), f"{took / whole:.0%}") for name, took in run.info.phases.items()]
-        parts.append(Table(("phase", "time", "share"), tuple(phases), "Where the time went, phase by phase", folded=True))
+        parts.append(
+            Table(("phase", "time", "share"), tuple(phases), "Where the time went, phase by phase", folded=True)
+        )
     if not run.info.finished:
         parts.append(Text("The run is not finished: type the command that began it again, and it goes on.", soft=True))
     return Section("timeline", "Tasks over time", tuple(parts))
