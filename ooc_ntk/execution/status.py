@@ -53,6 +53,7 @@ class RunInfo:
         store: URL of the store that has the tiles; None where they are in the run directory.
         extension: of one that was begun and is not finished, its train samples, kernel tiles that are done (those that
             are copied count), and kernel tiles in all; None if there is none.
+        machine: that the run was begun on, in words; empty where it is not known.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class RunInfo:
     history: list[dict[str, Any]] = field(default_factory=list)
     store: str | None = None
     extension: tuple[int, int, int] | None = None
+    machine: str = ""
 
     @property
     def finished(self) -> bool:
@@ -131,6 +133,7 @@ class RunInfo:
                 "plan": self.plan.digest,
                 "job": self.job_digests,
                 "versions": self.versions,
+                "machine": self.machine or None,
                 "history": self.history,
                 "extension": None
                 if self.extension is None
@@ -160,7 +163,7 @@ def run_info(path: str | Path) -> RunInfo:
     try:
         receipts = manifest.receipts()
         job, versions = manifest.meta("job"), manifest.meta("versions")
-        history = manifest.meta(HISTORY)
+        history, machine = manifest.meta(HISTORY), manifest.meta("machine")
     finally:
         manifest.close()
     seconds = {
@@ -206,6 +209,7 @@ def run_info(path: str | Path) -> RunInfo:
         history=json.loads(history or "[]"),
         store=directory.store,
         extension=_extension(directory.root),
+        machine=machine or "",
     )
 
 

@@ -112,29 +112,24 @@ def draw_shared(counts: NDArray[np.int64]) -> Plot:
     return plot
 
 
-def draw_drift(names: Sequence[str], changes: NDArray[np.float64], distances: NDArray[np.float64]) -> Plot:
+def draw_drift(names: Sequence[str], changes: NDArray[np.float64]) -> Plot:
     """How far the kernel of each checkpoint is from that of the first.
 
     Args:
         names: of the checkpoints, in the order of training.
         changes: (checkpoints,) relative to the first one's norm.
-        distances: (checkpoints,) kernel distances from the first.
     """
+    from bokeh.models import NumeralTickFormatter
+
     count = len(names)
-    plot = new_figure("checkpoint", "from the first", height=330)
-    items = []
-    for name, values, role, dash in (
-        ("change ‖K − K₀‖ / ‖K₀‖", changes, "accent", "solid"),
-        ("kernel distance", distances, "second", "dashed"),
-    ):
-        source = {"x": np.arange(count), "y": values, "name": list(names)}
-        line = plot.line("x", "y", source=source, color=LIGHT[role], line_dash=dash, line_width=2)
-        points = plot.scatter("x", "y", source=source, color=LIGHT[role], size=7)
-        hover(plot, [("checkpoint", "@name"), (name, "@y{0.0000}")], [points])
-        items.append((name, [line, points]))
+    plot = new_figure("checkpoint", "change ‖K − K₀‖ / ‖K₀‖", height=330)
+    source = {"x": np.arange(count), "y": changes, "name": list(names)}
+    plot.line("x", "y", source=source, color=LIGHT["accent"], line_width=2)
+    points = plot.scatter("x", "y", source=source, color=LIGHT["accent"], size=7)
+    hover(plot, [("checkpoint", "@name"), ("change", "@y{0.00%}")], [points])
     _name_all(plot.xaxis[0], names)
     plot.y_range.start = 0
-    legend_above(plot, items)
+    plot.yaxis.formatter = NumeralTickFormatter(format="0.[0]%")
     return plot
 
 

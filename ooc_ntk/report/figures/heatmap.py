@@ -25,12 +25,13 @@ NAMED: Final = 30
 BETWEEN: Final = "#ffffff"
 
 
-def draw_map(found: KernelMap, what: str = "mean entry") -> Plot:
+def draw_map(found: KernelMap, what: str = "mean entry", ends: tuple[float, float] | None = None) -> Plot:
     """The kernel, rows down and columns to the right, with lines between classes, and below them the test samples.
 
     Args:
         found: the picture.
         what: the colours are.
+        ends: first and last of the colours; None takes them from the picture.
     """
     from bokeh.models import LinearColorMapper
 
@@ -42,7 +43,7 @@ def draw_map(found: KernelMap, what: str = "mean entry") -> Plot:
         columns,
         rows,
     )
-    low, high = colour_range(found.means)
+    low, high = ends or colour_range(found.means)
     mapper = LinearColorMapper(palette=palette(), low=low, high=high)
     # Bokeh draws the first row at the bottom, and the axis runs down.
     picture = plot.image(

@@ -54,7 +54,10 @@ def draw_eigenvalues(spectra: Sequence[Eigenvalues]) -> Plot:
         ranks = some_ranks(len(each.values))
         ranks = ranks[each.values[ranks - 1] > 0]
         source = {"rank": ranks.tolist(), "value": each.values[ranks - 1].tolist()}
-        points = plot.scatter("rank", "value", source=source, size=4, color=LIGHT[role])
+        if role == "accent":
+            points = plot.scatter("rank", "value", source=source, size=4, color=LIGHT[role])
+        else:  # over the points of the first
+            points = plot.line("rank", "value", source=source, line_width=1.5, color=LIGHT[role])
         hover(plot, [("rank", "@rank"), (f"eigenvalue{_of(each, spectra)}", "@value")], [points])
         items.append((each.name if len(spectra) > 1 else "eigenvalues", [points]))
         if each.decay is not None:

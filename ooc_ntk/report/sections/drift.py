@@ -55,11 +55,13 @@ def _drift(path: Path, several: Sequence[api.RunInfo]) -> Section:
     found = api.open_checkpoints(path).drift()
     names = [each.path.name for each in several]
     last, distance = float(found.changes[-1]), float(found.distances[0, -1])
-    said = f"the last kernel has changed by {last:.1%} of the first one’s norm, its distance is {distance:.4f}"
+    said = (
+        f"the last kernel has changed by {last:.1%} of the first one’s norm, its kernel distance is {number(distance)}"
+    )
     figures = [
         Figure(
             "drift",
-            draw_drift(names, found.changes, found.distances[0]),
+            draw_drift(names, found.changes),
             f"How far kernels move from the first: {said}. The distance, 1 − ⟨K, K₀⟩ / (‖K‖ ‖K₀‖), sees no factor.",
             f"Change over checkpoints: {said}.",
         )
@@ -74,7 +76,12 @@ def _drift(path: Path, several: Sequence[api.RunInfo]) -> Section:
             )
         )
     rows = [
-        (name, number(float(found.norms[place])), f"{found.changes[place]:.2%}", f"{found.distances[0, place]:.4f}")
+        (
+            name,
+            number(float(found.norms[place])),
+            f"{found.changes[place]:.2%}",
+            number(float(found.distances[0, place])),
+        )
         for place, name in enumerate(names)
     ]
     head = ("checkpoint", "norm", "change from the first", "distance from the first")

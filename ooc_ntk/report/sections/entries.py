@@ -37,6 +37,8 @@ def heat_map(run: Run) -> Section:
     pixels = found.means.shape
     by_class = bool(found.columns.groups)
     order = "rows and columns ordered by class, with lines between classes"
+    if len(found.columns.groups) == 1:
+        order = f"of one class, {found.columns.groups[0].name}"
     if not by_class:
         order = "rows and columns in the order of the data"
         order += f" ({run.without_labels})" if run.without_labels else " (more classes than are told apart)"

@@ -48,7 +48,6 @@ ORIGIN_WORDS: Final = {
     "kernel": "digest of the kernel's settings",
     "plan": "digest of the plan",
     "grown": "grown",
-    "proof": "proof",
     "versions": "versions",
     "retries": "tried again",
     "batches": "batches",
@@ -115,13 +114,15 @@ def verification(run: Run) -> Section:
     if rows:
         parts.append(Table(("check", "verdict", "what was seen"), tuple(rows), words=(1, 2)))
     if audited.get("relative_error") is not None:
-        line = f"{audited['entries']:,} entries recomputed in float64, relative error {audited['relative_error']:.1e}"
-        if audited.get("predicted_error") is not None:
-            line += f", {audited['predicted_error']:.1e} predicted of the projection"
+        projected = audited.get("predicted_error") is not None
+        error = f"{audited['relative_error']:.2%}" if projected else f"{audited['relative_error']:.1e}"
+        line = f"{audited['entries']:,} entries recomputed in float64, relative error {error}"
+        if projected:
+            line += f", {audited['predicted_error']:.2%} predicted of the projection"
         elif audited.get("tolerance") is not None:
             line += f", tolerance {audited['tolerance']:.0e}"
         parts.append(Text(f"{line}."))
-    if proof is not None:
+    if proof is not None and "checks" not in audited:
         rows_, columns = proof["samples"]
         what = f"{rows_:,} × {columns:,} samples" if columns else f"features of {rows_:,} samples"
         took = format_seconds(proof["seconds"])
@@ -137,10 +138,10 @@ def verification(run: Run) -> Section:
 def origin(run: Run) -> Section:
     """Digests, versions, machine, seeds."""
     plan = run.info.plan
-    rows = [(ORIGIN_WORDS.get(label, label), value) for label, value in provenance(run.info)]
-    rows.append(
-        ("machine", f"{plan.device}, {plan.threads} threads" if plan.threads != 1 else f"{plan.device}, 1 thread")
-    )
+    rows = [(ORIGIN_WORDS.get(label, label), value) for label, value in provenance(run.info) if label != "proof"]
+    if run.info.machine:
+        rows.append(("machine", run.info.machine))
+    rows.append(("device", f"{plan.device}, {plan.threads} thread{'s' if plan.threads != 1 else ''}"))
     rows.append(("seed of the plan", str(plan.seed)))
     if plan.projection is not None:
         rows.append(("seed of the projection", str(plan.projection.seed)))

@@ -15,7 +15,7 @@ from ooc_ntk.errors import OocNtkError
 from ooc_ntk.report.blocks import BlockSums, KernelMap, make_axes
 from ooc_ntk.report.figures.comparing import draw_curves, draw_entries, draw_shared
 from ooc_ntk.report.figures.distributions import draw_residuals, draw_scores
-from ooc_ntk.report.figures.heatmap import draw_map
+from ooc_ntk.report.figures.heatmap import colour_range, draw_map
 from ooc_ntk.report.figures.spectrum import draw_eigenvalues
 from ooc_ntk.report.parts import Figure, Figures, Gallery, Missing, Part, Section, Table, Text, Thumbnail
 from ooc_ntk.report.words import number
@@ -28,7 +28,7 @@ from .similar import QUICK_BYTES, SHOWN, picture_address
 DRAWN_SAMPLES: Final = 24
 
 #: Samples whose neighbours changed most that are shown.
-CHANGED: Final = 6
+CHANGED: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +108,20 @@ def maps(found: Pair) -> Section:
     """Both kernels as pictures, and their difference."""
     names = [run.name for run in found.runs]
     by_class = "by class" if found.maps[0].columns.groups else "in the order of the data"
+    both = colour_range(np.stack([each.means for each in found.maps[:2]]))
     titles = (
-        (f"The train square of {names[0]}, {by_class}.", "first"),
-        (f"The train square of {names[1]}.", "second"),
-        (f"{names[1]} less {names[0]}: block means, so that errors of either sign cancel in part.", "difference"),
+        (f"The train square of {names[0]}, {by_class}.", "first", "mean entry", both),
+        (f"The train square of {names[1]}, in the same colours.", "second", "mean entry", both),
+        (
+            f"{names[1]} less {names[0]}: block means, so that errors of either sign cancel in part.",
+            "difference",
+            "mean difference",
+            None,
+        ),
     )
     figures = tuple(
-        Figure(name, draw_map(each, "mean difference" if name == "difference" else "mean entry"), title, title)
-        for (title, name), each in zip(titles, found.maps, strict=True)
+        Figure(name, draw_map(each, what, ends), title, title)
+        for (title, name, what, ends), each in zip(titles, found.maps, strict=True)
     )
     rows = (
         (

@@ -68,16 +68,21 @@ def spectrum(run: Run) -> Section:
     ]
     if len(found.values) > 1:
         half = int(np.searchsorted(np.cumsum(found.values), 0.5 * found.trace)) + 1
-        share = f"half of the trace is in the first {half:,} eigenvectors"
+        share = (
+            f"half of the trace is in the first {half:,} eigenvectors"
+            if half > 1
+            else "half of the trace is in the first"
+        )
         if found.shares is not None and found.shares.sum() >= 0.5:
             share += (
                 f", half of the targets' energy in the first {int(np.searchsorted(np.cumsum(found.shares), 0.5)) + 1:,}"
             )
+        and_targets = "" if found.shares is None else ", and of the targets,"
         figures.append(
             Figure(
                 "shares",
                 draw_shares(found),
-                f"How much of the kernel's trace, and of the targets, the leading eigenvectors hold: {share}.",
+                f"How much of the kernel's trace{and_targets} the leading eigenvectors hold: {share}.",
                 f"Cumulative shares by rank: {share}.",
             )
         )
