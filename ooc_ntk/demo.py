@@ -18,7 +18,7 @@ TRAIN_SAMPLES: Final = 4000
 TEST_SAMPLES: Final = 1000
 
 #: Eigenvalues that are found (a choice: enough to see how they decay).
-EIGENPAIRS: Final = 100
+EIGENPAIRS: Final = 50
 
 
 def network() -> nn.Module:

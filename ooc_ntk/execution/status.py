@@ -226,6 +226,8 @@ def _extension(root: Path) -> tuple[int, int, int] | None:
             finally:
                 manifest.close()
     return None
+
+
 def run_receipts(path: str | Path) -> list[Receipt]:
     """Receipts of all tasks of a run in the order of their commits, those that were done again more than once.
 
