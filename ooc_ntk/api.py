@@ -35,7 +35,7 @@ from .execution.labels import Labels, run_labels
 from .execution.nearest import NearestResult
 from .execution.prepare import prepare, resolved_device
 from .execution.session import Asked, existing_folder, planned, run_job
-from .execution.status import RunInfo, keep_audit, run_info
+from .execution.status import RunInfo, keep_audit, run_info, run_receipts
 from .inputs.images.seeds import parse_seed_name
 from .inputs.job import LIVE, Job, checked_device
 from .inputs.jobfile import read_job_file
@@ -49,7 +49,7 @@ from .planning.planner import Preferences
 from .planning.projection import Projection
 from .planning.projectionkind import ProjectionKind, register_projection
 from .planning.rates import MachineRates
-from .results import fit, nearest, spectrum, surrogate
+from .results import describe_samples, fit, nearest, spectrum, surrogate
 from .storage import again
 from .storage.directory import RunDirectory
 from .storage.mirror import mirror_paper
@@ -92,6 +92,7 @@ __all__ = [
     "VerificationError",
     "calibrate",
     "describe_job",
+    "describe_samples",
     "explain",
     "extend",
     "fit",
@@ -111,6 +112,7 @@ __all__ = [
     "run",
     "run_checkpoints",
     "run_labels",
+    "run_receipts",
     "spectrum",
     "surrogate",
     "verify",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +17,8 @@ from .inputs.weights import save_weights
 TRAIN_SAMPLES: Final = 4000
 TEST_SAMPLES: Final = 1000
 
-#: Ridge of the kernel regression, over the mean diagonal of the kernel (a usual small value; not tuned).
-RIDGE_RATIO: Final = 1e-3
+#: Eigenvalues that are found (a choice: enough to see how they decay).
+EIGENPAIRS: Final = 50
 
 
 def network() -> nn.Module:
@@ -42,13 +41,17 @@ class Scores:
 
     Attributes:
         network: of the trained network.
-        kernel: of kernel regression with the network's own kernel.
-        ridge_ratio: ridge over the mean diagonal.
+        kernel: of kernel regression with the network's own kernel, the ridge chosen by GCV.
+        ridge_ratio: that ridge over the mean diagonal.
+        surrogate: of kernel regression with a small fixed ridge, as a surrogate of the network.
+        alike: Kendall's τ-b between the network's and the surrogate's probability of each digit's own class.
     """
 
     network: float
     kernel: float
     ridge_ratio: float
+    surrogate: float
+    alike: float
 
 
 def digits(start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -106,26 +109,29 @@ def job(weights: Path, train_samples: int = TRAIN_SAMPLES, test_samples: int = T
     )
 
 
-def score(kernel: api.Kernel, model: nn.Module) -> Scores:
-    """Classify the test digits by kernel regression, and by the network itself.
+def use(run: Path, job: api.Job, say: Callable[[str], None] = lambda text: None) -> Scores:  # noqa: ARG005
+    """Use the kernel: regression, surrogate, spectrum, nearest digits. All is kept in the run, for its report.
 
     Args:
-        kernel: the finished kernel, train digits first.
-        model: the trained network in eval mode.
+        run: directory of the finished run.
+        job: its job.
+        say: told what is done.
 
     Returns:
-        Both accuracies.
+        Accuracies.
     """
-    _, train_labels = digits(0, kernel.train_samples)
-    images, labels = digits(TRAIN_SAMPLES, TRAIN_SAMPLES + kernel.test_samples)
-    targets = np.eye(10)[train_labels.numpy()] - 0.1
-    ridge = RIDGE_RATIO * float(kernel.diagonal()[: kernel.train_samples].mean())
-    solution = kernel.solve(targets, ridge)
-    predicted = torch.from_numpy(kernel.predict(solution)).argmax(1)
-    with torch.no_grad():
-        own = model(images).argmax(1)
+    say("kernel regression on the labels, its ridge by GCV")
+    fit = api.fit(run, job=job)
+    say("kernel regression as a surrogate of the network")
+    report = api.surrogate(run, job, kinds=("ridge",), baselines=(), progress=False)
+    say(f"the {EIGENPAIRS} largest eigenvalues, and the most similar digits")
+    api.spectrum(run, EIGENPAIRS, job=job)
+    api.nearest(run, 5, job=job)
+    surrogate = report.surrogates[0]
     return Scores(
-        network=float((own == labels).float().mean()),
-        kernel=float((predicted == labels).float().mean()),
-        ridge_ratio=solution.ridge_ratio,
+        network=report.network.accuracy,
+        kernel=fit.accuracy or 0.0,
+        ridge_ratio=fit.solution.ridge_ratio,
+        surrogate=surrogate.accuracy.value,
+        alike=surrogate.kendall_tau.value,
     )

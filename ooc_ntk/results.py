@@ -14,9 +14,10 @@ from .algebra.surrogate import KINDS, RIDGE_RATIO, SurrogateReport
 from .errors import InputError
 from .execution.driver import Observer
 from .execution.fitting import Fit, FitSettings, fit_run
-from .execution.nearest import NearestResult, NearestSettings, find_nearest
+from .execution.nearest import NearestResult, NearestSettings, described, find_nearest
 from .execution.prepare import prepare
 from .execution.session import Asked
+from .execution.shown import ShownSample
 from .execution.spectra import Look, spectrum_summary
 from .execution.surrogates import check_surrogates, fit_surrogates
 from .inputs.job import Job
@@ -142,6 +143,7 @@ def nearest(
     seed: int = 0,
     job: Job | None = None,
     given: Mapping[str, object] | None = None,
+    keep: bool = True,
 ) -> NearestResult:
     """Find the nearest train samples of a run, describe some by the run's data, and write all into its directory.
 
@@ -156,6 +158,7 @@ def nearest(
         seed: of their choice.
         job: the job, for its data; None opens the data again that the stored job file names.
         given: arguments of a job (train, test, data_dir) that override the stored ones.
+        keep: whether the result is written.
 
     Returns:
         Neighbours of every sample, and those that are described.
@@ -167,12 +170,36 @@ def nearest(
         StorageError: if there is no finished run, or the result cannot be written.
     """
     asked = NearestSettings(k=k, by=by, rows=rows, backend=backend, show=show, seed=seed)
-    kernel = _opened(path, "nearest")
+    kernel = _opened(path, "nearest") if keep else Kernel(path)
     found = find_nearest(
         kernel, asked, lambda: job or _job_of_data(path, given or {}), required=bool(job is not None or given)
     )
-    write_result(kernel.path, "nearest", found.figures, found.arrays())
+    if keep:
+        write_result(kernel.path, "nearest", found.figures, found.arrays())
     return found
+
+
+def describe_samples(
+    path: str | Path, rows: str, mine: Sequence[int], train: Sequence[int], *, job: Job | None = None
+) -> tuple[dict[int, ShownSample], dict[int, ShownSample]]:
+    """Some samples of a run as people look at them: pixels, text, label.
+
+    Args:
+        path: the run directory of a finished run.
+        rows: ``test`` or ``train``, whose numbers ``mine`` are.
+        mine: numbers of samples.
+        train: numbers of train samples.
+        job: the job, for its data; None opens the data again that the stored job file names.
+
+    Returns:
+        Both, by number.
+
+    Raises:
+        InputError: if the data cannot be had.
+        RunConflictError: if they are not those of the run.
+        StorageError: if there is no finished run.
+    """
+    return described(Kernel(path), job or _job_of_data(path, {}), rows, mine, train)
 
 
 def _opened(path: str | Path, name: str) -> Kernel:

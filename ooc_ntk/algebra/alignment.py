@@ -120,7 +120,7 @@ def _pass(kernels: Sequence[Entries], centered: bool) -> NDArray[np.float64]:
     size, count = kernels[0].size, len(kernels)
     shifts = np.array([_constant(each) if centered else 0.0 for each in kernels])
     products, sums = np.zeros((count, count)), np.zeros((count, size))
-    for rows, columns, values in _together(kernels):
+    for rows, columns, values in together(kernels):
         square = rows == columns
         step = max(1, PIECE // len(columns))
         stack = np.empty((count, min(step, len(rows)), len(columns)))
@@ -152,7 +152,7 @@ def _constant(entries: Entries) -> float:
     return float(np.concatenate(parts).mean(dtype=np.float64))
 
 
-def _together(kernels: Sequence[Entries]) -> Iterator[tuple[range, range, list[NDArray[Any]]]]:
+def together(kernels: Sequence[Entries]) -> Iterator[tuple[range, range, list[NDArray[Any]]]]:
     """The lower triangles of several kernels, piece by piece: rows, columns, and entries of each there.
 
     Kernels in the same tiles are streamed side by side; otherwise the first is, and regions are read of the others,

@@ -368,8 +368,11 @@ def demo(
 def _demo(out: Path, host_memory: str) -> None:
     from ooc_ntk import api
     from ooc_ntk import demo as shown
+    from ooc_ntk.report.embed import require_bokeh
+    from ooc_ntk.report.page import write_page
     from ooc_ntk.report.tables import audit_table, info_table, plan_table
 
+    require_bokeh()  # before minutes of work that end with it
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "weights.safetensors"
     heading("1. Train a small network on 4,000 MNIST digits")
@@ -388,7 +391,7 @@ def _demo(out: Path, host_memory: str) -> None:
             made = api.plan(job, budget, out=run_folder)
     show(plan_table(made))
     heading("3. Run it (Ctrl-C and type the same command again: it goes on)")
-    kernel = api.run(job, run_folder, plan=made)
+    api.run(job, run_folder, plan=made)
     show(info_table(api.info(run_folder)))
     heading("4. Verify it against float64 autograd")
     found = api.verify(run_folder, job)
@@ -396,6 +399,11 @@ def _demo(out: Path, host_memory: str) -> None:
     if not found.passed:
         raise typer.Exit(EXIT_FINDING)
     heading("5. Use it: kernel regression on 4,000 digits classifies the other 1,000")
-    scores = shown.score(kernel, job.module())
+    scores = shown.use(run_folder, job, say=typer.echo)
     typer.echo(f"network              {scores.network:.1%} of 1,000 test digits right")
-    typer.echo(f"its kernel, ridge    {scores.kernel:.1%} (ridge {scores.ridge_ratio:.0e} of the mean diagonal)")
+    typer.echo(
+        f"its kernel           {scores.kernel:.1%} (ridge {scores.ridge_ratio:.1g} of the mean diagonal, by GCV)"
+    )
+    typer.echo(f"Kendall's τ-b        {scores.alike:.3f} between probabilities of the network and of the kernel")
+    heading("6. Look at it")
+    typer.echo(f"report: {write_page(run_folder)}")

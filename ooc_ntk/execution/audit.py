@@ -23,7 +23,7 @@ from ooc_ntk.storage.manifest import Manifest
 
 from .prepare import PreparedJob
 from .proof import Proof, Prover
-from .recompute import Recomputed, recompute
+from .recompute import Compared, Recomputed, recompute
 
 #: Samples whose rows, and columns, are recomputed by default: 8 × 8 entries (a choice: seconds for a small network).
 AUDITED_SAMPLES: Final = 8
@@ -71,6 +71,7 @@ class Audit:
         tolerance: the plan's tolerance.
         predicted_error: of a projected kernel, the error that its error bars predict of these entries.
         proof: what matrix-free probes showed, None if there were none.
+        compared: some of the recomputed entries beside the stored ones; None if none were recomputed.
     """
 
     checks: tuple[Check, ...]
@@ -80,6 +81,7 @@ class Audit:
     tolerance: float
     predicted_error: float | None = None
     proof: Proof | None = None
+    compared: Compared | None = None
 
     @property
     def passed(self) -> bool:
@@ -134,7 +136,9 @@ def audit(
     if found is None:
         return Audit(tuple(checks), None, 0, 0.0, plan.tolerance)
     coverage = found.entries / (rows * columns)
-    return Audit(tuple(checks), found.error, found.entries, coverage, plan.tolerance, found.predicted, proof)
+    return Audit(
+        tuple(checks), found.error, found.entries, coverage, plan.tolerance, found.predicted, proof, found.compared
+    )
 
 
 def _probed(

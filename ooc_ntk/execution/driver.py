@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -164,6 +166,7 @@ def create_run(
         manifest.set_meta("plan", plan.digest)
         manifest.set_meta("sketch", sketch)
         manifest.set_meta("versions", json.dumps(versions()))
+        manifest.set_meta("machine", machine())
         for name, text in (notes or {}).items():
             manifest.set_meta(name, text)
     finally:
@@ -175,6 +178,12 @@ def create_run(
 def versions() -> dict[str, str]:
     """Versions of what computes and stores."""
     return {"torch": torch.__version__, "numpy": np.__version__, "zarr": zarr.__version__}
+
+
+def machine() -> str:
+    """The machine of the driver, and the Python that runs there, for people."""
+    processors = os.cpu_count() or 1
+    return f"{platform.node()}, {platform.machine()} with {processors} processors, Python {platform.python_version()}"
 
 
 def execute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -142,6 +142,29 @@ def find_nearest(
         "shown": [_described(row) for row in shown],
     }
     return NearestResult(found, shown, figures)
+
+
+def described(
+    kernel: Kernel, job: Job, rows: str, mine: Sequence[int], train: Sequence[int]
+) -> tuple[dict[int, ShownSample], dict[int, ShownSample]]:
+    """Some samples as people look at them.
+
+    Args:
+        kernel: of a run.
+        job: the job whose data the run is of.
+        rows: ``test`` or ``train``, whose numbers ``mine`` are.
+        mine: numbers of samples.
+        train: numbers of train samples.
+
+    Returns:
+        Both, by number.
+
+    Raises:
+        RunConflictError: if they are not the data of the run.
+        InputError: if a sample cannot be read.
+    """
+    sources = _sources(kernel, job, rows)
+    return shown_samples(sources[1], mine), shown_samples(sources[0], train)
 
 
 def _sources(kernel: Kernel, job: Job, rows: str) -> tuple[SampleSource, SampleSource]:

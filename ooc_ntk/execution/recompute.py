@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.errors import StorageError
@@ -16,6 +18,34 @@ from ooc_ntk.planning.plan import Plan
 from .audit_features import FeatureReference
 from .prepare import PreparedJob
 from .reference import Reference, plain_float64
+
+#: Recomputed entries that are kept for people to look at, chosen at random where there are more (a choice).
+KEPT_ENTRIES: Final = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Some recomputed entries beside the stored ones, each (entries,).
+
+    Attributes:
+        rows: of the kernel.
+        columns: of the kernel.
+        exact: float64, as recomputed.
+        stored: float64, as they are in the kernel.
+        standard_errors: float64, of a projected kernel what is predicted of ``stored − exact``; None of an exact one.
+    """
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    exact: NDArray[np.float64]
+    stored: NDArray[np.float64]
+    standard_errors: NDArray[np.float64] | None = None
+
+    def figures(self) -> dict[str, list[float] | None]:
+        """Columns by name, in values that JSON has."""
+        return {
+            each.name: None if (found := getattr(self, each.name)) is None else found.tolist() for each in fields(self)
+        }
 
 
 @dataclass(frozen=True)
@@ -29,6 +59,7 @@ class Recomputed:
         features_error: of a projected kernel, relative error of the recomputed features.
         features: how many numbers of them.
         predicted: of a projected kernel, the relative error that its error bars predict.
+        compared: some of the entries beside the stored ones.
     """
 
     error: float
@@ -37,6 +68,7 @@ class Recomputed:
     features_error: float = 0.0
     features: int = 0
     predicted: float | None = None
+    compared: Compared | None = None
 
 
 def recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed: int) -> Recomputed:
@@ -64,20 +96,43 @@ def recompute(root: Path, plan: Plan, prepared: PreparedJob, samples: int, seed:
     error = float(np.linalg.norm(stored - expected))
     if not np.isfinite(error):
         raise StorageError("the recomputed entries are not finite; the model's float64 gradients overflow")
-    found = Recomputed(error / norm if norm else error, int(expected.size))
+    errors = None if features is None else kernel.errors(row_index, column_index)
+    compared = _compared(row_index, column_index, expected, stored, errors, random)
+    found = Recomputed(error / norm if norm else error, int(expected.size), compared=compared)
     if plan.layers:
         mine = np.stack([np.asarray(kernel.layer(name)[row_index, column_index], np.float64) for name in layers])
         found = replace(found, layers_error=float(np.linalg.norm(mine - parts, axis=(1, 2)).max()) / (norm or 1.0))
-    if features is None:
+    if features is None or errors is None:
         return found
     mine = kernel.features.read(rows)[:, :, features.columns].astype(np.float64)
     scale = float(np.linalg.norm(features.found)) or 1.0
-    predicted = float(np.linalg.norm(kernel.errors(row_index, column_index)))
+    predicted = float(np.linalg.norm(errors))
     return replace(
         found,
         features_error=float(np.linalg.norm(mine - features.found)) / scale,
         features=int(mine.size),
         predicted=predicted / (norm or 1.0),
+    )
+
+
+def _compared(
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    exact: NDArray[np.float64],
+    stored: NDArray[np.float64],
+    errors: NDArray[np.float64] | None,
+    random: np.random.Generator,
+) -> Compared:
+    """All recomputed entries, or some of many."""
+    chosen = np.arange(exact.size)
+    if exact.size > KEPT_ENTRIES:
+        chosen = np.sort(random.choice(exact.size, KEPT_ENTRIES, replace=False))
+    return Compared(
+        rows=rows[chosen // len(columns)],
+        columns=columns[chosen % len(columns)],
+        exact=exact.reshape(-1)[chosen],
+        stored=stored.reshape(-1)[chosen],
+        standard_errors=None if errors is None else errors.reshape(-1)[chosen],
     )
 
 

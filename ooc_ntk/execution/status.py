@@ -14,7 +14,7 @@ from ooc_ntk.errors import StorageError
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.again import AUDIT
 from ooc_ntk.storage.directory import RunDirectory
-from ooc_ntk.storage.manifest import Manifest
+from ooc_ntk.storage.manifest import Manifest, Receipt
 from ooc_ntk.storage.swap import HISTORY, Generations
 
 from .audit import Audit
@@ -46,13 +46,14 @@ class RunInfo:
         retries: how often tasks, or calls in them, were tried again.
         micro_batches: of rows for which the device had no room in batches as planned: how many tasks, by batch size.
         layer_traces: what every layer adds to the trace of the train square, by name; empty unless kept by layer.
-        audited: what the last ``verify``, or the proof at the end of the run, saw: relative error of recomputed
-            entries, of a projected kernel the predicted one, and the proof; None if there was none.
+        audited: what the last ``verify``, or the proof at the end of the run, saw: every check, some recomputed entries
+            and their relative error, of a projected kernel the predicted one, and the proof; None if there was none.
         history: the generations that the run was grown from, the earliest first: digests of plan and job, train and
             test samples, versions.
         store: URL of the store that has the tiles; None where they are in the run directory.
         extension: of one that was begun and is not finished, its train samples, kernel tiles that are done (those that
             are copied count), and kernel tiles in all; None if there is none.
+        machine: that the run was begun on, in words; empty where it is not known.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class RunInfo:
     history: list[dict[str, Any]] = field(default_factory=list)
     store: str | None = None
     extension: tuple[int, int, int] | None = None
+    machine: str = ""
 
     @property
     def finished(self) -> bool:
@@ -93,6 +95,10 @@ class RunInfo:
     def seconds(self) -> float:
         """Measured seconds of all tasks."""
         return self.rows_seconds + self.kernel_seconds
+
+    def _audit(self) -> dict[str, Any] | None:
+        """What the last audit saw, without single entries."""
+        return None if self.audited is None else {k: v for k, v in self.audited.items() if k != "compared"}
 
     def to_json(self) -> str:
         """Figures as JSON: promises, measurements, digests."""
@@ -123,10 +129,11 @@ class RunInfo:
                 if self.plan.projection is None
                 else {"projection": self.plan.projection.identity, "expected_error": self.expected_error},
                 "layer_traces": self.layer_traces or None,
-                "audit": self.audited,
+                "audit": self._audit(),
                 "plan": self.plan.digest,
                 "job": self.job_digests,
                 "versions": self.versions,
+                "machine": self.machine or None,
                 "history": self.history,
                 "extension": None
                 if self.extension is None
@@ -156,7 +163,7 @@ def run_info(path: str | Path) -> RunInfo:
     try:
         receipts = manifest.receipts()
         job, versions = manifest.meta("job"), manifest.meta("versions")
-        history = manifest.meta(HISTORY)
+        history, machine = manifest.meta(HISTORY), manifest.meta("machine")
     finally:
         manifest.close()
     seconds = {
@@ -202,6 +209,7 @@ def run_info(path: str | Path) -> RunInfo:
         history=json.loads(history or "[]"),
         store=directory.store,
         extension=_extension(directory.root),
+        machine=machine or "",
     )
 
 
@@ -220,6 +228,33 @@ def _extension(root: Path) -> tuple[int, int, int] | None:
     return None
 
 
+def run_receipts(path: str | Path) -> list[Receipt]:
+    """Receipts of all tasks of a run in the order of their commits, those that were done again more than once.
+
+    Args:
+        path: the run directory.
+
+    Returns:
+        What ``receipts.jsonl`` has, or where it is not there what the manifest has: the last of each task.
+
+    Raises:
+        StorageError: if there is no run.
+    """
+    directory = RunDirectory(path)
+    with suppress(OSError):
+        found = []
+        for line in directory.receipts_path.read_text().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # the last line of a run that was cut off may be torn
+                fields: dict[str, Any] = json.loads(line)
+                found.append(Receipt(**fields))
+        return found
+    manifest = Manifest(directory.root, read_only=True)
+    try:
+        return list(manifest.receipts().values())
+    finally:
+        manifest.close()
+
+
 def keep_audit(directory: RunDirectory, plan: Plan, audit: Audit) -> None:
     """Keep what an audit saw, for ``info``; a run that cannot be written is left as it is."""
     if audit.relative_error is None:
@@ -229,6 +264,11 @@ def keep_audit(directory: RunDirectory, plan: Plan, audit: Audit) -> None:
         "predicted_error": audit.predicted_error,
         "entries": audit.entries,
         "passed": audit.passed,
+        "plan": plan.digest,
+        "tolerance": audit.tolerance,
+        "coverage": audit.coverage,
+        "checks": [asdict(check) for check in audit.checks],
+        "compared": None if audit.compared is None else audit.compared.figures(),
         "proof": None if audit.proof is None else _proof_fields(plan, audit.proof, "verify"),
     }
     _keep(directory, seen)

@@ -2,238 +2,108 @@
 
 from __future__ import annotations
 
-import base64
-import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
 
-import jinja2
-
+from ooc_ntk import api
 from ooc_ntk.errors import InputError
-from ooc_ntk.storage.atomic import write_whole
-from ooc_ntk.storage.results import read_result
+from ooc_ntk.storage.storeurl import is_store
+from ooc_ntk.units import format_bytes, format_count, format_seconds
 
-from .neighbours import MARKS, summary_lines
-from .tables import promised_and_measured, provenance, state
-
-if TYPE_CHECKING:
-    from ooc_ntk.api import RunInfo
-
-#: Name of the report in the run directory.
-REPORT: Final = "report.html"
-
-#: Results by the name of their folder: title, what the picture shows, and the command that makes them.
-RESULTS: Final = {
-    "fit": ("Kernel regression", "errors over the ridge", "ooc-ntk fit {run}"),
-    "spectrum": ("Spectrum", "eigenvalues of the kernel", "ooc-ntk spectrum {run}"),
-    "nearest": ("Nearest samples", "samples beside their nearest train samples", "ooc-ntk nearest {run}"),
-    "surrogate": ("Surrogate", "predictions of the kernel beside those of the network", "ooc-ntk surrogate {run}"),
-}
-
-#: Figures of a list that are shown; longer ones are counted (a choice).
-SHOWN_NUMBERS: Final = 8
-
-#: Figures that are said in words, or in a table of their own.
-_SAID: Final = ("shown", "same_class", "near_to_most", "note", "plan")
+from .embed import check_target, render, require_bokeh, save
+from .parts import Page, Section
+from .sections import drift, entries, origin, results, similar, work
+from .sections.run import REPORT, Run, open_run
+from .tables import state
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A line of promised and measured figures."""
-
-    quantity: str
-    cells: tuple[str, ...]
-    indented: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """A line of samples: one, or below it one of its neighbours."""
-
-    sample: str
-    value: str
-    label: str
-    text: str
-    head: bool
-
-
-@dataclass(frozen=True)
-class Section:
-    """One result, or the command that makes it.
-
-    Attributes:
-        name: of the result.
-        title: heading.
-        command: what makes it.
-        missing: whether it is not there.
-        picture: as an address that holds the picture itself, or empty.
-        alt: what the picture shows.
-        lines: the result in words.
-        figures: main figures, label and value.
-        examples: samples with their neighbours.
-        examples_title: of their table.
-        with_texts: whether samples have texts.
-    """
-
-    name: str
-    title: str
-    command: str
-    missing: bool
-    picture: str = ""
-    alt: str = ""
-    lines: tuple[str, ...] = ()
-    figures: tuple[tuple[str, str], ...] = ()
-    examples: tuple[Example, ...] = ()
-    examples_title: str = ""
-    with_texts: bool = False
-
-
-@dataclass(frozen=True)
-class Page:
-    """All that the page shows, as text.
-
-    Attributes:
-        title: name of the run.
-        state: how far it is.
-        computed: the plan's summary.
-        notes: notes of the plan.
-        promised: promises beside measurements.
-        sections: results.
-        provenance: digests and versions.
-    """
-
-    title: str
-    state: str
-    computed: list[tuple[str, str]]
-    notes: tuple[str, ...]
-    promised: list[Measured]
-    sections: list[Section]
-    provenance: list[tuple[str, str]]
-
-
-def write_page(info: RunInfo, out: Path | None = None) -> Path:
+def write_page(path: str | Path, out: str | Path | None = None, *, job: api.Job | None = None) -> Path:
     """Write the report of a run; made again from the same results, it is the same to the byte.
 
     Args:
-        info: the run as it stands.
-        out: file to write; None is ``report.html`` in the run directory.
+        path: run directory, finished or not; or a directory of checkpoints; or the URL of the store of a finished run.
+        out: file to write; None is ``report.html`` in the directory.
+        job: the job, for labels and samples of a run that was made from live objects.
 
     Returns:
         The file.
 
     Raises:
-        InputError: if ``out`` is a folder.
-        StorageError: if the file cannot be written.
+        InputError: if Bokeh is not installed, ``out`` is a folder, or a store is given and no file.
+        StorageError: if there is no run, or the file cannot be written.
     """
-    target = info.path / REPORT if out is None else out
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; name a file for the report, for example {target / REPORT}")
-    write_whole(target.parent, target.name, render_page(info).encode())
-    return target
+    require_bokeh()
+    if out is None and is_store(path):
+        raise InputError(f"say where the report of {path} goes: --out report.html")
+    target = Path(path) / REPORT if out is None else Path(out)
+    check_target(target)
+    return save(make_page(path, job), target)
 
 
-def render_page(info: RunInfo) -> str:
-    """The report of a run as HTML, everything that it shows inside.
+def render_page(path: str | Path, job: api.Job | None = None) -> str:
+    """The report of a run as HTML, everything that it shows inside; see :func:`write_page`."""
+    require_bokeh()
+    return render(make_page(path, job))
+
+
+def make_page(path: str | Path, job: api.Job | None = None) -> Page:
+    """All that the report of a run shows.
 
     Args:
-        info: the run as it stands.
+        path: as for :func:`write_page`.
+        job: likewise.
+
+    Raises:
+        StorageError: if there is no run.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(page=_page(info))
+    if not is_store(path) and (several := api.info_checkpoints(path)):
+        return drift.page(Path(path), several)
+    run = open_run(path, job)
+    return Page(title=run.name, lead=_lead(run), sections=tuple(_sections(run)), facts=tuple(_facts(run)))
 
 
-def _page(info: RunInfo) -> Page:
-    own = info.path / REPORT
-    if own.is_file():  # the size of an earlier report is none of the run's figures
-        info = replace(info, disk_bytes=info.disk_bytes - own.stat().st_size)
-    rows = promised_and_measured(info)
-    return Page(
-        title=info.path.absolute().name,
-        state=state(info),
-        computed=info.plan.summary(),
-        notes=info.plan.notes,
-        promised=[Measured(row[0].strip(), row[1:], row[0].startswith(" ")) for row in rows],
-        sections=[_section(info.path, name) for name in RESULTS],
-        provenance=provenance(info),
-    )
+def _lead(run: Run) -> str:
+    """What the run is, in a line."""
+    return f"{run.info.plan.summary()[0][1]}. {state(run.info).capitalize()}."
 
 
-def _section(run: Path, name: str) -> Section:
-    """A result with its picture and figures, or how to make it."""
-    title, alt, command = RESULTS[name]
-    command = command.format(run=shlex.quote(str(run)))
-    found = read_result(run, name)
-    if not isinstance(found, dict):
-        return Section(name, title, command, missing=True)
-    section = Section(
-        name=name,
-        title=title,
-        command=command,
-        missing=False,
-        picture=_embedded(run / name / f"{name}.png"),
-        alt=f"{title}: {alt}",
-        figures=tuple(_figures({key: value for key, value in found.items() if key not in _SAID})),
-        lines=(f"note: {found['note']}",) if found.get("note") else (),
-    )
-    if name != "nearest":
-        return section
-    examples = tuple(_examples(found))
-    return replace(
-        section,
-        lines=(*summary_lines(found), *section.lines),
-        examples=examples,
-        examples_title=f"{sum(each.head for each in examples)} samples and their neighbours as a table",
-        with_texts=any(each.text for each in examples),
-    )
+def _sections(run: Run) -> list[Section]:
+    """Sections in the order of what a reader asks."""
+    found = [origin.computed(run)]
+    if run.kernel is not None:
+        found += [entries.heat_map(run), entries.distributions(run)]
+        if run.info.layer_traces:
+            found.append(entries.layers(run))
+        if run.info.plan.projection is not None:
+            found.append(entries.residuals(run))
+        found += [results.spectrum(run), results.regression(run)]
+        surrogates = results.surrogates(run)
+        if surrogates is not None:
+            found.append(surrogates)
+        found.append(similar.nearest(run))
+    found += [work.promised(run), work.timeline(run)]
+    if run.kernel is not None:
+        found.append(origin.verification(run))
+    found.append(origin.origin(run))
+    return found
 
 
-def _embedded(path: Path) -> str:
-    """A picture as an address that holds it; empty if there is none."""
-    if not path.is_file():
-        return ""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _figures(found: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Figures with their names, those inside others after the name of the whole."""
-    for key, value in found.items():
-        label = f"{before}{key}".replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from _figures(value, f"{label}, ")
-        elif isinstance(value, list):
-            plain = len(value) <= SHOWN_NUMBERS and not any(isinstance(each, list | Mapping) for each in value)
-            yield label, ", ".join(map(_figure, value)) if plain else f"{len(value):,} entries, in the JSON file"
-        else:
-            yield label, _figure(value)
-
-
-def _figure(value: object) -> str:
-    """A figure as text."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _examples(found: Mapping[str, Any]) -> Iterator[Example]:
-    """Samples of ``nearest.json``, each followed by its neighbours."""
-    for row in found.get("shown") or []:
-        yield Example(f"{found['rows']} {row['index']}", "", _figure_or_empty(row["label"]), row["text"] or "", True)
-        for each in row["neighbours"]:
-            label = f"{_figure_or_empty(each['label'])} {MARKS[each['same_class']]}".strip()
-            yield Example(f"train {each['index']}", f"{each['value']:.4g}", label, each["text"] or "", False)
-
-
-def _figure_or_empty(value: object) -> str:
-    return "" if value is None else _figure(value)
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The figures that are looked for first."""
+    info, plan = run.info, run.info.plan
+    rows, columns = plan.kernel_shape
+    found = [
+        (f"{rows:,} × {columns:,}", "kernel"),
+        (format_count(plan.columns).strip(), "parameters"),
+        (format_seconds(info.seconds), "time of work"),
+        (format_bytes(info.host_bytes), "peak host memory"),
+    ]
+    if not info.finished:
+        return [*found, (f"{info.kernel_tiles_done:,} of {info.kernel_tiles:,}", "tiles done")]
+    if info.expected_error is not None:
+        found.append((f"{info.expected_error:.2%}", "expected error of the projection"))
+    kept, network = run.result("fit"), results.network_accuracy(run)
+    if network is not None:
+        found.append((f"{network[0]:.1%}", "test accuracy, network"))
+    if kept is not None and kept.get("accuracy") is not None:
+        found.append((f"{kept['accuracy']:.1%}", "test accuracy, kernel"))
+    return found

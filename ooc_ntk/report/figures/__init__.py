@@ -1,0 +1,1 @@
+"""Figures of the report, drawn by Bokeh (extra ``report``): one module each."""

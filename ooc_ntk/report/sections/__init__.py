@@ -1,0 +1,1 @@
+"""Sections of the report: what is read of a run, and what is said of it."""
