@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,24 +14,37 @@ from torch import nn
 
 import ooc_ntk
 
-from . import nngeometry_peer
 from .inputs import Inputs
 from .peers import MEMORY_BYTES, Refused, Result, jacobian_contraction, per_sample_loop
+from .peers.curvlinops_peer import curvlinops_kernel
+from .peers.dattri_peer import dattri_kernel
+from .peers.neural_tangents_peer import interpreter, neural_tangents_kernel
+from .peers.nngeometry_peer import nngeometry_kernel
+from .peers.opacus_peer import opacus_kernel
+from .peers.traker_peer import traker_kernel
 
 #: Where everything is computed.
 DEVICE = "cpu"
 
 #: Names of the table.
-OURS, DENSE, LOOP, TUTORIAL, NNGEOMETRY = (
-    "ooc-ntk",
-    "ooc-ntk, dense engine",
-    "per-sample loop",
-    "torch.func tutorial",
-    "nngeometry",
-)
+OURS, DENSE, LOOP, TUTORIAL = "ooc-ntk", "ooc-ntk, dense engine", "per-sample loop", "torch.func tutorial"
+NNGEOMETRY, OPACUS, DATTRI, TRAK = "nngeometry", "Opacus", "dattri", "TRAK"
+CURVLINOPS, NEURAL_TANGENTS = "curvlinops", "neural-tangents"
 
 #: Peers by the name that ``--peers`` takes.
-PEERS = {"loop": LOOP, "torch.func": TUTORIAL, "nngeometry": NNGEOMETRY}
+PEERS = {
+    "loop": LOOP,
+    "torch.func": TUTORIAL,
+    "nngeometry": NNGEOMETRY,
+    "opacus": OPACUS,
+    "dattri": DATTRI,
+    "trak": TRAK,
+    "curvlinops": CURVLINOPS,
+    "neural-tangents": NEURAL_TANGENTS,
+}
+
+#: By peer what it is imported as, where it is a package that may be absent.
+MODULES = {NNGEOMETRY: "nngeometry", OPACUS: "opacus", DATTRI: "dattri", TRAK: "trak", CURVLINOPS: "curvlinops"}
 
 
 def ooc_kernel(model: nn.Module, inputs: Inputs, preferences: ooc_ntk.Preferences | None = None) -> Result:
@@ -91,7 +105,28 @@ def dense_kernel(model: nn.Module, inputs: Inputs) -> Result:
 CONTENDERS: dict[str, Callable[[nn.Module, Inputs], Result]] = {
     LOOP: per_sample_loop,
     TUTORIAL: jacobian_contraction,
-    NNGEOMETRY: nngeometry_peer.nngeometry_kernel,
+    NNGEOMETRY: nngeometry_kernel,
+    OPACUS: opacus_kernel,
+    DATTRI: dattri_kernel,
+    TRAK: traker_kernel,
+    CURVLINOPS: curvlinops_kernel,
+    NEURAL_TANGENTS: neural_tangents_kernel,
     DENSE: dense_kernel,
     OURS: ooc_kernel,
 }
+
+
+def absent(contender: str) -> str | None:
+    """Why a contender cannot take part here, whatever the workload.
+
+    Args:
+        contender: its name.
+
+    Returns:
+        The reason with what to do about it, or None if it can.
+    """
+    if contender == NEURAL_TANGENTS and interpreter() is None:
+        return "its environment is not there; bash bench/neural_tangents/make_environment.sh"
+    if contender in MODULES and importlib.util.find_spec(MODULES[contender]) is None:
+        return "not installed; pip install 'ooc-ntk[bench]'"
+    return None

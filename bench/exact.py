@@ -21,8 +21,7 @@ import torch
 
 import ooc_ntk
 
-from . import nngeometry_peer
-from .contenders import DENSE, NNGEOMETRY, OURS, PEERS
+from .contenders import DENSE, OURS, PEERS, absent
 from .floors import Floors
 from .models import WORKLOADS
 from .process import FLOORS, Case, Measurement, Task, calibrate_once, floors_apart, measure_apart
@@ -195,9 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name} is left out: {', '.join(missing)} not installed; pip install 'ooc-ntk[bench]'")
             workloads.remove(name)
     peers = [PEERS[key] for key in keys]
-    if NNGEOMETRY in peers and not nngeometry_peer.installed():
-        print(f"{NNGEOMETRY} is left out: not installed; pip install 'ooc-ntk[bench]'")
-        peers.remove(NNGEOMETRY)
+    for name in peers.copy():
+        reason = absent(name)
+        if reason:
+            print(f"{name} is left out: {reason}")
+            peers.remove(name)
     contenders = (*peers, *([DENSE] if chosen.dense else []), OURS)
     how = Setting(
         contenders, chosen.repeats, chosen.smoke, torch.get_num_threads(), chosen.peer_seconds, chosen.profile

@@ -162,6 +162,16 @@ WORKLOADS = {
         Size(lambda: mlp(784, 1024, 10), images(784), (128, 2048)),
         Size(lambda: mlp(20, 24, 3), images(20), (6, 12)),
     ),
+    "small-mlp": Workload(
+        "MLP 784-128-128-10",
+        Size(lambda: mlp(784, 128, 10), images(784), (64, 512)),
+        Size(lambda: mlp(20, 8, 3), images(20), (6,)),
+    ),
+    "small-cnn": Workload(
+        "CNN of three convolutions, 28×28 images, 10 outputs",
+        Size(convolutional, images(1, 28, 28), (64, 512)),
+        Size(convolutional, images(1, 28, 28), (6,)),
+    ),
     "resnet18": Workload(
         "ResNet-18, 32×32 stem, width 64",
         Size(lambda: ResNet18(64, 1), images(3, 32, 32), (128, 512)),

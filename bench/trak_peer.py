@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,10 @@ def compare_stores(
     return [Store("TRAK BasicProjector", dim, *means, float(figures[:, 4].min())), *ours.values()]
 
 
-def time_blocks(gradients: Tensor, samples: int, dim: int) -> BlockTiming:
-    """Time a few blocks of TRAK's projector on a batch and scale them to a whole projection.
+def time_blocks(
+    gradients: Tensor, samples: int, dim: int, make: Callable[[int, int, int, int], Any] = projector
+) -> BlockTiming:
+    """Time a few blocks of TRAK's projector, or of dattri's, on a batch and scale them to a whole projection.
 
     Every block makes P × 100 signs and multiplies once, whatever the number of blocks; the last one, if it is narrower,
     makes as many.
@@ -149,6 +151,7 @@ def time_blocks(gradients: Tensor, samples: int, dim: int) -> BlockTiming:
         gradients: (samples · outputs, parameters).
         samples: number of samples.
         dim: columns of the whole projection.
+        make: a projector from parameters, columns, seed and columns of a block.
 
     Returns:
         The time.
@@ -156,8 +159,8 @@ def time_blocks(gradients: Tensor, samples: int, dim: int) -> BlockTiming:
     columns = min(BLOCK_COLUMNS, dim // TIMED_BLOCKS)
     blocks = math.ceil(dim / columns)
     # With a single block TRAK would keep its signs; two are made anew for each batch, as all 41 of 4,096 columns are.
-    made = projector(gradients.shape[1], TIMED_BLOCKS * columns, 0, columns)
+    made = make(gradients.shape[1], TIMED_BLOCKS * columns, 0, columns)
     start = time.perf_counter()
-    made.project(gradients, model_id=0)
+    made.project(gradients, 0)
     seconds = time.perf_counter() - start
     return BlockTiming(blocks, TIMED_BLOCKS, columns, seconds, seconds * blocks / TIMED_BLOCKS / samples)

@@ -16,6 +16,8 @@ from ooc_ntk.execution.prepare import first_samples, prepare
 
 from . import trak_peer
 from .bars import Check
+from .contenders import DATTRI, absent
+from .peers import dattri_peer
 from .process import peak_resident_bytes
 from .projection_data import RealData, digits
 from .projection_records import Outcome, Setting
@@ -82,10 +84,13 @@ def _trak_on_large(setting: Setting, outcome: Outcome) -> None:
     over = timing.sample_seconds / sjlt.sample_seconds
     check = Check(TRAK_OVER_OURS, over, None, TRAK_BAR, True, None if setting.smoke else over >= TRAK_BAR)
     outcome.checks.append(check)
-    rows = (
-        ("TRAK BasicProjector", timing.sample_seconds, over * sjlt.ratio, peak_resident_bytes()),
-        (trak_peer.SJLT, sjlt.sample_seconds, sjlt.ratio, sjlt.peak_bytes),
-    )
+    rows = [("TRAK BasicProjector", timing.sample_seconds, over * sjlt.ratio, peak_resident_bytes())]
+    if absent(DATTRI) is None:
+        reset_peak()
+        took = trak_peer.time_blocks(gradients, samples, dim, dattri_peer.projector).sample_seconds
+        ratio = took / sjlt.sample_seconds * sjlt.ratio
+        rows.append(("dattri BasicProjector", took, ratio, peak_resident_bytes()))
+    rows.append((trak_peer.SJLT, sjlt.sample_seconds, sjlt.ratio, sjlt.peak_bytes))
     cells = [
         ("projector", "ms/sample", "/ sjlt", "/ capture", "peak GiB"),
         *(
@@ -97,7 +102,7 @@ def _trak_on_large(setting: Setting, outcome: Outcome) -> None:
     remark = (
         f"  TRAK: {timing.timed} of {timing.blocks} blocks of {timing.block_columns} columns timed "
         f"({timing.timed_seconds:.2f} s) and scaled by {timing.blocks / timing.timed:g}; each makes P × "
-        f"{timing.block_columns} signs anew."
+        f"{timing.block_columns} signs anew. dattri's, where it is installed, goes about it likewise."
     )
     outcome.table(title, [*aligned(cells), remark, f"  {check}"])
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bars, exact, growth, peers, table
+from bench import bars, exact, growth, table
 from bench.bars import BARS, DENSE_ENGINE
+from bench.contenders import absent
 from bench.floors import capture_seconds
 from bench.inputs import as_double
 from bench.models import WORKLOADS, build
-from bench.nngeometry_peer import installed, nngeometry_kernel
-from bench.peers import Refused, chunks_within, jacobian_contraction, per_sample_loop
+from bench.peers import Refused, chunks_within, jacobian_contraction, per_sample_loop, plain
+from bench.peers.nngeometry_peer import nngeometry_kernel
 from bench.sentences import sentences
 from bench.table import relative_error
 from ooc_ntk.compute.machine import limited_threads
@@ -28,9 +29,9 @@ from tests.cases import FLOAT64, KINKED
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["mlp", "resnet18", "resnet18-c10", "vit"]
-NNGEOMETRY = ["nngeometry"] if installed() else []
+NNGEOMETRY = [] if absent("nngeometry") else ["nngeometry"]
 OURS = ["ooc-ntk, run", "ooc-ntk, plan + run"]
-needs_nngeometry = pytest.mark.skipif(not installed(), reason="nngeometry is not installed: see bench/README.md")
+needs_nngeometry = pytest.mark.skipif(not NNGEOMETRY, reason="nngeometry is not installed: see bench/README.md")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,8 @@ def run_bench(module: str, *arguments: str) -> str:
 
 def test_contenders_agree_and_the_table_is_complete(tmp_path: Path) -> None:
     record = tmp_path / "exact.json"
-    text = run_bench("bench.exact", "--workloads", ",".join(NAMES), "--dense", "--profile", "--json", str(record))
+    chosen = ["--workloads", ",".join(NAMES), "--peers", "loop,torch.func,nngeometry"]  # others: test_bench_peers
+    text = run_bench("bench.exact", *chosen, "--dense", "--profile", "--json", str(record))
 
     found = json.loads(record.read_text())["comparisons"]
     counts = [(name, samples) for name in NAMES for samples in WORKLOADS[name].smoke.samples]
@@ -148,7 +150,7 @@ def test_nngeometry_agrees_in_groups_of_layers(name: str) -> None:
         assert "chunks" in found.remark
 
 
-@pytest.mark.parametrize("module", [bars, peers, table])
+@pytest.mark.parametrize("module", [bars, plain, table])
 def test_examples_of_docstrings(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.failed == 0 < result.attempted

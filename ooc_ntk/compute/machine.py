@@ -36,7 +36,17 @@ def peak_resident_bytes(*, children: bool = True) -> int:
 
 def _processes(children: bool) -> list[psutil.Process]:
     process = psutil.Process()
-    return [process, *(process.children(recursive=True) if children else ())]
+    if not children or _childless():
+        return [process]
+    return [process, *process.children(recursive=True)]
+
+
+def _childless() -> bool:
+    """Whether Linux says that no thread of this process has a child; psutil reads every process of the machine."""
+    try:
+        return not any((thread / "children").read_text() for thread in Path("/proc/self/task").iterdir())
+    except OSError:  # another system, or a thread has just ended and its children are another one's now
+        return False
 
 
 def _high_water(pid: int) -> int:

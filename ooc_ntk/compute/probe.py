@@ -63,6 +63,9 @@ LARGEST_PROJECTED: Final = 1024
 #: Seconds after which a timing is not repeated.
 ENOUGH_SECONDS: Final = 0.2
 
+#: How often a trial that is not long is repeated; the best counts (guessed).
+TRIAL_REPEATS: Final = 3
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -209,20 +212,22 @@ def _measure_capture(
     if not batch_size:
         size = even_size(available, size)
 
-    def timed(samples: int) -> tuple[float, int]:
+    def timed(samples: int, repeats: int = TRIAL_REPEATS) -> tuple[float, int]:
         batch = fetch(samples)
         given = {name: _room(factors, len(batch), capture, item) for name, factors in merged.items()}
-        return _timed(lambda: _let_go(capture.run(batch, given.get)))
+        return _timed(lambda: _let_go(capture.run(batch, given.get)), repeats)
 
     trial = min(size, SMALLEST_CAPTURE)
-    seconds, peak = timed(trial)
+    seconds, peak = timed(trial, 1 if trial < size else TRIAL_REPEATS)
     if trial < size:
         # As large a trial as a tenth of the run pays for, or a fifth of a second.
         spendable = max(ENOUGH_SECONDS, 0.1 * seconds / trial * available)
         larger = min(size, int(spendable / (seconds / trial)))
         if larger > trial:
             trial = larger
-            seconds, peak = timed(trial)
+            # A run that is over in no time is not worth several of these trials, which may be as large as it.
+            short = seconds / SMALLEST_CAPTURE * available <= ENOUGH_SECONDS
+            seconds, peak = timed(trial, 1 if short else TRIAL_REPEATS)
     working = max(peak * size // trial, size * 2 * activation_bytes)
     return Derivation(
         method="rules",
@@ -408,7 +413,7 @@ def _drain_first(method: VmapJacobian, fetch: Callable[[int], ModelBatch], sampl
     _drain(method, fetch(samples), names)
 
 
-def _timed(work: Callable[[], None]) -> tuple[float, int]:
+def _timed(work: Callable[[], None], repeats: int = TRIAL_REPEATS) -> tuple[float, int]:
     """Seconds of ``work`` (the best of a few, unless it is long) and the memory it took beside, in bytes."""
     with PeakSampler() as sampler:
         start = time.perf_counter()
@@ -417,7 +422,7 @@ def _timed(work: Callable[[], None]) -> tuple[float, int]:
         took = time.perf_counter() - start
     best = took
     spent = took
-    for _ in range(3):
+    for _ in range(repeats):
         if spent > ENOUGH_SECONDS:
             break
         start = time.perf_counter()

@@ -162,13 +162,9 @@ def create_run(
                 "plan or choose another --out"
             )
         claim_store(directory, manifest)
-        manifest.set_meta("job", json.dumps(dict(digests)))
-        manifest.set_meta("plan", plan.digest)
-        manifest.set_meta("sketch", sketch)
-        manifest.set_meta("versions", json.dumps(versions()))
-        manifest.set_meta("machine", machine())
-        for name, text in (notes or {}).items():
-            manifest.set_meta(name, text)
+        texts = {"job": json.dumps(dict(digests)), "plan": plan.digest, "sketch": sketch}
+        made = {"versions": json.dumps(versions()), "machine": machine()}
+        manifest.set_metas({**texts, **made, **(notes or {})})
     finally:
         manifest.close()
     directory.write_text(directory.job_path, job)

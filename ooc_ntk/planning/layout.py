@@ -230,6 +230,8 @@ def pass_ranges(sample_bytes: Sequence[int], store_bytes: int) -> tuple[Range, .
     if not sample_bytes or largest > store_bytes:
         return None
     ends = list(accumulate(sample_bytes))
+    if ends[-1] <= store_bytes:
+        return (Range(0, len(ends)),)
     filled = _fill(ends, store_bytes)
     fewest = len(filled)
     if fewest > EVENED_PASSES:

@@ -232,7 +232,12 @@ class Manifest:
 
     def set_meta(self, name: str, value: str) -> None:
         """Keep a named text."""
-        self._write(lambda: self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value)))
+        self.set_metas({name: value})
+
+    def set_metas(self, texts: Mapping[str, str]) -> None:
+        """Keep several texts by name, as one transaction: each is synced to the disk by itself."""
+        statement = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
+        self._write(lambda: self._database.executemany(statement, list(texts.items())))
 
     def _read(self, statement: str, *values: str) -> list[Any]:
         """Rows of a query.

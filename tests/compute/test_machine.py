@@ -156,3 +156,30 @@ def test_children_are_counted_where_they_are_asked_for():
     finally:
         child.kill()
         child.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the children of a thread")
+def test_other_processes_are_looked_for_only_by_a_process_with_children(monkeypatch):
+    looked = []
+    monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: looked.append(recursive) or [])
+    if not machine._childless():
+        pytest.skip("a process that another test started is still there")
+    assert machine.peak_resident_bytes() >= machine.resident_bytes(children=True) * 0.9
+    assert looked == []
+
+    def from_a_thread():
+        started.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        done.wait()
+
+    started, done = [], threading.Event()
+    thread = threading.Thread(target=from_a_thread)
+    thread.start()
+    try:
+        while not started:
+            time.sleep(0.01)
+        machine.peak_resident_bytes()
+        assert looked == [True]
+    finally:
+        done.set()
+        thread.join()
+        started[0].communicate(b"\n")

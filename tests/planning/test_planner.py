@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ooc_ntk.errors import BudgetError, InputError
+from ooc_ntk.planning import planner
 from ooc_ntk.planning.layout import MAX_TASKS, MAX_TILE_ELEMENTS
 from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES, memory_need
 from ooc_ntk.planning.planner import (
@@ -305,3 +306,34 @@ def test_triangles_fill_the_memory_at_every_size(room, side):
     largest = max(len(block.tiles) for block in plan.superblocks) * plan.tile_samples**2 * 4
     assert samples / math.sqrt(largest / 4) >= 7.8, "N/b"
     assert plan.io_ratio <= 1.3, (plan.layout.describe(), plan.triangles)
+
+
+def test_a_job_that_is_over_at_once_is_not_searched(monkeypatch):
+    """In tiles of all samples, whatever else there is; and the search finds none that is clearly faster."""
+    small = small_workload(sizes=(3000, 2000), derivation=Derivation("vmap", 8, 1e-5, 1e-5, MIB, MIB))
+    priced = []
+    price = planner.price
+    monkeypatch.setattr(planner, "price", lambda *args: priced.append(args[1].tile_samples) or price(*args))
+    quick = make_plan(small, ample(), UNCALIBRATED)
+    assert quick.promised.seconds <= planner.QUICK_SECONDS
+    assert set(priced) == {small.train_samples}
+    assert {"resident", "spill"} <= {entry.dataflow for entry in quick.alternatives}
+
+    monkeypatch.setattr(planner, "QUICK_SECONDS", 0.0)
+    searched = make_plan(small, ample(), UNCALIBRATED)
+    assert len(set(priced)) > 1
+    assert quick.promised.seconds <= searched.promised.seconds * (1 + planner.EQUALLY_FAST)
+
+
+@pytest.mark.parametrize(("sample_seconds", "short"), [(0.1, True), (1.0, False)])
+def test_memory_that_hardly_differs_cuts_no_short_job_into_many_tasks(sample_seconds, short, monkeypatch):
+    derivation = Derivation("vmap", 8, sample_seconds, sample_seconds, MIB, MIB)
+    job = small_workload(derivation=derivation)
+    found = make_plan(job, ample(), UNCALIBRATED)
+    monkeypatch.setattr(planner, "NEGLIGIBLE_BYTES", 0)
+    least = make_plan(job, ample(), UNCALIBRATED)
+    assert (found == least) == (not short)
+    if short:
+        assert least.promised.host_bytes < found.promised.host_bytes <= least.promised.host_bytes + 16 * MIB
+        assert found.promised.seconds < least.promised.seconds
+        assert found.task_count < least.task_count

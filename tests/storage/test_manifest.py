@@ -48,6 +48,14 @@ def test_commits_survive_closing(tmp_path):
         manifest.close()
 
 
+def test_several_texts_are_one_transaction(manifest):
+    statements = []
+    manifest._database.set_trace_callback(statements.append)
+    manifest.set_metas({"job": "a", "plan": "b", "sketch": ""})
+    assert [manifest.meta(name) for name in ("job", "plan", "sketch")] == ["a", "b", ""]
+    assert statements.count("COMMIT") == 1
+
+
 def test_a_replaced_file_is_forgotten_not_deleted(manifest, tmp_path):
     manifest.commit(publish(tmp_path, "kernel-0-0-0", "partial-0"))
     manifest.commit(publish(tmp_path, "kernel-1-0-0", "partial-1", replaces=("partial-0",)))

@@ -8,7 +8,6 @@ For any other layer ``GramMatrix`` derives the same Jacobian twice, so ``Jacobia
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .inputs import Inputs, call, count_outputs, count_parameters, count_samples
-from .peers import MEMORY_BYTES, Refused, Result
+from bench.inputs import Inputs, call, count_outputs, count_parameters, count_samples
+
+from .result import MEMORY_BYTES, Refused, Result, require
 
 if TYPE_CHECKING:
     from nngeometry.layercollection import LayerCollection
@@ -28,11 +28,6 @@ JACOBIAN_SHARE = 0.75
 
 #: Samples per batch of the Jacobian, which bounds what one layer's gradients take (guessed).
 BATCH_SAMPLES = 64
-
-
-def installed() -> bool:
-    """Whether nngeometry can be imported."""
-    return importlib.util.find_spec("nngeometry") is not None
 
 
 def nngeometry_kernel(model: nn.Module, inputs: Inputs, memory_bytes: int = MEMORY_BYTES) -> Result:
@@ -49,6 +44,7 @@ def nngeometry_kernel(model: nn.Module, inputs: Inputs, memory_bytes: int = MEMO
     Raises:
         Refused: if it does not know a layer, or one layer's Jacobian does not fit.
     """
+    require("nngeometry", "nngeometry")
     from nngeometry.layercollection import LayerCollection
 
     try:

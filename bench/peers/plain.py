@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .inputs import Inputs, as_double, call, count_outputs, count_parameters, count_samples, map_tensors, take
+from bench.inputs import Inputs, as_double, call, count_outputs, count_parameters, count_samples, map_tensors, take
 
-#: Bytes that a contender may take; what bounds the chunks of the peers and the budget of ooc-ntk.
-MEMORY_BYTES = 18 * 2**30
+from .result import MEMORY_BYTES, Refused, Result
 
 #: Share of the memory that the per-sample loop gives to its rows of the Jacobian; the rest is for the process, the
 #: model, one sample's activations and its gradients (guessed; the peaks that the benchmark prints show the slack).
@@ -30,40 +29,6 @@ ROWS_SHARE = 0.85
 #: 1.0 to 1.3, see the peaks that the benchmark prints). Larger chunks took less processor time on
 #: ResNet-18 and the ViT and made no clear difference on the MLP (measured, on a busy machine).
 CHUNK_SHARE = 1.5
-
-
-class Refused(Exception):  # noqa: N818 - an outcome that the table prints, not a failure of the benchmark
-    """A contender cannot take a workload; the message says why."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a contender computed and how long each phase took.
-
-    Attributes:
-        kernel: (samples, samples), float32 or float64.
-        plan_seconds: deciding how (0 for those that decide nothing).
-        derive_seconds: the Jacobian.
-        contract_seconds: its products.
-        other_seconds: whatever else it does before the kernel is there.
-        remark: how it went about it, for the table's foot.
-        figures: what its plan says, in FLOPs and bytes (ooc-ntk only).
-        phases: seconds by phase (ooc-ntk only).
-    """
-
-    kernel: np.ndarray
-    plan_seconds: float = 0.0
-    derive_seconds: float = 0.0
-    contract_seconds: float = 0.0
-    other_seconds: float = 0.0
-    remark: str = ""
-    figures: dict[str, int] = field(default_factory=dict)
-    phases: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def run_seconds(self) -> float:
-        """All of it but the plan."""
-        return self.derive_seconds + self.contract_seconds + self.other_seconds
 
 
 @dataclass(frozen=True)
