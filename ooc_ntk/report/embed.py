@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -129,8 +128,3 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
 def _data(value: object) -> str:
     """JSON that may stand in a page: no end of an element in it."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-
-
-def plain(values: Iterable[Any]) -> list[Any]:
-    """NumPy numbers as Python's, for columns of a few numbers that stay readable in the page."""
-    return [each.item() if hasattr(each, "item") else each for each in values]

@@ -73,7 +73,7 @@ def draw_promises(promises: Sequence[Kept]) -> Plot:
     )
     hover(plot, [("", "@what"), ("promised", "@promised"), ("measured", "@measured")], [bars])
     plot.segment(x0=[1], y0=[-0.6], x1=[1], y1=[count - 0.4], color=LIGHT["ink"], line_width=1.5)
-    inside = [each.ratio > 0.3 * end for each in promises]
+    inside = [each.ratio > 0.12 * end for each in promises]
     plot.text(
         x=[each.ratio for each in promises],
         y=places,
@@ -84,8 +84,6 @@ def draw_promises(promises: Sequence[Kept]) -> Plot:
         text_font={"value": FONT},
         text_font_size="12px",
         text_color=[LIGHT["ground"] if each else LIGHT["ink"] for each in inside],
-        background_fill_color=LIGHT["ground"],
-        background_fill_alpha=[0.0 if each else 1.0 for each in inside],
     )
     plot.yaxis.ticker = places
     plot.yaxis.major_label_overrides = {place: each.what for place, each in enumerate(promises)}

@@ -164,7 +164,7 @@ def draw_timeline(found: Timeline) -> Plot:
                 source=_columns(mine, at, begin),
                 fill_color=LIGHT[role],
                 line_color=LIGHT["ground"],
-                line_width=1 if len(found.bars) <= 60 else 0,
+                line_width=1 if len(mine) <= 60 else 0,
             )
             told = [("task", "@what"), ("began after", "@began"), ("took", "@took"), ("moved", "@moved")]
             hover(plot, [*told, ("by", "@worker"), ("", "@again")], [bars])

@@ -113,7 +113,7 @@ def verification(run: Run) -> Section:
         ]
     if rows:
         parts.append(Table(("check", "verdict", "what was seen"), tuple(rows), words=(1, 2)))
-    if audited.get("relative_error") is not None:
+    if audited.get("relative_error") is not None and "checks" not in audited:
         projected = audited.get("predicted_error") is not None
         error = f"{audited['relative_error']:.2%}" if projected else f"{audited['relative_error']:.1e}"
         line = f"{audited['entries']:,} entries recomputed in float64, relative error {error}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -195,8 +195,7 @@ def spectra(runs: tuple[Run, Run]) -> Section:
     ]
     there = [each for each in found if each is not None]
     if len(there) == len(runs):
-        for run, each in zip(runs, there, strict=True):
-            object.__setattr__(each, "name", run.name)
+        there = [replace(each, name=run.name) for run, each in zip(runs, there, strict=True)]
         laws = [
             f"{each.name} as rank to the power −{each.decay['value']:.3f} ± {each.decay['error']:.3f}"
             for each in there

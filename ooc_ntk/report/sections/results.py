@@ -91,7 +91,7 @@ def spectrum(run: Run) -> Section:
     dimensions = kept.get("effective_dimension") or []
     if dimensions:
         rows = tuple(
-            (f"{each['ratio']:.0e}", number(each["ridge"]), *_between(each, found.rows)) for each in dimensions
+            (number(each["ratio"], 1), number(each["ridge"]), *_between(each, found.rows)) for each in dimensions
         )
         head = ("ridge / mean diagonal", "ridge", "effective dimension", "of the rows")
         parts.append(Table(head, rows, "Effective dimension: how many directions a ridge leaves free"))
