@@ -555,8 +555,9 @@ def _longest(candidate: _Candidate) -> float:
 def _best(fitting: list[_Candidate], fewer_bytes: float = FEWER_BYTES_SHARE) -> _Candidate:
     """The fastest, preferring short tasks; of equally fast ones of that dataflow the one that moves the fewest bytes.
 
-    Where bytes do not differ, or none move, the one with the smallest memory; of those that hardly differ in it the
-    fastest, where the whole run is no longer than one task should be, so that stopping it loses little.
+    Of those on disk that move equally few the fastest. Where none move, the one with the smallest memory; of those that
+    hardly differ in it the fastest, where the whole run is no longer than one task should be, so that stopping it loses
+    little.
     """
     short = [c for c in fitting if c.cost.longest_task_seconds <= _longest(c)]
     fastest = min(fitting, key=lambda c: c.cost.seconds)
@@ -573,6 +574,8 @@ def _best(fitting: list[_Candidate], fewer_bytes: float = FEWER_BYTES_SHARE) -> 
     ]
     moved = min(c.cost.moved_bytes for c in equal)
     few = [c for c in equal if c.cost.moved_bytes <= moved * (1 + EQUALLY_FEW)]
+    if not fastest.layout.in_memory:  # what memory is left is filled with panels that stay
+        return min(few, key=lambda c: c.cost.seconds)
     least = min(few, key=lambda c: c.need.total("host"))
     if fastest.cost.seconds > LONGEST_TASK_SECONDS:
         return least
