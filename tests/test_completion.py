@@ -64,8 +64,8 @@ def test_runs_are_found_below_what_is_typed(folder, monkeypatch):
     assert complete_run("nowhere/") == []
 
 
-#: Options whose values are sizes, patterns, folders or figures of the user's own.
-OWN = {"parameters", "host_memory", "device_memory", "disk", "watch_disk", "store", "ridges"}
+#: Options whose values are sizes, patterns, folders, runs or figures of the user's own.
+OWN = {"parameters", "host_memory", "device_memory", "disk", "watch_disk", "store", "ridges", "run", "other"}
 
 
 def options():
@@ -88,8 +88,11 @@ def test_every_option_with_known_values_completes_them():
 def test_every_run_argument_completes_runs():
     for command in app.registered_commands:
         parameters = inspect.signature(command.callback, eval_str=True).parameters
-        if "run" in parameters:
-            assert get_args(parameters["run"].annotation)[1].autocompletion is complete_run, command.callback.__name__
+        for name in ("run", "other"):
+            if name in parameters:
+                assert get_args(parameters[name].annotation)[1].autocompletion is complete_run, (
+                    command.callback.__name__
+                )
 
 
 def test_completion_is_installed_into_the_home_folder(tmp_path, monkeypatch):

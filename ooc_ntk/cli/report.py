@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .completion import complete_run
 from .terminal import app, reporting_errors, status
 
 
@@ -14,11 +15,19 @@ from .terminal import app, reporting_errors, status
 def report(
     run: Annotated[
         str,
-        typer.Argument(help="Run directory, or one of checkpoints, or a run's store (URL).", show_default=False),
+        typer.Argument(
+            help="Run directory, or one of checkpoints, or a run's store (URL).",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
     ],
     other: Annotated[
         str | None,
-        typer.Argument(help="Another run of the same samples, to be compared with the first.", show_default=False),
+        typer.Argument(
+            help="Another run of the same samples, to be compared with the first.",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
