@@ -11,7 +11,7 @@ from .errors import InputError
 
 #: Optional modules: what people call it, and what pip is told to install.
 EXTRAS: Final = {
-    "bokeh": ("Bokeh", "ooc-ntk[cluster]"),
+    "bokeh": ("Bokeh", "ooc-ntk[report]"),  # the extra cluster brings it as well
     "cupy": ("CuPy", "ooc-ntk[cu13]"),
     "dask_cuda": ("dask-cuda", "ooc-ntk[cuda-cluster]"),
     "faiss": ("FAISS", "ooc-ntk[faiss]"),

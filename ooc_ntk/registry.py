@@ -2,7 +2,8 @@
 
 A registry's own entries are the modules of its folder, each named as what it registers, and imported when that name is
 first asked for. Entries of other packages come by the entry point group ``ooc_ntk.plugins``, whose modules are imported
-once, the first time that a name is asked for which is not known here; each registers what it adds::
+once: the first time that a name is asked for which is not known here, names are listed for a message or a solver is
+chosen, or layer rules are looked for. Each registers what it adds::
 
     [project.entry-points."ooc_ntk.plugins"]
     mine = "my_package.ooc_ntk_plugin"

@@ -375,7 +375,7 @@ RUNS: dict[str, tuple[Callable[[Path], object], Callable[[], dict], type[Excepti
         RunConflictError,
         ["kernel settings (there", "--out"],
     ),
-    "a newer manifest": (newer, dict, StorageError, ["version 7", "up to 1", "upgrade"]),
+    "a newer manifest": (newer, dict, StorageError, ["format 7", "up to 1", "upgrade"]),
     "two at once": (lock, dict, RunLockedError, ["another run (process", "--out"]),
 }
 

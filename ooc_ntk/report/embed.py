@@ -13,6 +13,7 @@ from typing import Any, Final
 import jinja2
 
 from ooc_ntk.errors import InputError
+from ooc_ntk.extras import require
 from ooc_ntk.storage.atomic import write_whole
 
 from .figures.theme import DARK, LIGHT
@@ -28,10 +29,7 @@ def require_bokeh() -> None:
     Raises:
         InputError: if Bokeh is not installed.
     """
-    try:
-        import bokeh  # noqa: F401
-    except ImportError as error:
-        raise InputError("reports need Bokeh: python -m pip install 'ooc-ntk[report]'") from error
+    require("bokeh", "a report")
 
 
 def save(page: Page, target: Path) -> Path:

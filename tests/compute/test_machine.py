@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from ooc_ntk.compute import machine
+from ooc_ntk.compute.rates import cache_folder
 
 GIB = 2**30
 
@@ -183,3 +185,22 @@ def test_other_processes_are_looked_for_only_by_a_process_with_children(monkeypa
         done.set()
         thread.join()
         started[0].communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("platform", "environment", "folder"),
+    [
+        ("linux", {"OOC_NTK_CACHE": "/a/b"}, Path("/a/b")),
+        ("linux", {"XDG_CACHE_HOME": "/x"}, Path("/x/ooc-ntk")),
+        ("linux", {}, Path.home() / ".cache" / "ooc-ntk"),
+        ("darwin", {"XDG_CACHE_HOME": "/x"}, Path.home() / "Library" / "Caches" / "ooc-ntk"),
+        ("darwin", {"OOC_NTK_CACHE": "/a/b"}, Path("/a/b")),
+    ],
+)
+def test_rates_are_kept_where_the_system_keeps_such_things(monkeypatch, platform, environment, folder):
+    for name in ("OOC_NTK_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.platform", platform)
+    assert cache_folder() == folder

@@ -329,7 +329,9 @@ def test_without_bokeh_the_extra_is_named(cli, exact, monkeypatch):
     for arguments in (("report", exact), ("report", exact, exact), ("demo", "--out", "d")):
         result = cli(*arguments)
         assert result.exit_code == 2
-        assert "reports need Bokeh: python -m pip install 'ooc-ntk[report]'" in " ".join(result.output.split())
+        assert "a report needs Bokeh, which is not installed; run: python -m pip install 'ooc-ntk[report]'" in " ".join(
+            result.output.split()
+        )
     assert not Path("d").exists()
 
 

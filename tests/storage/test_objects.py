@@ -1,5 +1,6 @@
 """Object stores: whole objects or none, checked reads, errors that say what to do, and no secret anywhere."""
 
+import asyncio
 import gc
 import logging
 import pickle
@@ -10,6 +11,8 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import default_buffer_prototype
 
 from ooc_ntk.errors import DamagedFileError, InputError, StorageError, TransientStorageError
 from ooc_ntk.storage import diskrate, objectreads, objects, objectwrites, retries
@@ -541,3 +544,47 @@ def test_a_full_scratch_disk_is_said(files, monkeypatch):
     with pytest.raises(StorageError, match="the disk is full"):
         file.append(np.ones(4, np.uint8))
     file.discard()
+
+
+# --- for Zarr --------------------------------------------------------------------------------------------------------
+
+
+def test_zarr_reads_ranges_and_finds_what_is_there(files):
+    store, buffers = files.zarr_store(), default_buffer_prototype()
+    wants = {
+        None: b"0123456789",
+        RangeByteRequest(2, 5): b"234",
+        OffsetByteRequest(7): b"789",
+        SuffixByteRequest(3): b"789",
+        SuffixByteRequest(30): b"0123456789",
+    }
+
+    async def go() -> None:
+        await store.set("a", buffers.buffer.from_bytes(b"0123456789"))
+        await store.set_if_not_exists("a", buffers.buffer.from_bytes(b"other"))
+        for want, expected in wants.items():
+            found = await store.get("a", buffers, want)
+            assert found.to_bytes() == expected
+        some = await store.get_partial_values(buffers, [("a", RangeByteRequest(0, 1)), ("b", None)])
+        assert [each and each.to_bytes() for each in some] == [b"0", None]
+        assert (await store.exists("a"), await store.exists("b")) == (True, False)
+        await store.delete("a")
+        assert not await store.exists("a")
+
+    asyncio.run(go())
+
+
+def test_zarrs_store_goes_to_other_processes_without_secrets(files):
+    store = files.zarr_store(read_only=True)
+    data = pickle.dumps(store)
+    assert pickle.loads(data) == store
+    assert SECRET.encode() not in data
+    assert store.with_read_only() != store
+    assert store.with_read_only() == files.zarr_store()
+    assert str(store) == files.url
+
+    async def write() -> None:
+        await store.set("a", default_buffer_prototype().buffer.from_bytes(b"1"))
+
+    with pytest.raises(ValueError, match="read-only"):
+        asyncio.run(write())
