@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ooc_ntk.planning.planes import PLANES, cover
@@ -66,6 +66,7 @@ def test_formulas_count_what_superblocks_hold(grid, order, capacity):
     assert found.buffers - max(block.buffers for block in blocks) in (range(1) if even else range(20))
 
 
+@settings(deadline=None)  # grids of some thousand tiles
 @given(
     st.sampled_from([entry for entry in COVERS.items() if entry[0] <= 31]),
     st.integers(1, 3),
