@@ -21,7 +21,7 @@ from .exact import Setting
 from .floors import Floors
 from .models import WORKLOADS
 from .process import FLOORS, Case, Measurement, floors_apart, measure_apart
-from .records import Finding, Record, named
+from .records import WITH_PLAN, Finding, Record, named
 from .registry import load_peers, part
 from .table import Comparison, compare, format_comparison
 
@@ -144,7 +144,7 @@ def records(case: Case, outcomes: Mapping[str, Measurement | str], comparison: C
             )
             if name == OURS:
                 total = outcome.total_seconds
-                yield replace(start, contender=f"{OURS}, plan + run", seconds=total, ratio=total / base)
+                yield replace(start, contender=WITH_PLAN, seconds=total, ratio=total / base)
         elif (found := re.fullmatch(r"stopped after \d+ s, (\d+) s of them computing", outcome)) and float(
             found[1]
         ) > base:

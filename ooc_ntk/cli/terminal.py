@@ -38,7 +38,7 @@ def common(
         bool, typer.Option("--version", help="Print the version and leave.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """What stands before every command; its help is the application's."""
+    """Empirical neural tangent kernels larger than memory, exact or projected: planned, resumable, verified."""
 
 
 @contextmanager

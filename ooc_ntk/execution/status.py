@@ -15,6 +15,7 @@ from ooc_ntk.planning.plan import Plan
 from ooc_ntk.storage.again import AUDIT
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest, Receipt
+from ooc_ntk.storage.results import results_bytes
 from ooc_ntk.storage.swap import HISTORY, Generations
 
 from .audit import Audit
@@ -35,7 +36,7 @@ class RunInfo:
         kernel_seconds: measured seconds of ``kernel`` tasks.
         host_bytes: measured peak resident memory.
         device_bytes: measured peak device memory.
-        disk_bytes: present size of the run directory, and of what is in its store.
+        disk_bytes: present size of the run directory and of what is in its store, results and reports left out.
         bytes_read: measured bytes read by tasks.
         bytes_written: measured bytes written by tasks.
         moved_bytes: measured bytes that kernel tasks read and wrote (Q); 0 unless tiles are on disk.
@@ -190,7 +191,7 @@ def run_info(path: str | Path) -> RunInfo:
         kernel_seconds=seconds["kernel"],
         host_bytes=peak_host_bytes(receipts.values()),
         device_bytes=max((receipt.peak_device_bytes for receipt in receipts.values()), default=0),
-        disk_bytes=directory.size_bytes(),
+        disk_bytes=directory.size_bytes() - results_bytes(directory.root),
         bytes_read=sum(receipt.bytes_read for receipt in receipts.values()),
         bytes_written=sum(receipt.bytes_written for receipt in receipts.values()),
         moved_bytes=sum(

@@ -16,7 +16,7 @@ from .cost import block_flops, price
 from .layout import Dataflow
 from .plan import Plan, PlannedBlock
 from .planner import FLAGS, RESTART_BYTES, Preferences, make_plan
-from .projection import KINDS, SPARSE_KINDS
+from .projection import DEFAULT_KIND
 from .rates import MachineRates
 from .representation import allowed_choices, choice_bytes, choice_seconds
 from .sketched import features_workload
@@ -401,7 +401,7 @@ def _projected(
             yield missing
             continue
         # A sparse projection takes as long for any number of columns, a dense one in proportion.
-        longer = 1.0 if wanted.kind in SPARSE_KINDS else columns / sketch.dim
+        longer = 1.0 if wanted.about.sparse else columns / sketch.dim
         projection = replace(sketch.projection, dim=columns)
         at = replace(sketch, projection=projection, row_seconds=longer * sketch.row_seconds)
         try:
@@ -414,4 +414,4 @@ def _projected(
 
 
 #: The kind that an exact kernel is set beside.
-PILOT_KIND: Final = KINDS[0]
+PILOT_KIND: Final = DEFAULT_KIND

@@ -55,7 +55,7 @@ def cover(count: int, size: int) -> tuple[tuple[int, ...], ...]:
     if size == 2:
         return tuple((i, j) for j in range(count) for i in range(j))
     order = size - 1
-    while not ((order in _FIELDS or _is_prime(order)) and _reach(order, size) >= count):
+    while not (_has_field(order, count) and _reach(order, size) >= count):
         order += 1
     if order >= count:  # one group would hold everything
         return cover(count, size - 1)
@@ -70,6 +70,11 @@ def cover(count: int, size: int) -> tuple[tuple[int, ...], ...]:
         group = [*range(u * order, min((u + 1) * order, count - len(extra))), *extra]
         found += [tuple(group[index] for index in inner) for inner in cover(len(group), size)]
     return tuple(members for members in found if len(members) > 1)
+
+
+def _has_field(order: int, count: int) -> bool:
+    """Whether sets are made of the field: 16 is for whole planes alone, as stored plans made other sizes without it."""
+    return _is_prime(order) or (order in _FIELDS and (order != 16 or count in (16 * 16, 16 * 17 + 1)))
 
 
 def _reach(order: int, size: int) -> int:

@@ -70,7 +70,7 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class ClassBlocks:
-    """Entries of the train square by the classes of row and column, each sample with itself left out.
+    """Entries of the train square by the classes of row and column, the diagonal left out.
 
     Attributes:
         names: of the classes.
@@ -98,7 +98,6 @@ class KernelMap:
         rows: along the first side: train samples, then test samples.
         columns: along the second side.
         blocks: statistics by class; None without classes, or with a single one or too many.
-        energy: sum of the squares of the entries of the train square, of the rows that were looked at.
         looked_at: kernel rows that were looked at; all of them, or some of a very large kernel.
     """
 
@@ -106,7 +105,6 @@ class KernelMap:
     rows: Axis
     columns: Axis
     blocks: ClassBlocks | None
-    energy: float
     looked_at: int
 
 
@@ -127,12 +125,13 @@ def make_axes(kernel: Kernel, labels: Labels | None, numbers: NDArray[np.int64] 
     most = max(1, round(MOST_PIXELS * width / max(height, width)))
     names = _class_names(labels)
     of_row = _row_classes(kernel, labels, names)
-    columns = _axis(of_row[:width], names, most, kernel.entries_per_sample)
-    first = columns if train == width else _axis(of_row[rows[:train]], names, most, kernel.entries_per_sample)
+    output = np.arange(height) % kernel.entries_per_sample
+    columns = _axis(of_row[:width], names, most, output[:width])
+    first = columns if train == width else _axis(of_row[rows[:train]], names, most, output[rows[:train]])
     if train == len(rows):
         return first, columns
     pixels = max(1, min(round(MOST_PIXELS * (len(rows) - train) / max(1, len(rows))), MOST_PIXELS - 1))
-    second = _axis(of_row[rows[train:]], names, pixels, kernel.entries_per_sample)
+    second = _axis(of_row[rows[train:]], names, pixels, output[rows[train:]])
     return _joined(first, second), columns
 
 
@@ -151,11 +150,11 @@ def _row_classes(kernel: Kernel, labels: Labels | None, names: NDArray[np.int64]
     return np.repeat(places, kernel.entries_per_sample).astype(np.int64)
 
 
-def _axis(classes: NDArray[np.int64], names: NDArray[np.int64], most: int, outputs: int) -> Axis:
+def _axis(classes: NDArray[np.int64], names: NDArray[np.int64], most: int, output: NDArray[np.int64]) -> Axis:
     """Rows of some classes in at most so many pixels: by class, within it by output, within that as they come."""
     size = len(classes)
     pixels = min(most, size)
-    order = np.lexsort((np.arange(size) % outputs, classes))
+    order = np.lexsort((output, classes))
     found = np.empty(size, dtype=np.int64)
     present = [int(each) for each in np.unique(classes) if each >= 0]
     if not present or len(present) > min(MOST_CLASSES, pixels):
@@ -255,7 +254,6 @@ def kernel_map(kernel: Kernel, labels: Labels | None) -> KernelMap:
         rows=rows,
         columns=columns,
         blocks=_class_blocks(kernel, sums, numbers),
-        energy=float(sums.squares[: rows.train_pixels].sum()),
         looked_at=len(rows.pixels),
     )
 

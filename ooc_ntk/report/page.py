@@ -53,8 +53,11 @@ def make_page(path: str | Path, job: api.Job | None = None) -> Page:
         job: likewise.
 
     Raises:
+        InputError: if it is a file.
         StorageError: if there is no run.
     """
+    if Path(path).is_file():
+        raise InputError(f"{path} is a file; name the directory of a run")
     if not is_store(path) and (several := api.info_checkpoints(path)):
         return drift.page(Path(path), several)
     run = open_run(path, job)

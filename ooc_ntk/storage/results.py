@@ -71,6 +71,18 @@ def check_writable(root: Path, name: str) -> None:
         raise storage_error("writing into", there, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
+def results_bytes(root: Path) -> int:
+    """Bytes of what was made of a finished run: its results' folders and its pages, none of which a run promises.
+
+    Args:
+        root: run directory.
+    """
+    pages = root.glob("*.html")
+    folders = {found.parent for found in root.glob("*/*.json") if found.stem == found.parent.name}
+    files = [*pages, *(path for folder in folders for path in folder.rglob("*"))]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def read_result(root: Path, name: str) -> dict[str, Any] | None:
     """Figures of a result, or None if there is none.
 

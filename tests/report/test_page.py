@@ -244,7 +244,7 @@ def test_many_recomputed_entries_are_drawn_from(make_run, digits_job):
         assert kernel[row, column] == found.compared.stored[place]
         assert found.compared.exact[place] == pytest.approx(found.compared.stored[place], rel=1e-4, abs=1e-5)
     page = Page(render_page(full))
-    assert "10 outputs of a sample side by side" in page.text
+    assert "10 outputs, within a class by output" in page.text
 
 
 def test_layers_have_shares(make_run, digits_job):

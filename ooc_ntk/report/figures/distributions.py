@@ -27,6 +27,20 @@ MOST_BARS: Final = 400
 TWO_SIDED: Final = 1.959964
 
 
+def within_bars(off: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which residuals are inside their 95% bars; one without an error only if it is 0.
+
+    Args:
+        off: residuals, of any shape.
+        errors: their standard errors, of the same shape.
+
+    Returns:
+        Booleans of the same shape.
+    """
+    inside: NDArray[np.bool_] = np.abs(off) <= TWO_SIDED * errors
+    return inside
+
+
 def draw_diagonal(train: NDArray[np.float64], test: NDArray[np.float64]) -> Plot:
     """How entries of the diagonal are spread, of train and of test samples.
 
@@ -160,7 +174,7 @@ def draw_residuals(
     if len(shown) > MOST_BARS:
         shown = np.sort(np.random.default_rng(0).choice(len(exact), MOST_BARS, replace=False))
     x, y, half = exact[shown], residuals[shown], TWO_SIDED * errors[shown]
-    held = np.abs(y) <= half
+    held = within_bars(y, errors[shown])
     plot = new_figure(x_label, "projected − exact", height=330)
     colours = np.where(held, LIGHT["accent"], LIGHT["second"]).tolist()
     plot.segment(x0=x, x1=x, y0=y - half, y1=y + half, color=colours, line_alpha=0.35, line_width=1)

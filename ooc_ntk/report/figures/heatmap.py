@@ -25,13 +25,16 @@ NAMED: Final = 30
 BETWEEN: Final = "#ffffff"
 
 
-def draw_map(found: KernelMap, what: str = "mean entry", ends: tuple[float, float] | None = None) -> Plot:
+def draw_map(
+    found: KernelMap, what: str = "mean entry", ends: tuple[float, float] | None = None, *, signed: bool = False
+) -> Plot:
     """The kernel, rows down and columns to the right, with lines between classes, and below them the test samples.
 
     Args:
         found: the picture.
         what: the colours are.
         ends: first and last of the colours; None takes them from the picture.
+        signed: whether the values are differences: colours go either way from 0.
     """
     from bokeh.models import LinearColorMapper
 
@@ -44,7 +47,10 @@ def draw_map(found: KernelMap, what: str = "mean entry", ends: tuple[float, floa
         rows,
     )
     low, high = ends or colour_range(found.means)
-    mapper = LinearColorMapper(palette=palette(), low=low, high=high)
+    if signed:
+        high = max(abs(low), abs(high))
+        low = -high
+    mapper = LinearColorMapper(palette=palette(signed=signed), low=low, high=high)
     # Bokeh draws the first row at the bottom, and the axis runs down.
     picture = plot.image(
         image=[np.ascontiguousarray(found.means, dtype=np.float32)],
@@ -137,7 +143,8 @@ def _hover_classes(plot: Plot, found: KernelMap) -> None:
         data["column"].append(f"class {column.name}")
         if test or blocks is None:
             part = found.means[row.start : row.stop, column.start : column.stop]
-            data["mean"].append(number(float(part.mean())))
+            weights = found.rows.counts[row.start : row.stop, None] * found.columns.counts[column.start : column.stop]
+            data["mean"].append(number(float(np.average(part, weights=weights))))
         else:
             place = names[row.name], names[column.name]
             data["mean"].append(with_spread(blocks.means[place], blocks.spreads[place]))

@@ -25,6 +25,7 @@ class Kept:
         measured: in words.
         ratio: measured over promised.
         limit: what the ratio may be at most; None where nothing was promised but a guess told.
+        least: what it may be at least.
     """
 
     what: str
@@ -32,11 +33,12 @@ class Kept:
     measured: str
     ratio: float
     limit: float | None
+    least: float = 0.0
 
     @property
     def held(self) -> bool:
         """Whether it was kept."""
-        return self.limit is None or self.ratio <= self.limit
+        return self.limit is None or self.least <= self.ratio <= self.limit
 
 
 def draw_promises(promises: Sequence[Kept]) -> Plot:

@@ -142,8 +142,12 @@ def legend_above(plot: Plot, items: Sequence[tuple[str, Sequence[Any]]]) -> None
     plot.add_layout(legend, "above")
 
 
-def palette() -> tuple[str, ...]:
-    """Colours of maps, from little to much: even in lightness, and the same to the colour-blind."""
-    from bokeh.palettes import Viridis256
+def palette(*, signed: bool = False) -> tuple[str, ...]:
+    """Colours of maps, from little to much: even in lightness, and the same to the colour-blind.
 
-    return tuple(Viridis256)
+    Args:
+        signed: colours from blue over white to red, for values on either side of 0.
+    """
+    from bokeh.palettes import RdBu11, Viridis256, interp_palette
+
+    return tuple(interp_palette(RdBu11, 255)) if signed else tuple(Viridis256)

@@ -17,6 +17,7 @@ from ooc_ntk.report.figures.distributions import (
     draw_shares,
     draw_within,
     within,
+    within_bars,
 )
 from ooc_ntk.report.figures.heatmap import CLIPPED, draw_classes, draw_map
 from ooc_ntk.report.parts import Figure, Figures, Missing, Part, Section, Table, Text
@@ -46,7 +47,7 @@ def heat_map(run: Run) -> Section:
     if pixels != (rows, columns):
         each = f" Each pixel is the mean of about {rows / pixels[0]:,.0f} × {columns / pixels[1]:,.0f} entries."
     some = "" if found.looked_at == rows else f" Of {rows:,} rows {found.looked_at:,} were looked at, spread evenly."
-    inside = f", {kernel.entries_per_sample} outputs of a sample side by side" if kernel.entries_per_sample > 1 else ""
+    inside = f", {kernel.entries_per_sample} outputs, within a class by output" if kernel.entries_per_sample > 1 else ""
     test = " Below the thick line are the test samples." if kernel.test_samples else ""
     caption = (
         f"The kernel, {rows:,} × {columns:,} entries, {order}{inside}.{test}{each}{some} The outermost "
@@ -104,7 +105,7 @@ def distributions(run: Run) -> Section:
             Figure(
                 "within",
                 draw_within(blocks),
-                "Entries within each class and with the others, each sample with itself left out.",
+                "Entries within each class and with the others, the diagonal left out.",
                 contrast(blocks),
             )
         )
@@ -208,7 +209,7 @@ def residuals(run: Run) -> Section:
         )
     exact, off, errors = found
     scores = off / np.where(errors > 0, errors, np.inf)
-    covered = float((np.abs(scores) <= 1.959964).mean())
+    covered = float(within_bars(off, errors).mean())
     said = (
         f"{covered:.0%} of {len(exact):,} recomputed entries are within their 95% error bars; the residuals' root mean "
         f"square is {np.sqrt(np.mean(scores**2)):.2f} predicted standard errors"

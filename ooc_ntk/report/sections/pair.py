@@ -14,7 +14,7 @@ from ooc_ntk.algebra.alignment import together
 from ooc_ntk.errors import OocNtkError
 from ooc_ntk.report.blocks import BlockSums, KernelMap, make_axes
 from ooc_ntk.report.figures.comparing import draw_curves, draw_entries, draw_shared
-from ooc_ntk.report.figures.distributions import draw_residuals, draw_scores
+from ooc_ntk.report.figures.distributions import draw_residuals, draw_scores, within_bars
 from ooc_ntk.report.figures.heatmap import colour_range, draw_map
 from ooc_ntk.report.figures.spectrum import draw_eigenvalues
 from ooc_ntk.report.parts import Figure, Figures, Gallery, Missing, Part, Section, Table, Text, Thumbnail
@@ -24,7 +24,7 @@ from .results import accuracies, curve_of, eigenvalues
 from .run import Run
 from .similar import QUICK_BYTES, SHOWN, picture_address
 
-#: Train samples whose entries with each other are drawn one by one (a choice: 300 entries).
+#: Train rows and columns whose entries are drawn one by one (a choice: 576 entries).
 DRAWN_SAMPLES: Final = 24
 
 #: Samples whose neighbours changed most that are shown.
@@ -81,10 +81,7 @@ def look(first: Run, second: Run) -> Pair:
     factor = product / squares[0] if squares[0] else 0.0
     scaled = np.sqrt(max(0.0, squares[1] - factor * product))
     size = kernels[0].shape[1]
-    maps = [
-        KernelMap(each.means(), columns, columns, None, square, size)
-        for each, square in zip(sums, squares, strict=True)
-    ]
+    maps = [KernelMap(each.means(), columns, columns, None, size) for each in sums]
     return Pair(
         runs=(first, second),
         maps=(maps[0], maps[1], maps[2]),
@@ -120,7 +117,7 @@ def maps(found: Pair) -> Section:
         ),
     )
     figures = tuple(
-        Figure(name, draw_map(each, what, ends), title, title)
+        Figure(name, draw_map(each, what, ends, signed=name == "difference"), title, title)
         for (title, name, what, ends), each in zip(titles, found.maps, strict=True)
     )
     rows = (
@@ -166,10 +163,13 @@ def _residuals(
 ) -> Iterator[Figure]:
     scores = off / np.where(bars > 0, bars, np.inf)
     said = (
-        f"{(np.abs(scores) <= 1.959964).mean():.0%} are within their 95% error bars; the root mean square is "
+        f"{within_bars(off, bars).mean():.0%} are within their 95% error bars; the root mean square is "
         f"{np.sqrt(np.mean(scores**2)):.2f} predicted standard errors"
     )
-    caption = f"Projected less exact entries with predicted error bars: {said}."
+    caption = (
+        f"Projected less exact entries with predicted error bars: {said}. All share one projection and are not "
+        "independent: one draw can shift most of them the same way."
+    )
     yield Figure("residuals", draw_residuals(exact, off, bars, f"entry of {name}"), caption, caption)
     caption = "Residuals over their predicted standard errors. All share one projection and are not independent."
     yield Figure("scores", draw_scores(scores), caption, f"Histogram of standardised residuals: {said}.")

@@ -67,12 +67,11 @@ def spectrum(run: Run) -> Section:
         )
     ]
     if len(found.values) > 1:
-        half = int(np.searchsorted(np.cumsum(found.values), 0.5 * found.trace)) + 1
-        share = (
-            f"half of the trace is in the first {half:,} eigenvectors"
-            if half > 1
-            else "half of the trace is in the first"
-        )
+        sums = np.cumsum(found.values)
+        half = int(np.searchsorted(sums, 0.5 * found.trace)) + 1
+        share = f"half of the trace is in the first {half:,} eigenvectors" if half > 1 else "half of it is in the first"
+        if sums[-1] < 0.5 * found.trace:  # fewer are kept
+            share = f"the first {len(sums):,} eigenvectors hold {sums[-1] / found.trace:.0%} of the trace"
         if found.shares is not None and found.shares.sum() >= 0.5:
             share += (
                 f", half of the targets' energy in the first {int(np.searchsorted(np.cumsum(found.shares), 0.5)) + 1:,}"

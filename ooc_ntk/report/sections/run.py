@@ -86,7 +86,7 @@ def open_run(path: str | Path, job: api.Job | None = None) -> Run:
         info, place = replace(api.info(kernel.path), path=kernel.path), checked_store(str(path))
     else:
         place = str(path)
-        info = _without_reports(api.info(_checked(Path(path))))
+        info = api.info(_checked(Path(path)))
         kernel = _opened(info)
     found = Run(Path(place).absolute().name if not is_store(place) else place, place, info, kernel, job=job)
     if kernel is not None:
@@ -113,9 +113,3 @@ def _checked(path: Path) -> Path:
 def _opened(info: api.RunInfo) -> api.Kernel | None:
     """The kernel of a run; None if it is not finished."""
     return api.open(info.path) if info.finished else None
-
-
-def _without_reports(info: api.RunInfo) -> api.RunInfo:
-    """The size of an earlier report is none of the run's figures."""
-    own = info.path / REPORT
-    return replace(info, disk_bytes=info.disk_bytes - own.stat().st_size) if own.is_file() else info
