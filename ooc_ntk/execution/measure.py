@@ -60,6 +60,10 @@ MATCHED_SAMPLES = 16
 #: Counted FLOPs that differ by this factor decide between two contractions without timing them.
 DECIDED = 6.0
 
+#: Nor does anything where a CPU counts no more than this for all pairs of samples: it is a tenth of a second at most,
+#: and timing both takes as long (measured on a small convolutional network).
+UNTIMED_FLOPS = 5e8
+
 
 #: Positions of the tile on which both are timed, all samples together.
 TIMED_POSITIONS = 1024
@@ -359,8 +363,10 @@ def _with_timings(blocks: Sequence[ParameterBlock], prepared: PreparedJob, rows:
             continue
         pairs = max(1.0, samples / 2)
         gemm = factors.dense_pair_flops(rows, entries) + factors.expand_flops(rows) / pairs
-        ratio = factors.pairwise_pair_flops(rows, entries) / gemm
-        if ratio >= DECIDED or (ratio <= 1 / DECIDED and not on_device):
+        pairwise_flops = factors.pairwise_pair_flops(rows, entries)
+        ratio = pairwise_flops / gemm
+        short = not on_device and min(pairwise_flops, gemm) * samples**2 / 2 <= UNTIMED_FLOPS
+        if short or ratio >= DECIDED or (ratio <= 1 / DECIDED and not on_device):
             found.append(block)
             continue
         if factors not in timed:

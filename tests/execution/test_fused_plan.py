@@ -58,6 +58,11 @@ def test_on_a_cpu_only_what_flops_leave_open_is_timed(monkeypatch):
     assert timed("cpu", monkeypatch, fused=math.inf) == {"middle": 1024 // 20}
 
 
+def test_nothing_is_timed_where_all_pairs_take_no_longer_than_a_timing(monkeypatch):
+    assert timed("cpu", monkeypatch, samples=2, fused=math.inf) == {}
+    assert "middle" in timed("cuda", monkeypatch, samples=2)
+
+
 def test_on_a_device_all_that_may_be_contracted_pairwise_is_timed(monkeypatch):
     """On blocks as contractions make them, but never on factors of many gigabytes."""
     assert timed("cuda", monkeypatch) == {"middle": 4096 // 20, "late": 4096 // 16}
