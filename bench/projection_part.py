@@ -18,7 +18,7 @@ from .projection_records import Outcome, Residual, Setting
 from .records import Finding, Record
 from .registry import part
 from .residuals import measure_residuals
-from .throughput import CAPTURE_BAR, OVER_CAPTURE, large_title, measure_throughput
+from .throughput import CAPTURE_BAR, OVER_CAPTURE, large_samples, large_title, measure_throughput
 from .trak_projection import TRAK_BAR, TRAK_OVER_OURS, measure_trak
 
 #: Samples, kinds, columns and seeds of the residuals, and samples, columns and seeds of TRAK on the same network.
@@ -102,7 +102,8 @@ def _trak(outcome: Outcome, setting: Setting) -> Iterator[Record]:
             f"{large_title(setting)}, per sample",
             "TRAK BasicProjector",
             seconds,
-            series="throughput",
+            large_samples(setting),
+            "throughput",
             ratio=seconds / ours,
             remark=f"{outcome.trak.timed} of {outcome.trak.blocks} blocks timed and scaled",
         )

@@ -85,7 +85,7 @@ def measure(smoke: bool) -> Iterator[Finding]:
         for case in cases:
             comparison = compare(case, smoke, outcomes[case], floors[case])
             yield from named(title(case), comparison.checks)
-            yield from records(case, outcomes[case], comparison)
+            yield from records(case, outcomes[case], comparison, alone=case is cases[0])
             yield from [*format_comparison(comparison, profile=False).splitlines(), ""]
         told = outcomes[cases[0]]
         absent = [peer for peer in peers if isinstance(told[peer], str) and ABSENT.search(str(told[peer]))]
@@ -119,8 +119,13 @@ def measure_group(
     return outcomes, floors
 
 
-def records(case: Case, outcomes: Mapping[str, Measurement | str], comparison: Comparison) -> Iterator[Record]:
-    """A record per contender: ours, peers that gave a kernel, those that were stopped, those that gave none."""
+def records(
+    case: Case, outcomes: Mapping[str, Measurement | str], comparison: Comparison, *, alone: bool = True
+) -> Iterator[Record]:
+    """A record per contender: ours, peers that gave a kernel, those that were stopped, those that gave none.
+
+    The peak of a case that is not alone in its process, or its first, is that of all before, and no promise's.
+    """
     ours = outcomes[OURS]
     assert isinstance(ours, Measurement)
     base = ours.result.run_seconds
@@ -139,7 +144,7 @@ def records(case: Case, outcomes: Mapping[str, Measurement | str], comparison: C
                 error=errors[name],
                 promised_seconds=promised.get("seconds"),
                 task_seconds=tasks if "seconds" in promised else None,
-                promised_bytes=int(promised["host_bytes"]) if "host_bytes" in promised else None,
+                promised_bytes=int(promised["host_bytes"]) if alone and "host_bytes" in promised else None,
                 remark=outcome.result.remark,
             )
             if name == OURS:

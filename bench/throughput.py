@@ -80,9 +80,14 @@ def measure_throughput(setting: Setting, kinds: Sequence[str], outcome: Outcome)
 
 def large_job(setting: Setting, kind: str) -> ooc_ntk.Job:
     """The job whose projection is timed: ResNet-18, one output, 4,096 columns; in smoke size a small MLP, 64."""
-    model, inputs = build("mlp" if setting.smoke else "resnet18", 10 if setting.smoke else 64, setting.smoke)
+    model, inputs = build("mlp" if setting.smoke else "resnet18", large_samples(setting), setting.smoke)
     projection = ooc_ntk.Projection(kind, 64 if setting.smoke else 4096)
     return ooc_ntk.Job(model, inputs, projection=projection, device=DEVICE)
+
+
+def large_samples(setting: Setting) -> int:
+    """Samples of :func:`large_job`."""
+    return 10 if setting.smoke else 64
 
 
 def large_title(setting: Setting) -> str:
