@@ -16,7 +16,7 @@ from bench import bars, drawing, earlier, playing, records, registry, summary
 from bench.bars import Bar, Check
 from bench.contenders import OURS
 from bench.playing import Played
-from bench.records import Record
+from bench.records import SERIES, Record
 from bench.registry import Part
 from ooc_ntk.compute.machine import limited_threads
 from ooc_ntk.compute.rates import rates_path
@@ -160,8 +160,10 @@ def test_a_missed_bar_is_called_missed_and_one_without_a_figure_not_measured() -
     one = played(
         (bars.checked("kept", 2.0, 1.0, smoke=False), bars.checked("more", 2.0, 1.0, smoke=False, at_least=True))
     )
-    first, *found = summary.claims(parts, {"some": one})
-    assert first.verdict == "not measured: no peer gave figures"
+    claimed = summary.claims(parts, {"some": one})
+    first, found = claimed[: len(SERIES)], claimed[len(SERIES) :]
+    assert [claim.verdict for claim in first] == ["not measured: no peer gave figures"] * len(SERIES)
+    assert [claim.figure.partition(",")[0] for claim in first] == list(SERIES.values()), "a line for each"
     verdicts = [(claim.figure, claim.bar, claim.measured, claim.verdict) for claim in found]
     assert verdicts == [
         ("kept", "≤ 1", "2", "**missed**"),
@@ -178,7 +180,7 @@ def test_a_missed_bar_is_called_missed_and_one_without_a_figure_not_measured() -
 def test_a_part_that_failed_says_so_at_each_of_its_bars() -> None:
     parts = {"some": part_of(None)}
     one = played(("text",), "stopped after 9 s, its time limit")
-    assert [claim.verdict for claim in summary.claims(parts, {"some": one})[1:]] == [
+    assert [claim.verdict for claim in summary.claims(parts, {"some": one})[len(SERIES) :]] == [
         "not measured: stopped after 9 s, its time limit"
     ] * 2
     assert "**Not complete: stopped after 9 s, its time limit.**" in summary.results_page(

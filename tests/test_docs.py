@@ -140,6 +140,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page_folder(files: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, frozen: None) -> Iterator[Path]:
     monkeypatch.chdir(files)
+    shutil.rmtree(files / "runs", ignore_errors=True)  # every page begins with none: their names are the same
     cache = files / "cache"  # a page calibrates
     cache.mkdir(exist_ok=True)
     shutil.copy(rates_path("cpu"), cache)

@@ -19,6 +19,7 @@ from ooc_ntk.compute.projection.backends import backend_name
 from ooc_ntk.errors import InputError
 from ooc_ntk.execution.cluster.options import Cluster
 from ooc_ntk.extras import EXTRAS, missing
+from ooc_ntk.inputs import builtin
 from ooc_ntk.report.pictures import picture
 from ooc_ntk.storage import gds
 from ooc_ntk.storage.storeurl import files_at
@@ -134,7 +135,9 @@ def test_what_is_missing_is_named_with_its_extra(module, monkeypatch, tmp_path):
     if module == "faiss":
         features()
     with without(module, monkeypatch):
+        builtin._load.cache_clear()  # other tests have loaded it
         sys.modules.pop("ooc_ntk.sklearn", None)
+        monkeypatch.delattr(ooc_ntk, "sklearn", raising=False)  # as an earlier import leaves it on the package
         with pytest.raises((InputError, ImportError)) as refused:
             needs()
         said = str(refused.value)

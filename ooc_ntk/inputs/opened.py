@@ -14,7 +14,7 @@ from typing import Any, Final
 #: Packages that the engine itself loads, or that read their files through Python.
 _KNOWN: Final = frozenset(
     (
-        *("annotated_doc", "annotated_types", "attr", "attrs", "charset_normalizer", "click"),
+        *("annotated_doc", "annotated_types", "attr", "attrs", "backports", "charset_normalizer", "click"),
         *("cloudpickle", "cycler", "dask", "dateutil"),
         *("donfig", "filelock", "fsspec", "google_crc32c", "huggingface_hub", "idna", "importlib_metadata", "jinja2"),
         *("joblib", "lazy_importer", "lazy_loader", "llvmlite", "markdown_it", "markupsafe", "matplotlib", "mdurl"),

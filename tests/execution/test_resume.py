@@ -567,7 +567,7 @@ def test_a_manifest_of_a_newer_version_is_refused(tmp_path):
     database.execute("PRAGMA user_version = 99")
     database.close()
     for verb in (run, ooc_ntk.info, ooc_ntk.open, lambda path: ooc_ntk.verify(path, samples=0)):
-        with unchanged(out), pytest.raises(ooc_ntk.api.OocNtkError, match=r"version 99.*up to 1.*upgrade"):
+        with unchanged(out), pytest.raises(ooc_ntk.api.OocNtkError, match=r"format 99.*up to 1.*upgrade"):
             verb(out)
 
 

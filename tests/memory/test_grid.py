@@ -92,6 +92,10 @@ def test_a_broken_promise_is_seen(changes, broken):
         "method": "loop",
         "layout": "",
         "terms": {"the process itself": 280 * MIB},
+        "seconds": 2.0,
+        "task_seconds": 1.0,
+        "promised_seconds": 1.0,
+        "moved_bytes": 30 * MIB,
     }
     found = Outcome(**{**fields, **changes})
     assert found.broken == broken
