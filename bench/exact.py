@@ -27,7 +27,7 @@ from .models import WORKLOADS
 from .process import FLOORS, Case, Measurement, Task, calibrate_once, floors_apart, measure_apart
 from .table import Comparison, compare, format_comparison, format_growth
 
-#: Seconds after which a peer's process is ended (guessed: no peer should need them where a bar is set for it).
+#: Seconds of computing after which a peer's process is ended (guessed: none should need them where a bar is set).
 PEER_SECONDS = 600
 
 
@@ -40,7 +40,7 @@ class Setting:
         repeats: measurements of each; the one with the fastest total counts.
         smoke: smoke size: one process per contender for all cases, to save imports.
         threads: CPU threads.
-        peer_seconds: after which a peer's process is ended.
+        peer_seconds: of computing, after which a peer's process is ended.
         profile: whether to print where ooc-ntk spends its time.
     """
 
@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="names, separated by commas")
     parser.add_argument("--samples", help="sample counts, separated by commas (default: each workload's own)")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"any of {', '.join(PEERS)}, or none (default: all)")
-    parser.add_argument("--peer-seconds", type=float, default=PEER_SECONDS, help="after which a peer is stopped")
+    parser.add_argument(
+        "--peer-seconds", type=float, default=PEER_SECONDS, help="of computing, after which a peer is stopped"
+    )
     parser.add_argument("--dense", action="store_true", help="time ooc-ntk without its layer rules, too")
     parser.add_argument("--profile", action="store_true", help="print where ooc-ntk spends its time")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each; the fastest counts")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,8 +33,15 @@ from .inputs import take
 from .models import build
 from .peers import Refused, Result
 
+#: How a measurement is told that its time limit ended.
+STOPPED = "stopped"
+
 #: What a task names to have the floors measured.
 FLOORS = "floors"
+
+#: Seconds that a limited process gets for starting and warming up, beside those for computing (guessed: Python, torch
+#: and a peer's package take 2 to 6 here, and a peer that needs minutes for one sample is no peer).
+STARTING_SECONDS = 60.0
 
 #: The repository, from which children start.
 ROOT = Path(__file__).parents[1]
@@ -60,7 +69,8 @@ class Task:
         cases: one, or several one after another (then the memory peak is that of all before, too).
         smoke: whether in smoke size, which is not warmed up.
         threads: CPU threads.
-        limit_seconds: after which the process is ended; None waits for it.
+        limit_seconds: of computing, after which the process is ended, whatever its start took (at most
+            :data:`STARTING_SECONDS`); None waits for it.
         here: in this process instead, in smoke size.
     """
 
@@ -103,6 +113,19 @@ class Measurement:
         return self.result.plan_seconds + self.result.run_seconds
 
 
+def run_seconds(outcome: Measurement | str) -> float | None:
+    """Seconds that a contender computed: to its end, or until it was stopped; None if it did not compute.
+
+    >>> run_seconds("stopped after 3.1 s of computing")
+    3.1
+    >>> run_seconds("refuses: a layer that it does not know")
+    """
+    if isinstance(outcome, Measurement):
+        return outcome.result.run_seconds
+    found = re.fullmatch(rf"{STOPPED} after ([\d.]+) s of computing", outcome)
+    return float(found[1]) if found else None
+
+
 def measure_here(task: Task, folder: Path) -> None:
     """Body of a child process: measure, and leave ``<case>.json`` and ``<case>.npy`` in a folder.
 
@@ -121,7 +144,7 @@ def measure_here(task: Task, folder: Path) -> None:
                 compute = CONTENDERS[task.contender]
                 if not task.smoke:
                     compute(model, take(inputs, slice(0, 1)))
-                (folder / f"{case.stem}.started").write_text(str(time.time()))
+                _write(folder / f"{case.stem}.started", str(time.time()))
                 start = time.process_time()
                 with _promises() as promised:
                     result = compute(model, inputs)
@@ -133,9 +156,14 @@ def measure_here(task: Task, folder: Path) -> None:
                 np.save(folder / f"{case.stem}.npy", figures.pop("kernel"))
                 found = {**figures, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
                 found["promised"] = promised
-        staged = folder / f"{case.stem}.part"
-        staged.write_text(json.dumps(found))
-        os.replace(staged, folder / f"{case.stem}.json")
+        _write(folder / f"{case.stem}.json", json.dumps(found))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that others see whole or not at all."""
+    staged = path.with_name(f"{path.name}.part")
+    staged.write_text(text)
+    os.replace(staged, path)
 
 
 @contextmanager
@@ -185,7 +213,7 @@ def measure_apart(task: Task) -> dict[Case, Measurement | str]:
         try:
             _measure(task, folder, task.limit_seconds)
         except subprocess.TimeoutExpired:
-            ended = f"stopped after {task.limit_seconds:.0f} s"
+            ended = STOPPED
         except RuntimeError as error:
             if task.contender in (OURS, DENSE):
                 names = ", ".join(case.stem for case in task.cases)
@@ -196,16 +224,24 @@ def measure_apart(task: Task) -> dict[Case, Measurement | str]:
 
 def _unfinished(folder: Path, case: Case, ended: str) -> str:
     """Why a case has no measurement: how its process ended, and for how long it had computed when it was stopped."""
-    started = folder / f"{case.stem}.started"
-    if not ended.startswith("stopped") or not started.exists():
-        return ended or "its process left nothing"
-    return f"{ended}, {time.time() - float(started.read_text()):.0f} s of them computing"
+    begun = _begun(folder, case)
+    if ended == STOPPED:
+        return f"{STOPPED} after {time.time() - begun:.1f} s of computing" if begun else f"{STOPPED} before it computed"
+    return ended or "its process left nothing"
+
+
+def _begun(folder: Path, *cases: Case) -> float | None:
+    """When the last of these cases that was begun began, in seconds since the epoch."""
+    found = [folder / f"{case.stem}.started" for case in cases]
+    return max((float(path.read_text()) for path in found if path.exists()), default=None)
 
 
 def _measure(task: Task, folder: str, limit_seconds: float | None = None) -> None:
     """Measure in a fresh process, or here."""
     if not task.here:
-        start_child("bench.process", [json.dumps(asdict(task)), folder], task.threads, limit_seconds)
+        arguments = [json.dumps(asdict(task)), folder]
+        begun = partial(_begun, Path(folder), *task.cases)
+        start_child("bench.process", arguments, task.threads, limit_seconds, begun)
         return
     try:
         measure_here(task, Path(folder))
@@ -242,7 +278,13 @@ def floors_apart(task: Task) -> dict[Case, Floors]:
         return {case: Floors(**json.loads((Path(folder) / f"{case.stem}.json").read_text())) for case in task.cases}
 
 
-def start_child(module: str, arguments: Sequence[str], threads: int, limit_seconds: float | None = None) -> None:
+def start_child(
+    module: str,
+    arguments: Sequence[str],
+    threads: int,
+    limit_seconds: float | None = None,
+    begun: Callable[[], float | None] | None = None,
+) -> None:
     """Run a module of the benchmark in a fresh process and wait for it.
 
     Args:
@@ -250,6 +292,8 @@ def start_child(module: str, arguments: Sequence[str], threads: int, limit_secon
         arguments: its command line.
         threads: CPU threads of every library in it.
         limit_seconds: after which it is ended.
+        begun: tells since when, in seconds since the epoch, those seconds count; None while they do not, for
+            :data:`STARTING_SECONDS` at most. Without it they count from the start.
 
     Raises:
         RuntimeError: if it ends with another status than 0, with the last line that it wrote to stderr.
@@ -261,7 +305,7 @@ def start_child(module: str, arguments: Sequence[str], threads: int, limit_secon
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said)
         try:
-            status = process.wait(limit_seconds)
+            status = process.wait(limit_seconds) if begun is None else _wait(process, limit_seconds, begun)
         finally:
             end_tree(process)
         said.seek(0)
@@ -270,6 +314,19 @@ def start_child(module: str, arguments: Sequence[str], threads: int, limit_secon
     if status:
         last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
         raise RuntimeError(f"its process ended with status {status}{': ' if last else ''}{last[:300]}")
+
+
+def _wait(process: subprocess.Popen[bytes], limit_seconds: float | None, begun: Callable[[], float | None]) -> int:
+    """Wait for a process whose time counts from when it says."""
+    started = time.time()
+    while limit_seconds is not None:
+        since = begun()
+        left = limit_seconds + (started + STARTING_SECONDS if since is None else since) - time.time()
+        if left <= 0:
+            raise subprocess.TimeoutExpired(process.args, limit_seconds)
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, 0.2))
+    return process.wait()
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:

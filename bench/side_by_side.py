@@ -1,7 +1,8 @@
 """Exact kernels beside every peer, as a part of ``python -m bench``: what ``bench.exact`` measures, within minutes.
 
-Ours goes first. A peer is ended after :data:`PATIENCE` times what ours took (at least :data:`LEAST_SECONDS`), and
-counts as slow as it was until then: how much slower it would have been is what ``bench.exact`` waits for.
+Ours goes first. A peer is ended when it has computed for :data:`PATIENCE` times what ours took, or for what the
+workload's bar asks if that is more, and for at least :data:`LEAST_SECONDS`; starting it does not count. It then counts
+as slow as it was until then: how much slower it would have been is what ``bench.exact`` waits for.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Final
 import torch
 
 from . import contenders
-from .bars import BARS, Bar
+from .bars import BARS, BEST_PEER, Bar
 from .contenders import OURS
 from .exact import Setting
 from .floors import Floors
 from .models import WORKLOADS
-from .process import FLOORS, Case, Measurement, floors_apart, measure_apart
+from .process import FLOORS, Case, Measurement, floors_apart, measure_apart, run_seconds
 from .records import WITH_PLAN, Finding, Record, named
 from .registry import load_peers, part
 from .table import Comparison, compare, format_comparison
@@ -36,9 +37,12 @@ GROUPS: Final = (
 )
 SMOKE_GROUPS: Final = ((Case("mlp", 6),),)
 
-#: Times ours after which a peer is ended, and the seconds that it gets in any case: starting Python, torch and the
-#: peer's own package takes some of them (guessed).
-PATIENCE, LEAST_SECONDS = 4.0, 20.0
+#: Times ours, plan included, after which a peer is ended, and the seconds of computing that it gets in any case
+#: (guessed: so that all parts together take a quarter of an hour).
+PATIENCE, LEAST_SECONDS = 1.5, 3.0
+
+#: Of the time that a bar asks peers to take at least, so that one that is ended there has met it.
+SURELY = 1.02
 
 #: What a peer says that no workload would bring about.
 ABSENT: Final = re.compile(r"No module named '[\w.]+'|not installed|environment is not there")
@@ -114,9 +118,21 @@ def measure_group(
         for case, outcome in found.items():
             outcomes[case][contender] = outcome
         if contender == OURS:
-            ours = sum(outcome.total_seconds for outcome in found.values() if isinstance(outcome, Measurement))
-            limit = max(limit, PATIENCE * ours)
+            limit = max(limit, *(patience(case, outcome) for case, outcome in found.items()))
     return outcomes, floors
+
+
+def patience(case: Case, ours: Measurement | str) -> float:
+    """Seconds of computing after which a peer is known to be slower than is asked.
+
+    Args:
+        case: whose bars count.
+        ours: what ours took for it.
+    """
+    if isinstance(ours, str):
+        return 0.0
+    asked = [bar.limit for bar in BARS.get(case.workload, ()) if bar.figure == BEST_PEER]
+    return max([PATIENCE * ours.total_seconds, *(SURELY * limit * ours.result.run_seconds for limit in asked)])
 
 
 def records(
@@ -150,10 +166,7 @@ def records(
             if name == OURS:
                 total = outcome.total_seconds
                 yield replace(start, contender=WITH_PLAN, seconds=total, ratio=total / base)
-        elif (found := re.fullmatch(r"stopped after \d+ s, (\d+) s of them computing", outcome)) and float(
-            found[1]
-        ) > base:
-            seconds = float(found[1])
+        elif (seconds := run_seconds(outcome)) and seconds > base:
             yield replace(start, seconds=seconds, ratio=seconds / base, at_least=True, remark=outcome)
         else:
             yield replace(start, remark=outcome)

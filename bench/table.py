@@ -14,7 +14,7 @@ from .floors import Floors
 from .inputs import count_outputs, count_parameters
 from .models import WORKLOADS, build
 from .peers import exact_kernel
-from .process import Case, Measurement
+from .process import Case, Measurement, run_seconds
 
 #: Samples on which every kernel is held against the float64 oracle.
 CHECKED_SAMPLES = 8
@@ -128,7 +128,7 @@ def compare(case: Case, smoke: bool, outcomes: Mapping[str, Measurement | str], 
         floors=floors,
         dense_floor_seconds=dense_floor,
         representation_floor_seconds=representation_floor,
-        checks=judge(case.workload, case.samples, _figures(measured, dense_floor, representation_floor), smoke),
+        checks=judge(case.workload, case.samples, _figures(outcomes, dense_floor, representation_floor), smoke),
         phases={name: measured[name].result.phases for name in (DENSE, OURS) if name in measured},
         remarks=tuple(
             f"{name}: {found.result.remark + '; ' if found.result.remark else ''}"
@@ -139,9 +139,13 @@ def compare(case: Case, smoke: bool, outcomes: Mapping[str, Measurement | str], 
 
 
 def _figures(
-    measured: Mapping[str, Measurement], dense_floor: float, representation_floor: float
+    outcomes: Mapping[str, Measurement | str], dense_floor: float, representation_floor: float
 ) -> dict[str, tuple[float, float | None]]:
-    """Every figure that can be told from what was measured: of the run, and of plan and run."""
+    """Every figure that can be told from what was measured: of the run, and of plan and run.
+
+    A peer that was stopped counts with the time that it had computed, which is the least that it takes.
+    """
+    measured = {name: found for name, found in outcomes.items() if isinstance(found, Measurement)}
     ours = measured[OURS]
     run, total, plan = ours.result.run_seconds, ours.total_seconds, ours.result.figures
     figures: dict[str, tuple[float, float | None]] = {
@@ -150,7 +154,8 @@ def _figures(
         bars.OVER_DENSE: (run / dense_floor, total / dense_floor),
         bars.HELD: (plan["held_bytes"] / plan["jacobian_bytes"], None),
     }
-    peers = [found.result.run_seconds for name, found in measured.items() if name in PEERS.values()]
+    told = (run_seconds(found) for name, found in outcomes.items() if name in PEERS.values())
+    peers = [seconds for seconds in told if seconds is not None]
     if peers:
         figures[bars.BEST_PEER] = (min(peers) / run, min(peers) / total)
     if LOOP in measured:

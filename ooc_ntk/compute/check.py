@@ -15,6 +15,7 @@ from ooc_ntk.errors import InputError
 from ooc_ntk.planning.workload import ParameterBlock
 
 from .capture import Capture, Captured
+from .finite import all_finite
 from .held import join_digits
 from .jacobian import LoopJacobian, ModelBatch, ModelFunction
 from .structure import Structure, count_matches, repeated
@@ -27,6 +28,9 @@ ALLOWED: Final = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 #: Roundings of the whole gradient that the gradient of one parameter may be off by (guessed: sums of many terms).
 ROUNDING: Final = 100
+
+#: Squared norms that float32 holds with room for what each of 1e9 entries adds; others are summed in float64.
+QUICK_RANGE: Final = (1e-20, 1e30)
 
 #: Samples and Jacobian rows that are compared (a choice: each pair costs a backward pass).
 CHECKED_SAMPLES: Final = 2
@@ -133,15 +137,29 @@ def _double_disagreements(
 
 
 def _square(value: Tensor) -> float:
+    quick = _quick_square(value)
+    if quick is not None:
+        return quick
     found = float(value.double().square().sum())
     return found if math.isfinite(found) else 0.0
 
 
+def _quick_square(value: Tensor) -> float | None:
+    """Squared norm by one product in the value's own precision; None where that has not the range for it."""
+    flat = value.reshape(-1)
+    found = float(torch.dot(flat, flat))
+    return found if QUICK_RANGE[0] < found < QUICK_RANGE[1] else None
+
+
 def _difference(found: Tensor, wanted: Tensor) -> float:
     """Squared difference; what is not finite where autograd's is differs without bound."""
-    if not bool(torch.isfinite(found).all()) and bool(torch.isfinite(wanted).all()):
+    difference = found - wanted
+    quick = _quick_square(difference)
+    if quick is not None:
+        return quick  # it would not be finite if anything in it were not
+    if not all_finite(found) and all_finite(wanted):
         return math.inf
-    return _square(found - wanted)
+    return _square(difference)
 
 
 def _captured(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ooc_ntk.errors import InputError, NonFiniteError, unknown_name
 from ooc_ntk.planning.workload import ParameterBlock
 
+from .finite import all_finite
 from .structure import Layer, Structure
 
 #: Autograd nodes whose derivative jumps, so that rounding can flip them (by class name, lower case).
@@ -162,7 +163,7 @@ def check_finite_state(module: nn.Module) -> None:
         NonFiniteError: naming the first such tensor.
     """
     for name, tensor in _state(module):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
                 f"weight {name!r} holds {bad} NaN or infinite value{'s' if bad != 1 else ''} of {tensor.numel()}; "

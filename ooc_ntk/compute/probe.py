@@ -227,7 +227,7 @@ def _measure_capture(
             trial = larger
             # A run that is over in no time is not worth repeating this trial, which may be as large as all of it.
             short = seconds / SMALLEST_CAPTURE * available <= ENOUGH_SECONDS
-            seconds, peak = timed(trial, 0 if short else TRIAL_REPEATS)
+            seconds, peak = timed(trial, 0 if short else 1 if 2 * trial > available else TRIAL_REPEATS)
     working = max(peak * size // trial, size * 2 * activation_bytes)
     return Derivation(
         method="rules",

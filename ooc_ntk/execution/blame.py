@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.errors import DataChangedError, InputError, NonFiniteError, OocNtkError, RunInterrupted
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.tiles import Range
@@ -16,9 +16,7 @@ from ooc_ntk.planning.tiles import Range
 
 def check_finite_factor(plan: Plan, part: Tensor, block: str, samples: Sequence[int]) -> None:
     """Refuse factors that are not finite, naming block and sample."""
-    if not part.is_floating_point() or math.isfinite(
-        float(part.sum(dtype=torch.float32 if part.dtype != torch.float64 else None))
-    ):
+    if all_finite(part):
         return
     bad = ~torch.isfinite(part).reshape(part.shape[0], -1).all(1)
     if bool(bad.any()):

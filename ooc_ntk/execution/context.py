@@ -17,6 +17,7 @@ import torch
 from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator, check_precision, tf32
 from ooc_ntk.compute.device import deterministic_device
+from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.compute.fused import load_fused
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
@@ -144,7 +145,7 @@ class SampleReader:
 
     def _check_finite(self, samples: Samples, start: int) -> None:
         for value in (*samples.args, *samples.kwargs.values()):
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 flat = torch.isfinite(value).reshape(value.shape[0], -1).all(1)
                 index = start + int((~flat).nonzero()[0])
                 train = len(self.train)

@@ -16,6 +16,7 @@ from torch import nn
 from ooc_ntk.algebra.fed import STATE_FORMAT, FedState, FedTile, fed_features, read_state, write_state
 from ooc_ntk.algebra.kernel import Kernel
 from ooc_ntk.compute.capture import Capture
+from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.compute.jacobian import ModelBatch
 from ooc_ntk.compute.machine import peak_resident_bytes
 from ooc_ntk.errors import DataChangedError, InputError, RunConflictError
@@ -293,7 +294,7 @@ class _Work:
                 if plan.heavy:
                     heavy.append(self.projector.sketch.heavy.flatten(0, 1).cpu())
         whole = torch.cat(features)
-        if not bool(torch.isfinite(whole).all()):
+        if not all_finite(whole):
             bad = int((~torch.isfinite(whole).all(1)).nonzero()[0]) // plan.rows_per_sample
             raise InputError(f"the gradients of sample {first + bad} are not finite; check it and the weights")
         arrays = _arrays(root, plan, (index + 1) * state.tile_samples, state.tile_samples)

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ooc_ntk.compute.capture import Captured
+from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.compute.jacobian import METHODS, ModelBatch
 from ooc_ntk.compute.rownorms import factor_norms, squared_norms
 from ooc_ntk.errors import DataChangedError
@@ -278,7 +278,7 @@ def _judge_overflow(
 ) -> np.ndarray:
     """Norms in float64 if only the squares overflowed; otherwise name the block whose gradient is not finite."""
     for block, gradient in zip(columns.blocks, group, strict=True):
-        if not bool(torch.isfinite(gradient).all()):
+        if not all_finite(gradient):
             raise not_finite(context.plan, block, sample)
     return squared_norms(as_tensor(slab).double().numpy())
 

@@ -14,26 +14,19 @@ from typing import Any, Final
 #: Packages that the engine itself loads, or that read their files through Python.
 _KNOWN: Final = frozenset(
     (
-        *("annotated_doc", "annotated_types", "attr", "attrs", "backports", "charset_normalizer", "click"),
-        *("cloudpickle", "cycler", "dask", "dateutil"),
-        *("donfig", "filelock", "fsspec", "google_crc32c", "huggingface_hub", "idna", "importlib_metadata", "jinja2"),
-        *("joblib", "lazy_importer", "lazy_loader", "llvmlite", "markdown_it", "markupsafe", "matplotlib", "mdurl"),
-        *("mlxtend", "mpmath", "msgpack", "msgspec", "networkx", "numba", "numcodecs", "numpy", "ooc_ntk", "packaging"),
-        *("pandas", "pkg_resources", "psutil", "pydantic", "pydantic_core", "pygments", "pyparsing", "pytz", "regex"),
-        *("rich", "safetensors", "scipy", "setuptools", "shellingham", "six", "sklearn", "sympy", "tblib", "timm"),
-        *(
-            "threadpoolctl",
-            "tlz",
-            "tokenizers",
-            "toolz",
-            "torch",
-            "torchgen",
-            "tqdm",
-            "transformers",
-            "triton",
-            "typer",
-        ),
-        *("typing_extensions", "typing_inspection", "tzdata", "yaml", "zarr", "zipp", "zict"),
+        *("annotated_doc", "annotated_types", "attr", "attrs", "backports", "bottleneck"),
+        *("certifi", "charset_normalizer", "click", "cloudpickle", "contourpy", "cuda", "cycler"),
+        *("dask", "dateutil", "distributed", "donfig", "einops", "filelock", "fsspec"),
+        *("google_crc32c", "huggingface_hub", "idna", "importlib_metadata", "jinja2", "joblib"),
+        *("kiwisolver", "lazy_importer", "lazy_loader", "llvmlite", "locket", "markdown_it"),
+        *("markupsafe", "matplotlib", "mdurl", "mlxtend", "mpmath", "msgpack", "msgspec"),
+        *("networkx", "numba", "numcodecs", "numexpr", "numpy", "ooc_ntk", "opt_einsum"),
+        *("packaging", "pandas", "PIL", "pkg_resources", "psutil", "pydantic", "pydantic_core"),
+        *("pygments", "pyparsing", "pytz", "regex", "requests", "rich", "safetensors", "scipy"),
+        *("setuptools", "shellingham", "six", "sklearn", "sortedcontainers", "sympy", "tblib"),
+        *("threadpoolctl", "timm", "tlz", "tokenizers", "toolz", "torch", "torchgen", "tornado"),
+        *("tqdm", "transformers", "triton", "typer", "typing_extensions", "typing_inspection"),
+        *("tzdata", "urllib3", "yaml", "zarr", "zict", "zipp"),
     )
 )
 

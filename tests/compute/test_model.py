@@ -219,3 +219,15 @@ def test_smooth_operations(name):
 @pytest.mark.parametrize("name", KINKED)
 def test_operations_that_rounding_can_flip(name):
     assert not is_smooth(behind(KINKED[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_large_weights_are_finite_though_their_sum_is_not(dtype):
+    net = nn.Linear(8, 2, dtype=dtype)
+    with torch.no_grad():
+        net.weight.fill_(torch.finfo(dtype).max)
+    check_finite_state(net)
+    with torch.no_grad():
+        net.weight[0, 0], net.weight[0, 1] = torch.inf, -torch.inf
+    with pytest.raises(NonFiniteError, match="'weight' holds 2 NaN or infinite values of 16"):
+        check_finite_state(net)

@@ -150,10 +150,10 @@ def test_an_output_out_of_range_and_missing_labels_are_found_by_the_first_look()
         probed(nn.Linear(3, 2), torch.ones(4, 3), outputs="margin")
 
 
-@pytest.mark.parametrize(("seconds", "repeats"), [(1e-4, 0), (0.02, 3)])
-def test_a_run_that_is_over_at_once_is_not_timed_again_and_again(seconds, repeats, monkeypatch):
-    """After a few samples, twice, one trial as large as it may be."""
-    module, inputs = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(64, 5)
+@pytest.mark.parametrize(("seconds", "samples", "repeats"), [(1e-4, 64, 0), (0.02, 64, 1), (0.02, 640, 3)])
+def test_a_run_that_is_over_at_once_is_not_timed_again_and_again(seconds, samples, repeats, monkeypatch):
+    """After a few samples, twice, one trial as large as it may be; of half of all samples it is done twice at most."""
+    module, inputs = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(samples, 5)
     function = ModelFunction(
         module, choose_parameters(module, None), OutputRows.of("logits", "trace"), "float32", "cpu"
     )
@@ -167,7 +167,7 @@ def test_a_run_that_is_over_at_once_is_not_timed_again_and_again(seconds, repeat
     monkeypatch.setattr("ooc_ntk.compute.probe._timed", timed)
     structure = find_structure(function, ModelBatch((inputs[:4],), {}, None))
     found = probe(
-        function, lambda count: ModelBatch((inputs[:count],), {}, None), 64, AMPLE, AMPLE, structure=structure
+        function, lambda count: ModelBatch((inputs[:count],), {}, None), samples, AMPLE, AMPLE, structure=structure
     )
     assert found.derivation.method == "rules"
     assert ran == [1, repeats]

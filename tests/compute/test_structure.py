@@ -760,6 +760,22 @@ def test_what_rounding_may_explain_is_looked_at_in_float64(factor, monkeypatch):
     assert set(found.reasons) == (set() if factor == 1.0 else {"layer.weight"})
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e20, 3e38])
+def test_squares_of_gradients_have_the_range_of_float64(size, precision):
+    """A single product in float32 would lose those of small numbers and be infinite for large ones."""
+    value = torch.tensor([0.6, -0.8], dtype=getattr(torch, precision)) * size
+    assert check._square(value) == pytest.approx((value.double() ** 2).sum().item(), rel=1e-6)
+    assert check._difference(value, torch.zeros_like(value)) == pytest.approx(check._square(value))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_where_autograds_is_differs_without_bound(bad):
+    found, wanted = torch.tensor([bad, 1.0]), torch.tensor([2.0, 1.0])
+    assert check._difference(found, wanted) == float("inf")
+    assert check._difference(found, found) == 0.0, "autograd's is no better"
+
+
 def test_a_model_that_does_not_run_in_float64_is_judged_in_float32(monkeypatch):
     monkeypatch.setitem(check.ALLOWED, torch.float32, float("nan"))
     module = Net(lambda m, x: m.layer(x.float()), nn.Linear(6, 6))
