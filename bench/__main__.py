@@ -87,7 +87,7 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[1] if __doc__ else "")
-    parser.add_argument("--parts", help="names, separated by commas (default: all)")
+    parser.add_argument("--parts", help="names, separated by commas (default: all but those that --list says)")
     parser.add_argument("--list", action="store_true", help="print the parts, their seconds and time limits, and end")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works; nothing is judged")
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="for RESULTS.md, figures and records")
@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     parts = load_parts()
-    names = list(parts) if given.parts is None else [name.strip() for name in given.parts.split(",")]
+    usual = [name for name, part in parts.items() if not part.asked]
+    names = usual if given.parts is None else [name.strip() for name in given.parts.split(",")]
     unknown = [name for name in names if name not in parts]
     if unknown:
         parser.error(f"--parts: {unknown[0]!r} is none of {', '.join(parts)}")
@@ -126,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [part for name, part in parts.items() if name in names]
     if given.list:
         for part in parts.values():
-            print(f"{part.name:<12} {part.seconds:4.0f} s, at most {part.limit_seconds:4.0f} s  {part.title}")
-        print(f"{'all':<12} {sum(part.seconds for part in parts.values()):4.0f} s")
+            asked = " (only if named)" if part.asked else ""
+            print(f"{part.name:<12} {part.seconds:4.0f} s, at most {part.limit_seconds:4.0f} s  {part.title}{asked}")
+        print(f"{'all':<12} {sum(parts[name].seconds for name in usual):4.0f} s")
         return 0
     if given.child:
         play_here(chosen, given.smoke, given.child)

@@ -36,7 +36,7 @@ TITLES: Final = {"solve": "coefficients, 10 targets", "eigh": "largest eigenpair
 @part(
     "algebra",
     "Algebra of a kernel on disk",
-    seconds=80,
+    seconds=70,
     limit_seconds=300,
     bars=(
         Bar(algebra.COEFFICIENTS, algebra.COEFFICIENTS_BAR),

@@ -251,7 +251,7 @@ PARTS: Final = {"overhead": overhead, "memory": memory, "scaling": scaling}
 @part(
     "cluster",
     "Worker processes",
-    seconds=65,
+    seconds=75,
     limit_seconds=300,
     bars=(Bar(FIGURES[0], OVERHEAD), Bar(FIGURES[1], SCALING, at_least=True)),
     results="cluster",

@@ -46,7 +46,7 @@ HOST, DISK = "2GiB", "20GiB"
 BAR = 1.2
 
 #: As a part of ``python -m bench``: samples at the network's own width, and widths at so many samples, smoke sizes too.
-PART_SAMPLES, PART_WIDTHS, WIDTH_SAMPLES = (1_000, 2_000, 4_000, 12_000), (128, 512, 2_048), 1_000
+PART_SAMPLES, PART_WIDTHS, WIDTH_SAMPLES = (1_000, 2_000, 4_000, 8_000), (128, 512, 2_048), 1_000
 SMOKE_WIDTHS, SMOKE_WIDTH_SAMPLES = (8, 32), 24
 
 #: The count from which the part's check starts, as in the full size.
@@ -218,7 +218,7 @@ def growth_ratio(runs: Sequence[Growth]) -> float:
 @part(
     "growth",
     "Growth of the cost with samples and parameters",
-    seconds=60,
+    seconds=65,
     limit_seconds=240,
     bars=(Bar(FIGURE, BAR),),
     results="growth",

@@ -155,7 +155,7 @@ class _start:  # noqa: N801 - reads as what it does
 @part(
     "interrupted",
     "What a kill costs",
-    seconds=45,
+    seconds=50,
     limit_seconds=240,
     bars=(Bar(AGAIN, 0.0), Bar(BITS, 0.0)),
     results="faults",

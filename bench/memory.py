@@ -256,7 +256,7 @@ def format_outcomes(outcomes: Sequence[Outcome]) -> str:
 @part(
     "memory",
     "Promises of memory over a grid of jobs",
-    seconds=40,
+    seconds=55,
     limit_seconds=180,
     bars=(Bar(KEPT, 1.0), Bar(WASTED, WASTE)),
     results="memory",

@@ -353,7 +353,7 @@ PARTS: Final = {"spill": spill, "bytes": moved, "large": large, "resume": resume
 @part(
     "outofcore",
     "Tiles on disk beside tiles in memory",
-    seconds=100,
+    seconds=110,
     limit_seconds=300,
     bars=(
         Bar(SPILLED, SPILL_BAR),

@@ -103,7 +103,9 @@ def play(parts: Sequence[Part], smoke: bool, patience: float = 1.0) -> list[Play
         except subprocess.TimeoutExpired:
             ended = f"stopped after {limit:.0f} s, its time limit"
         finally:
-            end_tree(process)
+            if process.poll() is None:
+                end_tree(process.pid)
+                process.wait()
             with suppress(ProcessLookupError):  # what it left behind
                 os.killpg(process.pid, signal.SIGKILL)
         return [_read(Path(folder), part, setting, smoke, ended) for part in parts]

@@ -1,22 +1,22 @@
 """Measuring in a process of its own, so that memory peaks and warm-up are a contender's own.
 
-``python -m bench.process TASK FOLDER`` is the child: it builds model and data from a seed, computes the kernel of one
-sample to warm up, then computes the kernel once, timed, and leaves figures and kernel in the folder.
+The child builds model and data from a seed, computes the kernel of one sample to warm up, then computes the kernel
+once, timed, and leaves figures and kernel in a folder.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -45,6 +45,17 @@ STARTING_SECONDS = 60.0
 
 #: The repository, from which children start.
 ROOT = Path(__file__).parents[1]
+
+#: By what libraries are told how many threads to take.
+THREADS_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+#: A process that imports what every contender needs, and computes nothing, forks those that measure: importing takes
+#: longer than most of them compute.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["bench.process"])
+
+#: What a process that measures writes to stderr.
+SAID = "said"
 
 
 @dataclass(frozen=True)
@@ -80,12 +91,6 @@ class Task:
     threads: int
     limit_seconds: float | None = None
     here: bool = False
-
-    @classmethod
-    def from_json(cls, text: str) -> Task:
-        """Read what ``json.dumps(asdict(task))`` wrote."""
-        given = json.loads(text)
-        return cls(**{**given, "cases": tuple(Case(**case) for case in given["cases"])})
 
 
 @dataclass(frozen=True)
@@ -239,14 +244,55 @@ def _begun(folder: Path, *cases: Case) -> float | None:
 def _measure(task: Task, folder: str, limit_seconds: float | None = None) -> None:
     """Measure in a fresh process, or here."""
     if not task.here:
-        arguments = [json.dumps(asdict(task)), folder]
-        begun = partial(_begun, Path(folder), *task.cases)
-        start_child("bench.process", arguments, task.threads, limit_seconds, begun)
+        _measure_forked(task, folder, limit_seconds)
         return
     try:
         measure_here(task, Path(folder))
     except Exception as error:  # whatever a peer raises; it must not end the others
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _measure_forked(task: Task, folder: str, limit_seconds: float | None) -> None:
+    """Measure in a process that is forked off one that has imported torch and computed nothing."""
+    process = FORKS.Process(target=_child, args=(task, folder))
+    with patch.dict(os.environ, dict.fromkeys(THREADS_VARIABLES, str(task.threads))):
+        process.start()
+    assert process.pid is not None
+    started = time.time()
+    try:
+        while process.exitcode is None:
+            since = _begun(Path(folder), *task.cases)
+            if limit_seconds is not None:
+                left = limit_seconds + (started + STARTING_SECONDS if since is None else since) - time.time()
+                if left <= 0:
+                    raise subprocess.TimeoutExpired(task.contender, limit_seconds)
+            process.join(0.1)
+    finally:
+        if process.exitcode is None:
+            end_tree(process.pid)
+            process.join()
+    said = Path(folder, SAID).read_text(errors="replace")
+    sys.stderr.write(said)
+    if process.exitcode:
+        raise _failed(process.exitcode, said)
+
+
+def _child(task: Task, folder: str) -> None:
+    """Body of a forked process: what it says goes to a file, and its memory peak counts from now on."""
+    from .registry import load_peers
+    from .throughput import reset_peak
+
+    with Path(folder, SAID).open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    reset_peak()
+    load_peers()
+    measure_here(task, Path(folder))
+
+
+def _failed(status: int, said: str) -> RuntimeError:
+    """The error of a process that ended with a status, and the last line that it wrote."""
+    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
+    return RuntimeError(f"its process ended with status {status}{': ' if last else ''}{last[:300]}")
 
 
 def _read(folder: Path, case: Case, load: float) -> Measurement | str | None:
@@ -278,13 +324,7 @@ def floors_apart(task: Task) -> dict[Case, Floors]:
         return {case: Floors(**json.loads((Path(folder) / f"{case.stem}.json").read_text())) for case in task.cases}
 
 
-def start_child(
-    module: str,
-    arguments: Sequence[str],
-    threads: int,
-    limit_seconds: float | None = None,
-    begun: Callable[[], float | None] | None = None,
-) -> None:
+def start_child(module: str, arguments: Sequence[str], threads: int, limit_seconds: float | None = None) -> None:
     """Run a module of the benchmark in a fresh process and wait for it.
 
     Args:
@@ -292,57 +332,40 @@ def start_child(
         arguments: its command line.
         threads: CPU threads of every library in it.
         limit_seconds: after which it is ended.
-        begun: tells since when, in seconds since the epoch, those seconds count; None while they do not, for
-            :data:`STARTING_SECONDS` at most. Without it they count from the start.
 
     Raises:
         RuntimeError: if it ends with another status than 0, with the last line that it wrote to stderr.
         subprocess.TimeoutExpired: if it takes longer; it is ended then with all its children.
     """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, str(threads))}
+    environment = {**os.environ, **dict.fromkeys(THREADS_VARIABLES, str(threads))}
     command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said)
         try:
-            status = process.wait(limit_seconds) if begun is None else _wait(process, limit_seconds, begun)
+            status = process.wait(limit_seconds)
         finally:
-            end_tree(process)
+            if process.poll() is None:
+                end_tree(process.pid)
+                process.wait()
         said.seek(0)
         text = said.read()
     sys.stderr.write(text)
     if status:
-        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-        raise RuntimeError(f"its process ended with status {status}{': ' if last else ''}{last[:300]}")
+        raise _failed(status, text)
 
 
-def _wait(process: subprocess.Popen[bytes], limit_seconds: float | None, begun: Callable[[], float | None]) -> int:
-    """Wait for a process whose time counts from when it says."""
-    started = time.time()
-    while limit_seconds is not None:
-        since = begun()
-        left = limit_seconds + (started + STARTING_SECONDS if since is None else since) - time.time()
-        if left <= 0:
-            raise subprocess.TimeoutExpired(process.args, limit_seconds)
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(min(left, 0.2))
-    return process.wait()
-
-
-def end_tree(process: subprocess.Popen[bytes]) -> None:
+def end_tree(pid: int) -> None:
     """End a process, if it is still there, with all that it started.
 
     Args:
-        process: a child of this one.
+        pid: of a child of this process, or of one of its children.
     """
-    if process.poll() is not None:
-        return
     with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
+        process = psutil.Process(pid)
+        for child in process.children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
-    process.kill()
-    process.wait()
+        process.kill()
 
 
 def calibrate_once() -> None:
@@ -350,10 +373,3 @@ def calibrate_once() -> None:
     if not cached_rates(DEVICE).measured:
         print("calibrating once, which is not counted", flush=True)
         ooc_ntk.calibrate(DEVICE, tempfile.gettempdir())
-
-
-if __name__ == "__main__":
-    from bench.registry import load_peers
-
-    load_peers()
-    measure_here(Task.from_json(sys.argv[1]), Path(sys.argv[2]))

@@ -47,6 +47,7 @@ class Part:
         limit_seconds: after which it is ended; what it gave back until then counts.
         bars: the figures that it judges. One that is not there in the end is not measured.
         results: the page of ``bench/results`` with longer runs.
+        asked: whether it is played only where it is named: what it needs or takes is too much for every time.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Part:
     limit_seconds: float
     bars: tuple[Bar, ...] = ()
     results: str = ""
+    asked: bool = False
 
 
 #: Parts by name.
@@ -63,12 +65,19 @@ PARTS: dict[str, Part] = {}
 
 
 def part(
-    name: str, title: str, *, seconds: float, limit_seconds: float, bars: tuple[Bar, ...] = (), results: str = ""
+    name: str,
+    title: str,
+    *,
+    seconds: float,
+    limit_seconds: float,
+    bars: tuple[Bar, ...] = (),
+    results: str = "",
+    asked: bool = False,
 ) -> Callable[[Callable[[bool], Iterator[Finding]]], Callable[[bool], Iterator[Finding]]]:
     """Register a generator of findings as a part. See :class:`Part`."""
 
     def register(measure: Callable[[bool], Iterator[Finding]]) -> Callable[[bool], Iterator[Finding]]:
-        PARTS[name] = Part(name, title, measure, seconds, limit_seconds, bars, results)
+        PARTS[name] = Part(name, title, measure, seconds, limit_seconds, bars, results, asked)
         return measure
 
     return register

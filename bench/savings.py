@@ -199,7 +199,7 @@ def table_rows(part: str, smoke: bool, threads: int) -> list[list[str]]:
 @registered(
     "savings",
     "Five checkpoints of one model",
-    seconds=30,
+    seconds=40,
     limit_seconds=180,
     bars=(Bar(FIGURES[0], BAR), Bar(FIGURES[1], 1.0)),
     results="savings",
