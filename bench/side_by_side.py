@@ -36,7 +36,7 @@ SMOKE_CASES: Final = (Case("mlp", 6),)
 
 #: Times ours, plan included, after which a peer is ended, and the seconds of computing that it gets in any case
 #: (guessed: so that all parts together take a quarter of an hour).
-PATIENCE, LEAST_SECONDS = 1.2, 2.0
+PATIENCE, LEAST_SECONDS = 1.1, 2.0
 
 #: Of the time that a bar asks peers to take at least, so that one that is ended there has met it.
 SURELY = 1.02

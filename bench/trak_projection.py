@@ -33,9 +33,14 @@ SMALL = (400, (1024, 4096), 3)
 
 
 def measure_trak(
-    setting: Setting, folder: Path, outcome: Outcome, small: tuple[int, tuple[int, ...], int] = SMALL
+    setting: Setting,
+    folder: Path,
+    outcome: Outcome,
+    small: tuple[int, tuple[int, ...], int] = SMALL,
+    *,
+    dattri: bool = True,
 ) -> None:
-    """TRAK's projector beside ours: residuals and time on the small network, time on the large one."""
+    """TRAK's projector beside ours, and dattri's: residuals and time on the small network, time on the large one."""
     sizes = (24, (64,), 1) if setting.smoke else small
     data = replace(digits(setting, folder, sizes[0], ("sjlt", "rademacher"), sizes[1], sizes[2]), dims=sizes[1])
     exact = np.asarray(ooc_ntk.run(data.job(), folder / "trak-exact", progress=False), dtype=np.float64)
@@ -69,10 +74,10 @@ def measure_trak(
     del gradients
     if not outcome.steps:
         measure_throughput(setting, ("sjlt",), outcome)
-    _trak_on_large(setting, outcome)
+    _trak_on_large(setting, outcome, dattri=dattri)
 
 
-def _trak_on_large(setting: Setting, outcome: Outcome) -> None:
+def _trak_on_large(setting: Setting, outcome: Outcome, *, dattri: bool) -> None:
     """Time TRAK's projector on the gradients of the large network's batch."""
     print("trak: large network …", file=sys.stderr, flush=True)
     bench = bench_of(large_job(setting, "sjlt"))
@@ -85,7 +90,7 @@ def _trak_on_large(setting: Setting, outcome: Outcome) -> None:
     check = Check(TRAK_OVER_OURS, over, None, TRAK_BAR, True, None if setting.smoke else over >= TRAK_BAR)
     outcome.checks.append(check)
     rows = [("TRAK BasicProjector", timing.sample_seconds, over * sjlt.ratio, peak_resident_bytes())]
-    if absent(DATTRI) is None:
+    if dattri and absent(DATTRI) is None:
         reset_peak()
         took = trak_peer.time_blocks(gradients, samples, dim, dattri_peer.projector).sample_seconds
         ratio = took / sjlt.sample_seconds * sjlt.ratio
