@@ -165,12 +165,14 @@ def _exact(path: RidgePath, size: int, rows: int, *, intercept: bool) -> GcvCurv
         # 0: beside a small ridge it would change what is taken off, and with it all digits of 1 less the leverage.
         noise = abs(float(values @ (path.spectrum.vectors.sum(0) ** 2))) / size
         values = np.where(abs(values) <= 10 * noise + size * np.finfo(np.float64).eps * abs(values).max(), 0.0, values)
-    for solution in path.solutions:
-        weights = 1.0 / (values + solution.ridge)
+    inverse = np.array([1.0 / (values + solution.ridge) for solution in path.solutions])
+    for solution, weights, blocks in zip(
+        path.solutions, inverse, _inverse_blocks(path.spectrum, inverse, rows), strict=True
+    ):
         trace = float(weights.sum())
         off = 1.0 / (size * solution.ridge) if intercept else 0.0
         squares = _squares(solution)
-        left_out = _left_out(solution, _inverse_blocks(path.spectrum, weights, rows) - off)
+        left_out = _left_out(solution, blocks - off)
         columns.append(
             (
                 float(squares.mean() / (trace / size - off) ** 2),
@@ -185,13 +187,26 @@ def _exact(path: RidgePath, size: int, rows: int, *, intercept: bool) -> GcvCurv
 
 
 def _inverse_blocks(spectrum: DenseSpectrum, weights: NDArray[np.float64], rows: int) -> NDArray[np.float64]:
-    """Blocks on the diagonal of ``V diag(weights) Vᵀ``, (samples, rows, rows), some samples at a time."""
-    size = len(weights)
-    found = np.empty((size // rows, rows, rows))
+    """Blocks on the diagonal of ``V diag(weights) Vᵀ`` for several weights, (weights, samples, rows, rows).
+
+    Some samples at a time, for all weights: LAPACK leaves eigenvectors in columns, whose rows are copied once.
+
+    Args:
+        spectrum: all n eigenpairs.
+        weights: (weights, n).
+        rows: of a block.
+    """
+    size = weights.shape[1]
+    found = np.empty((len(weights), size // rows, rows, rows))
     step = max(1, 512 // rows)
-    for start in range(0, len(found), step):
-        vectors = spectrum.vectors[start * rows : (start + step) * rows].reshape(-1, rows, size)
-        found[start : start + step] = (vectors * weights) @ vectors.transpose(0, 2, 1)
+    for start in range(0, size // rows, step):
+        vectors = np.ascontiguousarray(spectrum.vectors[start * rows : (start + step) * rows])
+        if rows == 1:
+            found[:, start : start + step, 0, 0] = weights @ np.square(vectors).T
+            continue
+        vectors = vectors.reshape(-1, rows, size)
+        for each, blocks in zip(weights, found, strict=True):
+            blocks[start : start + step] = (vectors * each) @ vectors.transpose(0, 2, 1)
     return found
 
 
