@@ -15,18 +15,18 @@ from typing import Any, Final
 _KNOWN: Final = frozenset(
     (
         *("annotated_doc", "annotated_types", "attr", "attrs", "backports", "bottleneck"),
-        *("certifi", "charset_normalizer", "click", "cloudpickle", "contourpy", "cuda", "cycler"),
-        *("dask", "dateutil", "distributed", "donfig", "einops", "filelock", "fsspec"),
+        *("charset_normalizer", "click", "cloudpickle", "contourpy", "cuda", "cycler"),
+        *("dask", "dateutil", "donfig", "einops", "filelock", "fsspec"),
         *("google_crc32c", "huggingface_hub", "idna", "importlib_metadata", "jinja2", "joblib"),
         *("kiwisolver", "lazy_importer", "lazy_loader", "llvmlite", "locket", "markdown_it"),
         *("markupsafe", "matplotlib", "mdurl", "mlxtend", "mpmath", "msgpack", "msgspec"),
         *("networkx", "numba", "numcodecs", "numexpr", "numpy", "ooc_ntk", "opt_einsum"),
         *("packaging", "pandas", "PIL", "pkg_resources", "psutil", "pydantic", "pydantic_core"),
-        *("pygments", "pyparsing", "pytz", "regex", "requests", "rich", "safetensors", "scipy"),
-        *("setuptools", "shellingham", "six", "sklearn", "sortedcontainers", "sympy", "tblib"),
-        *("threadpoolctl", "timm", "tlz", "tokenizers", "toolz", "torch", "torchgen", "tornado"),
+        *("pygments", "pyparsing", "pytz", "regex", "rich", "safetensors", "scipy"),
+        *("setuptools", "shellingham", "six", "sklearn", "sympy", "tblib"),
+        *("threadpoolctl", "timm", "tlz", "tokenizers", "toolz", "torch", "torchgen"),
         *("tqdm", "transformers", "triton", "typer", "typing_extensions", "typing_inspection"),
-        *("tzdata", "urllib3", "yaml", "zarr", "zict", "zipp"),
+        *("tzdata", "yaml", "zarr", "zict", "zipp"),
     )
 )
 
