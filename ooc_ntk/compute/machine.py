@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import psutil
@@ -120,10 +121,15 @@ def return_free_memory() -> None:
 
     No garbage collection: tensors go with their last reference, and one takes 0.15 s with torch loaded (measured).
     """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return_host_memory()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
+
+
+def return_host_memory() -> None:
+    """Give host memory that was freed back to the system, where the allocator would keep it (glibc)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def return_device_memory(device: str) -> None:
@@ -148,6 +154,10 @@ def limited_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+#: Bytes from which a block is mapped for itself, and goes back to the system when it is freed, within a run.
+MAPPED_BLOCK_BYTES: Final = 2**25
+
+
 @contextmanager
 def steady_allocator() -> Iterator[None]:
     """Keep memory that is freed and wanted again at once in the process, for the time of a run (glibc).
@@ -161,7 +171,7 @@ def steady_allocator() -> Iterator[None]:
         return
     libc = ctypes.CDLL("libc.so.6")
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    libc.mallopt(mmap_threshold, 2**25)
+    libc.mallopt(mmap_threshold, MAPPED_BLOCK_BYTES)
     libc.mallopt(trim_threshold, 2**30)
     try:
         yield

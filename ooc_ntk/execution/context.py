@@ -21,16 +21,21 @@ from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.compute.fused import load_fused
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.machine import (
+    MAPPED_BLOCK_BYTES,
     limited_threads,
     peak_resident_bytes,
+    resident_bytes,
     return_device_memory,
     return_free_memory,
+    return_host_memory,
     steady_allocator,
 )
 from ooc_ntk.compute.streams import DeviceFeed, Queues, queues_of
 from ooc_ntk.compute.structure import Structure
 from ooc_ntk.errors import NonFiniteError, RunInterrupted, StorageError
 from ooc_ntk.inputs.samples import Samples, SampleSource
+from ooc_ntk.planning.budget import WORKER_BYTES
+from ooc_ntk.planning.memory import DECODERS
 from ooc_ntk.planning.plan import Plan
 from ooc_ntk.planning.superblocks import Superblock
 from ooc_ntk.planning.tiles import Range
@@ -307,6 +312,25 @@ class RunContext:
         if self._projector is None:
             self._projector = projector_of(self.plan, self.function, self.capture)
         return self._projector
+
+    @cached_property
+    def _settled_bytes(self) -> int:
+        """Resident bytes of this process above which freed memory is given back: one block more could be too many."""
+        plan = self.plan
+        if self.worker:
+            promised = plan.process_bytes or plan.promised.host_bytes + WORKER_BYTES
+        else:
+            promised = plan.promised.host_bytes
+        return promised - plan.host_terms.get(DECODERS, 0) - MAPPED_BLOCK_BYTES
+
+    def settle(self) -> None:
+        """Between batches: give freed memory back where what the allocator kept brings the process near its promise.
+
+        Blocks of tens of MiB that come and go leave gaps in which small ones settle; the next large one then takes new
+        memory, batch after batch (measured: 200 MiB of gaps beside 110 in use after 500 samples of 1.6 MB).
+        """
+        if resident_bytes() > self._settled_bytes:
+            return_host_memory()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -60,6 +60,7 @@ def derive_rows(context: RunContext, task: Task, known_digest: str | None) -> Ou
                 digest.update(digest_samples(found).encode())
                 batch = context.batch(found)
             rows.derive(batch, numbers)
+            context.settle()
             context.advance("rows", len(numbers))
         if known_digest is not None and digest.hexdigest() != known_digest:
             raise DataChangedError(
@@ -159,6 +160,7 @@ class _PassRows:
                 self._position += _store_group(
                     context, self._writer, self._columns, group, self.norms, self._position, (before, samples)
                 )
+            del group  # it goes before the next is derived: both at once would not be what was promised
         if self._position - before != wanted:
             raise RuntimeError(f"internal error: {self._position - before} rows derived, {wanted} expected")
 
@@ -200,7 +202,7 @@ class _PassRows:
             for start in range(0, len(batch), self._step):
                 with context.phase("expand"):
                     found = self._by_rules(captured, slice(start, min(start + self._step, len(batch))), wanted)
-                yield [found[name] for name in columns.names]
+                yield [found.pop(name) for name in columns.names]  # nothing is held here: see derive
             return
         width = sum(part.stop - part.start for name, part in wanted.items() if name in self._others)
         gathered = group_rows(plan.span_columns, width, item_bytes(plan.precision))
@@ -220,7 +222,7 @@ class _PassRows:
                     found = self._by_rules(captured, slice(sample + start, sample + stop), wanted)
                 parts = (part[start * rows : stop * rows] for part in group)
                 found.update(zip(self._others, parts, strict=True))
-                yield [found[name] for name in columns.names]
+                yield [found.pop(name) for name in columns.names]
             sample += count
 
     def _by_rules(self, captured: Captured | None, samples: slice, wanted: Mapping[str, slice]) -> dict[str, Tensor]:

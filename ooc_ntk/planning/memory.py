@@ -33,6 +33,9 @@ DEVICE_LIBRARY_BYTES: Final = 64 * 2**20
 #: the next (measured: up to 1.5 times on batches of many small gradients).
 DERIVING_SHARE: Final = 1.5
 
+#: The term of host memory that processes that decode images take.
+DECODERS: Final = "processes that decode images"
+
 #: Share added to what is modelled, for allocator rounding and fragmentation. Measured 1–3%.
 ALLOCATOR_SHARE: Final = 0.04
 
@@ -440,7 +443,7 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     stays = Terms(disk=_disk_stays(workload, layout))
     stays.host["the process itself (Python, torch, model, live data)"] = workload.baseline_bytes
     if workload.loader_bytes:
-        stays.host["processes that decode images"] = workload.loader_bytes
+        stays.host[DECODERS] = workload.loader_bytes
     if layout.in_memory:
         stays.host["Jacobian tiles in memory"] = store_bytes(workload, layout)
     if workload.device != "cpu":

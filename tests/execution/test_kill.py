@@ -109,7 +109,7 @@ def committed(out: Path) -> dict[str, float]:
 
 
 def wait_for(child: subprocess.Popen, out: Path, tasks: int, prefix: str = "") -> None:
-    """Wait until ``tasks`` different tasks were committed since the run directory was made, one of them a ``prefix``."""
+    """Wait until ``tasks`` different tasks were committed since the run was begun, one of them a ``prefix``."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         logged = tasks_logged(out)
