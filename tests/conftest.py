@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 import ooc_ntk
 from ooc_ntk.cli import app
 from ooc_ntk.compute.rates import rates_path
-from ooc_ntk.planning.rates import UNCALIBRATED, MachineRates
+from ooc_ntk.planning.rates import MachineRates
 from tests import s3 as s3_server
+from tests.rates import RATES
 
 
 @pytest.fixture(scope="session")
 def rates() -> MachineRates:
     """Plausible rates that count as measured, so that no test calibrates unless it means to."""
-    return dataclasses.replace(UNCALIBRATED, machine="tests", measured=True)
+    return RATES
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as processors: more threads would wait for each other

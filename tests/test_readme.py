@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.rates import keep_rates
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -16,16 +20,17 @@ def _named_file(body: str) -> str | None:
     return match.group(1) if match else None
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     return {
         **os.environ,
-        "OOC_NTK_CACHE": str(folder / "cache"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
 
 
-def test_blocks_run_as_printed(tmp_path: Path) -> None:
+def test_blocks_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """One after the other in one folder, as a reader would; later blocks need what earlier ones left."""
+    monkeypatch.setenv("OOC_NTK_CACHE", str(tmp_path / "cache"))
+    keep_rates()
     for index in range(len(BLOCKS)):
         _run_block(tmp_path, index)
 
@@ -39,7 +44,7 @@ def _run_block(folder: Path, index: int) -> None:
         result = subprocess.run(
             [sys.executable, "-c", body],
             cwd=folder,
-            env=_environment(folder),
+            env=_environment(),
             capture_output=True,
             text=True,
             check=False,
@@ -51,7 +56,7 @@ def _run_block(folder: Path, index: int) -> None:
             result = subprocess.run(
                 ["bash", "-c", line[2:].replace("ooc-ntk", f"{sys.executable} -m ooc_ntk", 1)],
                 cwd=folder,
-                env=_environment(folder),
+                env=_environment(),
                 capture_output=True,
                 text=True,
                 check=False,

@@ -12,8 +12,8 @@ from pathlib import Path
 import ooc_ntk
 from ooc_ntk.errors import RunInterrupted
 from ooc_ntk.execution.driver import Observer
-from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.storage.manifest import RUN_FORMAT
+from tests.rates import RATES
 
 #: Where they are.
 DATA = Path(__file__).parent
@@ -47,7 +47,7 @@ def make(folder: Path) -> None:
         "projected": (job(projection="sjlt:16"), ooc_ntk.Preferences(tile_samples=8), 0),
     }
     for name, (wanted, preferences, stop) in ways.items():
-        plan = ooc_ntk.plan(wanted, BUDGET, preferences=preferences, rates=UNCALIBRATED)
+        plan = ooc_ntk.plan(wanted, BUDGET, preferences=preferences, rates=RATES)
         try:
             ooc_ntk.run(
                 wanted, folder / name, plan=plan, scheduler="serial", progress=stopping_after(stop) if stop else False

@@ -24,13 +24,13 @@ from ooc_ntk.compute.capture import Capture
 from ooc_ntk.compute.contract import KernelAccumulator
 from ooc_ntk.errors import StorageError, TransientStorageError
 from ooc_ntk.execution import calibration, context, devicestore, executors
-from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.report.tables import info_table
 from ooc_ntk.storage import retries
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.diskrate import DiskRates
 from ooc_ntk.storage.manifest import Manifest, Receipt
 from ooc_ntk.storage.reading import O_DIRECT
+from tests.rates import RATES
 
 BUDGET = ooc_ntk.Budget("16GiB", disk="1GiB")
 TILE = 8
@@ -63,7 +63,7 @@ def make_plan(dataflow: str = "spill") -> ooc_ntk.Plan:
     if dataflow not in _plans:
         passes = {"passes": 2, "span_columns": 80, "layer_rules": False} if dataflow == "recompute" else {}
         preferences = ooc_ntk.Preferences(dataflow=dataflow, tile_samples=TILE, superblock_tiles=1, **passes)
-        made = ooc_ntk.plan(make_job(), BUDGET, preferences=preferences, rates=UNCALIBRATED)
+        made = ooc_ntk.plan(make_job(), BUDGET, preferences=preferences, rates=RATES)
         _plans[dataflow] = replace(made, batch_size=TILE)
     return _plans[dataflow]
 

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 
 import ooc_ntk
 from ooc_ntk.errors import RunLockedError
-from ooc_ntk.planning.rates import UNCALIBRATED
+from tests.rates import RATES
 
 CHILD = Path(__file__).with_name("kill_child.py")
 _spec = importlib.util.spec_from_file_location("ooc_ntk_kill_child", CHILD)
@@ -69,7 +69,7 @@ def reference(folder: Path, dataflow: str, scheduler: str) -> tuple[Path, dict[s
         threads = torch.get_num_threads()
         torch.set_num_threads(threads if dataflow == "resident" else 1)  # the plan's threads are what counts
         plan = ooc_ntk.plan(
-            job, ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=PREFERENCES[dataflow], out=folder, rates=UNCALIBRATED
+            job, ooc_ntk.Budget("16GiB", disk="1GiB"), preferences=PREFERENCES[dataflow], out=folder, rates=RATES
         )
         assert plan.dataflow == PREFERENCES[dataflow].dataflow
         assert len(plan.passes) == (3 if dataflow == "recompute" else 1)

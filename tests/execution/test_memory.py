@@ -10,25 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from ooc_ntk.planning.rates import UNCALIBRATED
-
 CHILD = Path(__file__).with_name("memory_child.py")
+ROOT = CHILD.parents[2]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A cache that holds rates, so that the children do not calibrate; rates are kept per count of threads."""
     folder = tmp_path_factory.mktemp("rates")
-    code = (
-        "import sys, dataclasses; from ooc_ntk.compute.rates import rates_path; "
-        "rates_path('cpu').write_text(sys.stdin.read())"
-    )
-    text = UNCALIBRATED.to_json().replace('"measured": false', '"measured": true')
-    assert '"measured": true' in text
+    code = "from tests.rates import keep_rates; keep_rates()"
     environment = {**os.environ, "OOC_NTK_CACHE": str(folder)}
     for threads in ({}, {"OMP_NUM_THREADS": "1"}):
         command = [sys.executable, "-c", code]
-        subprocess.run(command, input=text, text=True, check=True, env={**environment, **threads})
+        subprocess.run(command, check=True, cwd=ROOT, env={**environment, **threads})
     return folder
 
 

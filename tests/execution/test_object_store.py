@@ -29,13 +29,13 @@ import ooc_ntk
 from ooc_ntk.errors import InputError, OocNtkError, RunConflictError, StorageError, TransientStorageError
 from ooc_ntk.execution import driver, session, sums, work
 from ooc_ntk.execution.driver import Observer
-from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.planning.scratch import STORE_BYTES, scratch_bytes
 from ooc_ntk.report.tables import info_table
 from ooc_ntk.storage import retries
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.diskrate import DiskRates
 from ooc_ntk.storage.manifest import Manifest
+from tests.rates import RATES
 from tests.s3 import BUCKET, KEY, SECRET, TOKEN, answering, environment, set_environment
 
 obstore = pytest.importorskip("obstore")
@@ -95,7 +95,7 @@ def make_plan(name: str) -> ooc_ntk.Plan:
         make_job(**job),
         BUDGET,
         preferences=ooc_ntk.Preferences(tile_samples=TILE, **preferences),
-        rates=replace(UNCALIBRATED, machine="tests", measured=True),
+        rates=RATES,
     )
     return replace(made, kept_bytes=0)  # what stays in memory would never be read again
 
@@ -259,7 +259,7 @@ def test_scratch_files_stay_below_what_is_said(tmp_path, url, monkeypatch, name)
 
 
 def test_the_plan_counts_what_a_store_takes(tmp_path, url):
-    rates = replace(UNCALIBRATED, machine="tests", measured=True)
+    rates = RATES
     given = {"preferences": ooc_ntk.Preferences(dataflow="spill", tile_samples=TILE), "rates": rates, "out": tmp_path}
     local, stored, shared = (
         ooc_ntk.plan(make_job(), **given, store=store) for store in (None, url, f"file://{tmp_path / 'shared'}")

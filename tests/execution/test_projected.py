@@ -25,10 +25,10 @@ from ooc_ntk.errors import IncompleteRunError, InputError, RunInterrupted
 from ooc_ntk.execution.audit_features import FeatureReference
 from ooc_ntk.planning.memory import DEVICE_CHUNKS, SketchChunks
 from ooc_ntk.planning.projection import KINDS
-from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.storage.manifest import Manifest
 from tests import oracle, zoo
 from tests.cases import FLOAT64, NAMES, TRAIN, Branching, TiedTokens, case, digits
+from tests.rates import RATES
 from tests.zoo import zoo_case
 
 KERNELS = ("trace", "pseudo", "output:3", "full")
@@ -400,8 +400,7 @@ def seeded_job(kind: str = "sjlt", **options) -> ooc_ntk.Job:
 
 def tiled_plan(kind: str = "sjlt", features_only: bool = False, **options) -> ooc_ntk.Plan:
     preferences = ooc_ntk.Preferences(tile_samples=5, span_columns=64, features_only=features_only)
-    rates = dataclasses.replace(UNCALIBRATED, measured=True)
-    plan = ooc_ntk.plan(seeded_job(kind, batch_size=2, **options), BUDGET, preferences=preferences, rates=rates)
+    plan = ooc_ntk.plan(seeded_job(kind, batch_size=2, **options), BUDGET, preferences=preferences, rates=RATES)
     assert plan.sample_grid.row_tiles == 7
     return plan
 

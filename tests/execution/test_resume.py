@@ -25,10 +25,10 @@ import ooc_ntk
 from ooc_ntk.errors import DamagedFileError, DataChangedError, IncompleteRunError, OocNtkError, RunLockedError
 from ooc_ntk.execution import calibration, driver, executors, prepare, session
 from ooc_ntk.execution.driver import Observer
-from ooc_ntk.planning.rates import UNCALIBRATED
 from ooc_ntk.storage import atomic
 from ooc_ntk.storage.directory import RunDirectory
 from ooc_ntk.storage.manifest import Manifest
+from tests.rates import RATES
 
 TRAIN, TEST, TILE = 40, 9, 8
 BUDGET = ooc_ntk.Budget("16GiB", disk="1GiB")
@@ -68,7 +68,7 @@ def make_job(**changes) -> ooc_ntk.Job:
 
 @functools.cache
 def make_plan(dataflow: str) -> ooc_ntk.Plan:
-    made = ooc_ntk.plan(make_job(), BUDGET, preferences=DATAFLOWS[dataflow], rates=UNCALIBRATED)
+    made = ooc_ntk.plan(make_job(), BUDGET, preferences=DATAFLOWS[dataflow], rates=RATES)
     return replace(made, kept_bytes=0)  # what stays in memory would never be read again
 
 
@@ -195,7 +195,7 @@ def test_resume_uses_the_stored_plan_although_memory_and_rates_changed(tmp_path,
     monkeypatch.setattr(prepare, "free_host_bytes", lambda: 1)
     monkeypatch.setenv("OOC_NTK_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
-    other = replace(UNCALIBRATED, measured=True, fill=1.0, disk_write=1.0, disk_read=1e15)
+    other = replace(RATES, fill=1.0, disk_write=1.0, disk_read=1e15)
     calibration.rates_path("cpu").write_text(other.to_json())
     with pytest.raises(ooc_ntk.api.BudgetError):
         ooc_ntk.plan(make_job())  # a new plan could not be made now
@@ -615,7 +615,7 @@ class Replaceable(Dataset):
 def test_random_augmentation_is_caught_before_anything_is_written(tmp_path):
     job = make_job(train=Drifting(130, 0), test=None)
     with pytest.raises(DataChangedError, match=r"train sample 0 twice.*augmentation"):
-        ooc_ntk.plan(job, BUDGET, rates=UNCALIBRATED)
+        ooc_ntk.plan(job, BUDGET, rates=RATES)
     with pytest.raises(DataChangedError, match=r"train sample 0 twice.*augmentation"):
         run(tmp_path / "run", job=job, budget=BUDGET)
     assert not (tmp_path / "run" / "plan.json").exists()
@@ -638,7 +638,7 @@ def test_data_that_changed_between_kill_and_resume_are_caught(tmp_path, dataflow
     data, out = Replaceable(700), tmp_path / "run"
     job = make_job(train=data, test=None)
     preferences = replace(DATAFLOWS[dataflow], tile_samples=350)
-    plan = ooc_ntk.plan(job, BUDGET, preferences=preferences, rates=UNCALIBRATED)
+    plan = ooc_ntk.plan(job, BUDGET, preferences=preferences, rates=RATES)
     with crash_at_commit("kernel-0-0-0", before=False):
         run(out, plan, job)
     unread = next(index for index in range(360, 700) if index not in spaced_samples(700, 512))

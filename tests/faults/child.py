@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import ooc_ntk
 from ooc_ntk.api import describe_job
 from ooc_ntk.cli import app
-from ooc_ntk.planning.rates import UNCALIBRATED
+from tests.rates import RATES
 
 from .injection import FileLayer, Injection
 from .subjects import SUBJECTS
@@ -33,7 +32,7 @@ def plan(subject: str, data: str, path: str) -> int:
         ooc_ntk.Budget("16GiB", disk="16MiB"),
         preferences=ooc_ntk.Preferences(**chosen.preferences),
         out=path,
-        rates=dataclasses.replace(UNCALIBRATED, machine="tests", measured=True),
+        rates=RATES,
     )
     made.save(path)
     return 0

@@ -13,7 +13,7 @@ import pytest
 
 from bench.memory import WASTE, Outcome, format_outcomes, measure_cell
 from bench.memory_cells import ALWAYS, BUDGETS, CELLS, DATAFLOWS, FAMILIES, PRECISIONS, SHAPES, Cell, chosen_cells
-from ooc_ntk.planning.rates import UNCALIBRATED
+from tests.rates import keep_rates
 
 MIB = 2**20
 
@@ -23,13 +23,11 @@ def environment(tmp_path_factory, request):
     """A cache with rates for one thread, so that the children do not calibrate."""
     import torch
 
-    from ooc_ntk.compute.rates import rates_path
-
     folder, threads = tmp_path_factory.mktemp("rates"), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OOC_NTK_CACHE", str(folder))
         torch.set_num_threads(1)
-        rates_path("cpu").write_text(UNCALIBRATED.to_json().replace('"measured": false', '"measured": true'))
+        keep_rates()
         torch.set_num_threads(threads)
     return {"OOC_NTK_CACHE": str(folder)}
 
