@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 import ooc_ntk
+from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES, PROCESS
 from ooc_ntk.storage.diskrate import measure_disk
 
 from .bars import Bar, checked
@@ -137,7 +138,7 @@ def measure_here(case: Case, folder: Path) -> Measured:
     host: int | None = case.host_bytes
     if case.room_bytes is not None:
         probe = ooc_ntk.plan(job, ooc_ntk.Budget("64GiB"), preferences=replace(wanted, order=None), out=folder)
-        fixed = probe.host_terms["the process itself (Python, torch, model, live data)"]
+        fixed = probe.host_terms[PROCESS]
         host = fixed + fixed_host_bytes_beside() + case.room_bytes
     budget = ooc_ntk.Budget(host or "64GiB", disk="60GiB")
     plan = ooc_ntk.plan(job, budget, preferences=wanted, out=folder)
@@ -146,7 +147,7 @@ def measure_here(case: Case, folder: Path) -> Measured:
     seconds = time.perf_counter() - start
     peak, info = peak_resident_bytes(), ooc_ntk.info(kernel.path)
     spilled = plan.dataflow == "spill"
-    room = plan.limits.host - plan.host_terms["the process itself (Python, torch, model, live data)"]
+    room = plan.limits.host - plan.host_terms[PROCESS]
     room -= fixed_host_bytes_beside()
     most = max(len(block.tiles) for block in plan.superblocks)
     share = most * plan.tile_samples**2 * 4 / room
@@ -174,8 +175,6 @@ def measure_here(case: Case, folder: Path) -> Measured:
 
 def fixed_host_bytes_beside() -> int:
     """What the model of memory counts for libraries beside the process itself."""
-    from ooc_ntk.planning.memory import LIBRARY_GROWTH_BYTES
-
     return LIBRARY_GROWTH_BYTES
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import psutil
@@ -154,10 +153,6 @@ def limited_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-#: Bytes from which a block is mapped for itself, and goes back to the system when it is freed, within a run.
-MAPPED_BLOCK_BYTES: Final = 2**25
-
-
 @contextmanager
 def steady_allocator() -> Iterator[None]:
     """Keep memory that is freed and wanted again at once in the process, for the time of a run (glibc).
@@ -171,7 +166,7 @@ def steady_allocator() -> Iterator[None]:
         return
     libc = ctypes.CDLL("libc.so.6")
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    libc.mallopt(mmap_threshold, MAPPED_BLOCK_BYTES)
+    libc.mallopt(mmap_threshold, 2**25)
     libc.mallopt(trim_threshold, 2**30)
     try:
         yield

@@ -160,7 +160,9 @@ class _PassRows:
                 self._position += _store_group(
                     context, self._writer, self._columns, group, self.norms, self._position, (before, samples)
                 )
-            del group  # it goes before the next is derived: both at once would not be what was promised
+            coming = sum(part.untyped_storage().nbytes() for part in group if part.device.type == "cpu")
+            del group  # before rules derive the next: both at once are not what is promised of them
+            context.settle(coming)
         if self._position - before != wanted:
             raise RuntimeError(f"internal error: {self._position - before} rows derived, {wanted} expected")
 

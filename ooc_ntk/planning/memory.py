@@ -33,8 +33,13 @@ DEVICE_LIBRARY_BYTES: Final = 64 * 2**20
 #: the next (measured: up to 1.5 times on batches of many small gradients).
 DERIVING_SHARE: Final = 1.5
 
-#: The term of host memory that processes that decode images take.
+#: Terms of host memory that stay whatever is at work; ``DECODERS`` are processes of their own.
+PROCESS: Final = "the process itself (Python, torch, model, live data)"
 DECODERS: Final = "processes that decode images"
+TILES: Final = "Jacobian tiles in memory"
+LIBRARIES: Final = "libraries and allocator"
+SPENT: Final = "calibration and probe, already spent"
+STANDING: Final = frozenset({PROCESS, DECODERS, TILES, LIBRARIES, SPENT})
 
 #: Share added to what is modelled, for allocator rounding and fragmentation. Measured 1–3%.
 ALLOCATOR_SHARE: Final = 0.04
@@ -441,21 +446,21 @@ def memory_need(workload: Workload, layout: Layout) -> MemoryNeed:
     for terms in tasks.values():  # every worker has a task
         terms.disk = {name: max(1, workload.workers) * size for name, size in terms.disk.items()}
     stays = Terms(disk=_disk_stays(workload, layout))
-    stays.host["the process itself (Python, torch, model, live data)"] = workload.baseline_bytes
+    stays.host[PROCESS] = workload.baseline_bytes
     if workload.loader_bytes:
         stays.host[DECODERS] = workload.loader_bytes
     if layout.in_memory:
-        stays.host["Jacobian tiles in memory"] = store_bytes(workload, layout)
+        stays.host[TILES] = store_bytes(workload, layout)
     if workload.device != "cpu":
         computed = max(terms.total("device") for terms in tasks.values())
         stays.device["the model"] = workload.model_bytes
-        stays.device["libraries and allocator"] = DEVICE_LIBRARY_BYTES + int(ALLOCATOR_SHARE * computed)
+        stays.device[LIBRARIES] = DEVICE_LIBRARY_BYTES + int(ALLOCATOR_SHARE * computed)
     modelled = stays.total("host") + max(terms.total("host") for terms in tasks.values())
     variable = modelled - workload.baseline_bytes - workload.loader_bytes
-    stays.host["libraries and allocator"] = LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
-    spent = workload.planning_bytes - modelled - stays.host["libraries and allocator"]
+    stays.host[LIBRARIES] = LIBRARY_GROWTH_BYTES + int(ALLOCATOR_SHARE * variable)
+    spent = workload.planning_bytes - modelled - stays.host[LIBRARIES]
     if spent > 0:
-        stays.host["calibration and probe, already spent"] = spent
+        stays.host[SPENT] = spent
     return MemoryNeed(stays, tasks)
 
 
