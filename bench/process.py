@@ -35,6 +35,7 @@ from .peers import Refused, Result
 
 #: How a measurement is told that its time limit ended.
 STOPPED = "stopped"
+NOT_BEGUN = f"{STOPPED} before it computed"
 
 #: What a task names to have the floors measured.
 FLOORS = "floors"
@@ -192,12 +193,24 @@ def _promises() -> Iterator[dict[str, float]]:
 
 
 def peak_resident_bytes() -> int:
-    """Highest resident memory of this process so far (VmHWM; Linux only, elsewhere 0)."""
+    """Highest resident memory of this process so far (VmHWM; Linux only, elsewhere 0).
+
+    Of a process that was forked off, with the pages of files (torch's code) that it would have had to read, had it been
+    begun anew: it counts those that it touched alone.
+    """
+    peak = _status_bytes("self", "VmHWM")
+    if multiprocessing.parent_process() is not None:
+        peak += max(0, _status_bytes(str(os.getppid()), "RssFile") - _status_bytes("self", "RssFile"))
+    return peak
+
+
+def _status_bytes(process: str, name: str) -> int:
+    """A size that Linux tells of a process; 0 elsewhere."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc", process, "status").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:")), 0)
 
 
 def measure_apart(task: Task) -> dict[Case, Measurement | str]:
@@ -217,22 +230,20 @@ def measure_apart(task: Task) -> dict[Case, Measurement | str]:
         place, ended = Path(folder), ""
         try:
             _measure(task, folder, task.limit_seconds)
-        except subprocess.TimeoutExpired:
-            ended = STOPPED
+        except subprocess.TimeoutExpired as late:
+            ended = f"{STOPPED} after {late.timeout:.1f} s of computing" if late.timeout else NOT_BEGUN
         except RuntimeError as error:
             if task.contender in (OURS, DENSE):
                 names = ", ".join(case.stem for case in task.cases)
                 raise RuntimeError(f"{task.contender} on {names}: {error}") from error
             ended = str(error)
-        return {case: _read(place, case, load) or _unfinished(place, case, ended) for case in task.cases}
+        told = ended or "its process left nothing"
+        return {case: _read(place, case, load) or _unfinished(place, case, told) for case in task.cases}
 
 
 def _unfinished(folder: Path, case: Case, ended: str) -> str:
-    """Why a case has no measurement: how its process ended, and for how long it had computed when it was stopped."""
-    begun = _begun(folder, case)
-    if ended == STOPPED:
-        return f"{STOPPED} after {time.time() - begun:.1f} s of computing" if begun else f"{STOPPED} before it computed"
-    return ended or "its process left nothing"
+    """Why a case has no measurement: how its process ended, but of a case that it had not come to."""
+    return ended if not ended.startswith(STOPPED) or _begun(folder, case) else NOT_BEGUN
 
 
 def _begun(folder: Path, *cases: Case) -> float | None:
@@ -253,32 +264,44 @@ def _measure(task: Task, folder: str, limit_seconds: float | None = None) -> Non
 
 
 def _measure_forked(task: Task, folder: str, limit_seconds: float | None) -> None:
-    """Measure in a process that is forked off one that has imported torch and computed nothing."""
-    process = FORKS.Process(target=_child, args=(task, folder))
-    with patch.dict(os.environ, dict.fromkeys(THREADS_VARIABLES, str(task.threads))):
-        process.start()
+    """Measure in a process that is forked off one that has imported torch and computed nothing.
+
+    Raises:
+        RuntimeError: if it ends with another status than 0, with the last line that it said.
+        subprocess.TimeoutExpired: if it takes longer; its timeout is what it had computed then, 0 before it began.
+    """
+    environment = {**os.environ, **dict.fromkeys(THREADS_VARIABLES, str(task.threads))}
+    process = FORKS.Process(target=_child, args=(task, folder, environment))
+    process.start()
     assert process.pid is not None
     started = time.time()
     try:
         while process.exitcode is None:
-            since = _begun(Path(folder), *task.cases)
+            since, now = _begun(Path(folder), *task.cases), time.time()
             if limit_seconds is not None:
-                left = limit_seconds + (started + STARTING_SECONDS if since is None else since) - time.time()
-                if left <= 0:
-                    raise subprocess.TimeoutExpired(task.contender, limit_seconds)
+                if since is None and now > started + STARTING_SECONDS:
+                    raise subprocess.TimeoutExpired(task.contender, 0.0)
+                if since is not None and now > since + limit_seconds:
+                    raise subprocess.TimeoutExpired(task.contender, now - since)
             process.join(0.1)
     finally:
         if process.exitcode is None:
             end_tree(process.pid)
             process.join()
-    said = Path(folder, SAID).read_text(errors="replace")
+    file = Path(folder, SAID)
+    said = file.read_text(errors="replace") if file.exists() else ""
     sys.stderr.write(said)
     if process.exitcode:
         raise _failed(process.exitcode, said)
 
 
-def _child(task: Task, folder: str) -> None:
-    """Body of a forked process: what it says goes to a file, and its memory peak counts from now on."""
+def _child(task: Task, folder: str, environment: dict[str, str]) -> None:
+    """Body of a forked process: what it says goes to a file, and its memory peak counts from now on.
+
+    The process that it is forked off has the environment of the first of them.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     from .registry import load_peers
     from .throughput import reset_peak
 

@@ -7,6 +7,7 @@ Generalised cross-validation as in Wei, Hu and Steinhardt 2022 (arXiv 2203.06176
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,6 +24,9 @@ from .ridge import Solution, SolveOptions
 
 #: Probes for traces and diagonals of the inverse (a choice: the preconditioner leaves them little to estimate).
 PROBES: Final = 16
+
+#: Bytes of the blocks on the diagonal of the inverse for several ridges at once (a choice).
+BLOCKS_BYTES: Final = 2**26
 
 #: Samples left out one by one, of every probe (a choice), and resamples of their interval.
 LEFT_OUT: Final = 3
@@ -166,9 +170,7 @@ def _exact(path: RidgePath, size: int, rows: int, *, intercept: bool) -> GcvCurv
         noise = abs(float(values @ (path.spectrum.vectors.sum(0) ** 2))) / size
         values = np.where(abs(values) <= 10 * noise + size * np.finfo(np.float64).eps * abs(values).max(), 0.0, values)
     inverse = np.array([1.0 / (values + solution.ridge) for solution in path.solutions])
-    for solution, weights, blocks in zip(
-        path.solutions, inverse, _inverse_blocks(path.spectrum, inverse, rows), strict=True
-    ):
+    for solution, weights, blocks in zip(path.solutions, inverse, _blocks(path.spectrum, inverse, rows), strict=True):
         trace = float(weights.sum())
         off = 1.0 / (size * solution.ridge) if intercept else 0.0
         squares = _squares(solution)
@@ -184,6 +186,13 @@ def _exact(path: RidgePath, size: int, rows: int, *, intercept: bool) -> GcvCurv
     gcv, loo, train, dimension = np.array(columns).T
     lean = replace(path, spectrum=None)
     return GcvCurve(path.ridges, gcv, loo, train, dimension, zeros, zeros, zeros, lean, "spectrum")
+
+
+def _blocks(spectrum: DenseSpectrum, weights: NDArray[np.float64], rows: int) -> Iterator[NDArray[np.float64]]:
+    """:func:`_inverse_blocks` of one row of weights after the other, as many at once as :data:`BLOCKS_BYTES` hold."""
+    step = max(1, BLOCKS_BYTES // (8 * weights.shape[1] * rows))
+    for start in range(0, len(weights), step):
+        yield from _inverse_blocks(spectrum, weights[start : start + step], rows)
 
 
 def _inverse_blocks(spectrum: DenseSpectrum, weights: NDArray[np.float64], rows: int) -> NDArray[np.float64]:

@@ -157,7 +157,7 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
     quick = _quick_square(difference)
     if quick is not None:
         return quick  # it would not be finite if anything in it were not
-    if not all_finite(found) and all_finite(wanted):
+    if not all_finite(difference) and all_finite(wanted):
         return math.inf
     return _square(difference)
 

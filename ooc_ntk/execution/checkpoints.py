@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from ooc_ntk.algebra.checkpoints import INDEX, Checkpoints, read_index, write_index
+from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.compute.machine import return_free_memory
 from ooc_ntk.errors import InputError, NonFiniteError, RunConflictError
 from ooc_ntk.inputs.job import LIVE, Job
@@ -148,7 +149,7 @@ def _check_all(weights: Sequence[Weights]) -> None:
     for number, given in enumerate(weights):
         state = dict(given) if isinstance(given, Mapping) else load_weights(given)
         for name, value in state.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 which = f"number {number}" if isinstance(given, Mapping) else str(given)
                 raise NonFiniteError(
                     f"weight {name!r} of checkpoint {which} holds NaN or infinity; leave that checkpoint out"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ooc_ntk.compute.capture import Capture, Captured
+from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.compute.gradients import GradientPiece, contiguous_pieces, gradient_pieces
 from ooc_ntk.compute.jacobian import METHODS, ModelBatch, ModelFunction
 from ooc_ntk.compute.projection.backends import load_backend
@@ -225,7 +225,7 @@ class ProjectedRows:
         found = self._projector.project(batch, plan.rows_per_sample, context.phase, where(plan, samples))
         with context.phase("store"):
             features = found.flatten(0, 1).cpu()
-            if not math.isfinite(float(features.sum())):
+            if not all_finite(features):
                 self._blame(features, samples)
             self._store(features)
             self._keep_heavy()

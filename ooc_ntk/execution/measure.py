@@ -60,9 +60,10 @@ MATCHED_SAMPLES = 16
 #: Counted FLOPs that differ by this factor decide between two contractions without timing them.
 DECIDED = 6.0
 
-#: Nor does anything where a CPU counts no more than this for all pairs of samples: it is a tenth of a second at most,
-#: and timing both takes as long (measured on a small convolutional network: 0.10 s to choose between 0.006 and 0.008 s
-#: for 1e9).
+#: Nor does anything where the lower count of a block is no more than this for all pairs of samples, on a CPU: a tenth
+#: of a second at 40 GFLOP/s, and timing both takes as long (measured on a small convolutional network, 1e9: 0.10 s to
+#: choose between 0.006 and 0.008 s). That a wrong choice of the counts costs more than that is possible, up to
+#: DECIDED times as long.
 UNTIMED_FLOPS = 4e9
 
 

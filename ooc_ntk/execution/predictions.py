@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ooc_ntk.algebra.faithfulness import ClassOutputs
 from ooc_ntk.compute.contract import tf32
+from ooc_ntk.compute.finite import all_finite
 from ooc_ntk.compute.jacobian import ModelBatch, ModelFunction
 from ooc_ntk.compute.outputs import OutputRows, logits_of
 from ooc_ntk.errors import InputError
@@ -92,7 +93,7 @@ def _scores(outputs: Tensor, returned: object) -> NDArray[np.float64]:
     shape = tuple(value.shape) if isinstance(value := logits_of(returned), Tensor) else ()
     if any(size > 1 for size in shape[2:]):
         raise InputError(f"surrogates need one row of class scores a sample, the model returned {shape}")
-    if not bool(torch.isfinite(outputs).all()):
+    if not all_finite(outputs):
         raise InputError("the network's outputs are NaN or infinite; check these samples and the weights")
     return np.asarray(outputs.double().cpu().numpy())
 

@@ -30,8 +30,11 @@ _KNOWN: Final = frozenset(
     )
 )
 
-#: Words in user code that say that files are opened by native code.
-_NATIVE_WORDS: Final = ("safetensors", "from_file", "read_csv", "read_parquet", "ctypes", "subprocess", "environ")
+#: Words in user code that say that something is read which no hook sees: by native code, from elsewhere, of a setting.
+_NATIVE_WORDS: Final = (
+    *("safetensors", "from_file", "read_csv", "read_parquet", "ctypes", "subprocess", "environ", "getenv"),
+    *("urllib", "http.client", "socket", "fsspec", "huggingface_hub"),
+)
 
 #: Most files that are worth remembering.
 MOST: Final = 1_000

@@ -38,8 +38,9 @@ RESTART_BYTES: Final = 12 * 2**20
 #: Without it a job of seconds was cut into up to a hundred tasks to save half a MiB.
 NEGLIGIBLE_BYTES: Final = 16 * 2**20
 
-#: A job that takes no longer in tiles of all its samples is planned so. (Measured: pricing everything else takes 0.1 to
-#: 0.5 s and chooses the same tiles for jobs up to 9 s; the first that it made faster, by 0.6 s, takes 8.)
+#: A job that takes no longer in tiles of all its samples is planned so, though smaller ones may take less memory.
+#: (Measured: pricing everything else takes 0.1 to 0.5 s and chose the same tiles for six jobs of up to 5 s; the
+#: shortest job that it made faster, by 0.6 s, takes 8 s.)
 QUICK_SECONDS: Final = 5.0
 
 #: Layouts within this share of the fastest are taken as equally fast; the one with the smallest memory is kept.

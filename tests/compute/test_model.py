@@ -221,8 +221,8 @@ def test_operations_that_rounding_can_flip(name):
     assert not is_smooth(behind(KINKED[name]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_large_weights_are_finite_though_their_sum_is_not(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_weights_are_finite_though_a_sum_of_their_own_type_is_not(dtype):
     net = nn.Linear(8, 2, dtype=dtype)
     with torch.no_grad():
         net.weight.fill_(torch.finfo(dtype).max)

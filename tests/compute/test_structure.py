@@ -774,6 +774,8 @@ def test_a_gradient_that_is_not_finite_where_autograds_is_differs_without_bound(
     found, wanted = torch.tensor([bad, 1.0]), torch.tensor([2.0, 1.0])
     assert check._difference(found, wanted) == float("inf")
     assert check._difference(found, found) == 0.0, "autograd's is no better"
+    largest = torch.full((3,), 3e38)
+    assert check._difference(largest, -largest) == float("inf"), "each is finite, and they are not alike"
 
 
 def test_a_model_that_does_not_run_in_float64_is_judged_in_float32(monkeypatch):

@@ -325,6 +325,22 @@ def test_a_job_that_is_over_at_once_is_not_searched(monkeypatch):
     assert quick.promised.seconds <= searched.promised.seconds * (1 + planner.EQUALLY_FAST)
 
 
+@pytest.mark.parametrize(("share", "searched"), [(0.9, False), (1.2, True)])
+def test_a_job_is_searched_from_so_many_seconds_on(share, searched, monkeypatch):
+    def planned(sample_seconds):
+        derivation = Derivation("vmap", 8, sample_seconds, sample_seconds, MIB, MIB)
+        return make_plan(small_workload(sizes=(3000, 2000), derivation=derivation), ample(), UNCALIBRATED)
+
+    base, one = planned(1e-9).promised.seconds, planned(1e-3).promised.seconds
+    wanted = share * planner.QUICK_SECONDS
+    priced = []
+    price = planner.price
+    monkeypatch.setattr(planner, "price", lambda *args: priced.append(args[1].tile_samples) or price(*args))
+    found = planned((wanted - base) / (one - base) * 1e-3)
+    assert found.promised.seconds == pytest.approx(wanted, rel=0.05)
+    assert (len(set(priced)) > 1) == searched
+
+
 @pytest.mark.parametrize(("sample_seconds", "short"), [(0.1, True), (1.0, False)])
 def test_memory_that_hardly_differs_cuts_no_short_job_into_many_tasks(sample_seconds, short, monkeypatch):
     derivation = Derivation("vmap", 8, sample_seconds, sample_seconds, MIB, MIB)

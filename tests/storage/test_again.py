@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 import ooc_ntk
 from ooc_ntk.cli import app
+from ooc_ntk.inputs import opened
 from ooc_ntk.inputs.named_files import named_files
 from ooc_ntk.storage.again import AGAIN, is_done
 
@@ -128,9 +130,36 @@ def test_files_that_a_factory_opens_count(folder, factory, file):
     assert "data (there" in again.stderr
 
 
-@pytest.mark.parametrize("line", ["import safetensors", "import os; os.environ.get('WIDTH')", "import subprocess"])
-def test_code_that_may_read_unseen_is_run(folder, line):
-    (folder / "net.py").write_text(f"{line}\n{NET}")
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        *(
+            (f"import {name}", False)
+            for name in ("safetensors", "subprocess", "urllib.request", "http.client", "socket")
+        ),
+        *((f"import os; os.{call}('WIDTH')", False) for call in ("environ.get", "getenv")),
+        ("from huggingface_hub import hf_hub_download", False),
+        ("import json, zlib, numpy", True),
+    ],
+)
+def test_code_that_may_read_unseen_is_told_by_its_words(tmp_path, monkeypatch, line, seen):
+    (tmp_path / "net.py").write_text(f"{line}\n{NET}")
+    modules = {"net": SimpleNamespace(__file__=str(tmp_path / "net.py")), "json": json}
+    monkeypatch.setattr(opened, "sys", SimpleNamespace(**{**vars(sys), "modules": modules}))
+    for name in ("_opened", "_listed"):
+        monkeypatch.setattr(opened, name, set())
+    assert opened.files_read(tmp_path / "run") == ([tmp_path / "net.py"] if seen else None)
+
+
+@pytest.mark.parametrize("name", ["requests", "urllib3", "aiohttp", "distributed", "boto3", "h5py"])
+def test_packages_that_may_read_unseen_are_not_known(name):
+    """Those that load from elsewhere, or open files in native code."""
+    assert not opened._known(f"{name}.part")
+    assert opened._known("torch.nn")
+
+
+def test_code_that_may_read_unseen_is_run(folder):
+    (folder / "net.py").write_text(f"import safetensors\n{NET}")
     words = [sys.executable, "-m", "ooc_ntk", *WORDS]
     for _ in range(2):
         said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
