@@ -110,6 +110,7 @@ def test_ours_and_the_floors_need_no_peers(tmp_path: Path) -> None:
     assert "best peer" not in text
 
 
+@pytest.mark.grid
 def test_growth_of_the_cost(tmp_path: Path) -> None:
     record = tmp_path / "growth.json"
     text = run_bench("bench.growth", "--samples", "40,20", "--json", str(record))
@@ -220,6 +221,7 @@ def test_phases_and_what_lies_beside_them_add_up() -> None:
     ]
 
 
+@pytest.mark.grid
 def test_savings_agree_whichever_way_they_are_computed() -> None:
     lines = run_bench("bench.savings", "--parts", "checkpoints,head").splitlines()
     assert any(line.startswith("5 checkpoints: ") and "times one run (bar 5)" in line for line in lines)

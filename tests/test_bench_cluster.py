@@ -9,6 +9,7 @@ from bench import cluster
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.grid
 def test_smoke(capsys):
     assert cluster.main(["--smoke"]) == 0
     text = capsys.readouterr().out

@@ -41,7 +41,7 @@ def run_bench(*arguments, status=0):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_smoke():
     text = run_bench()
     assert "47 kernels in float32, bf16, float64" in text or "bf16x3" in text
@@ -59,7 +59,7 @@ def test_smoke():
     assert "MISSED" not in text, "nothing is judged in smoke size"
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_slices_end_in_the_kernel_of_an_undisturbed_run(tmp_path):
     """Two slices that stop after their first task, in processes of their own, and one that ends the run."""
     out = tmp_path / "run"

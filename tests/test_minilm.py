@@ -108,7 +108,9 @@ def test_sentences_differ_in_length():
     assert {int(lengths.argmin()), int(lengths.argmax())} <= set(CHECKED)
 
 
-@pytest.mark.parametrize(("ready", "representation"), [(False, None), (True, None), (True, "pairwise")])
+@pytest.mark.parametrize(
+    ("ready", "representation"), [pytest.param(False, None, marks=pytest.mark.grid), (True, None), (True, "pairwise")]
+)
 def test_minilm(ready, representation, compute):
     train, test = ({key: value[part] for key, value in tokens().items()} for part in (slice(TRAIN), slice(TRAIN, None)))
     job = ooc_ntk.Job(model=classifier(ready), train=train, test=test, device="cpu")

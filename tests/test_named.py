@@ -236,6 +236,9 @@ MODELS = [
     ("vit_tiny,classes=3", None, 9_408 + 65 * 192 + 192 + 12 * 444_864 + 384 + 579, SMOOTH),
 ]
 
+#: Those that take ten seconds and more; ``resnet18`` and ``resnet18_cifar`` have the same layers.
+DEEP = {f"{name},head=1" for name in ("resnet34", "resnet50", "resnet101", "resnext101_32x8d", "efficientnet_b7")}
+
 
 def fake_inputs():
     return torch.stack([torch.from_numpy(torchvision_fake(number, 32)[0]).float() / 255 for number in range(3)])
@@ -247,7 +250,10 @@ def parameter_names(module, patterns):
     return [name for name, _ in module.named_parameters() if name.startswith(starts)]
 
 
-@pytest.mark.parametrize(("model", "patterns", "columns", "bound"), MODELS, ids=[each[0] for each in MODELS])
+@pytest.mark.parametrize(
+    ("model", "patterns", "columns", "bound"),
+    [pytest.param(*each, id=each[0], marks=[pytest.mark.grid] if each[0] in DEEP else []) for each in MODELS],
+)
 def test_every_network_runs_from_its_name_to_its_kernel(model, patterns, columns, bound, memory_path):
     out = memory_path / "out"
     chosen = () if patterns is None else [word for part in patterns.split() for word in ("--parameters", part)]

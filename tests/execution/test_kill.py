@@ -142,7 +142,7 @@ def leftovers(out: Path) -> list[str]:
     ("dataflow", "scheduler", "other", "kills"),
     [
         ("spill", "serial", "threads", 2),
-        ("recompute", "threads", "serial", 2),
+        pytest.param("recompute", "threads", "serial", 2, marks=pytest.mark.grid),
         ("factored", "serial", "threads", 1),
         ("resident", "threads", "serial", 1),
     ],

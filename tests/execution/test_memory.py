@@ -61,7 +61,8 @@ def check_promises(found: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dataflow", "samples", "budget", "passes"), [("spill", 165, "620MiB", 1), ("recompute", 160, "600MiB", 3)]
+    ("dataflow", "samples", "budget", "passes"),
+    [("spill", 165, "620MiB", 1), pytest.param("recompute", 160, "600MiB", 3, marks=pytest.mark.grid)],
 )
 def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(
     tmp_path, cache, dataflow, samples, budget, passes
@@ -75,7 +76,14 @@ def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dataflow", "passes"), [("spill", 1), ("recompute", 2), ("resident", 1)])
+@pytest.mark.parametrize(
+    ("dataflow", "passes"),
+    [
+        ("spill", 1),
+        pytest.param("recompute", 2, marks=pytest.mark.grid),
+        pytest.param("resident", 1, marks=pytest.mark.grid),
+    ],
+)
 def test_peak_stays_below_the_promise_with_layer_factors(tmp_path, cache, dataflow, passes):
     budget = "3GiB" if dataflow == "resident" else "700MiB"
     found = measure("factors-1000", dataflow, budget, tmp_path / "run", cache, OMP_NUM_THREADS="1")
@@ -86,7 +94,7 @@ def test_peak_stays_below_the_promise_with_layer_factors(tmp_path, cache, datafl
     check_promises(found)
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_the_planner_goes_out_of_core_by_itself_with_a_full_kernel(tmp_path, cache):
     # What the process holds before the first task differs by up to 40 MiB from one start to the next, and the least
     # that a plan needs with it (499 to 546 MiB were seen).

@@ -604,7 +604,9 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "rules"), [("sjlt", "torch.func"), ("rademacher", "rules")])
+@pytest.mark.parametrize(
+    ("kind", "rules"), [("sjlt", "torch.func"), pytest.param("rademacher", "rules", marks=pytest.mark.grid)]
+)
 def test_peak_stays_below_the_promise(kind, rules, tmp_path):
     done = child(MEASURED, tmp_path / "run", "900MiB", kind, rules, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr

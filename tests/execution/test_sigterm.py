@@ -97,9 +97,9 @@ def terminated(child: subprocess.Popen, folder: Path) -> float:
 @pytest.mark.parametrize(
     ("phase", "how", "says"),
     [
-        ("making", "60", "stopped by SIGTERM"),
+        pytest.param("making", "60", "stopped by SIGTERM", marks=pytest.mark.grid),
         ("forward", "60", "in the middle of a task, which is done again; finished tiles are kept"),
-        ("forward", "product", "in the middle of a task"),
+        pytest.param("forward", "product", "in the middle of a task", marks=pytest.mark.grid),
         ("forward", "0.4", "stopped; finished tiles are kept"),
     ],
     ids=["making-the-model", "a-long-forward", "a-long-product", "between-batches"],

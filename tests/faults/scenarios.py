@@ -28,7 +28,7 @@ from .subjects import SUBJECTS, write_samples
 WHOLE: Final = 200
 
 #: Scenarios that are always tested: every kind of fault and every job is among them.
-SUBSET: Final = 40
+SUBSET: Final = 28
 
 #: Exit codes of a run that was asked to stop by SIGTERM.
 STOPPED: Final = (143,)

@@ -56,7 +56,9 @@ def test_the_same_command_has_nothing_to_do(folder):
     assert run("--quiet") == ""
 
 
-@pytest.mark.parametrize("file", ["net.py", "sizes.py", "run/job.toml"])
+@pytest.mark.parametrize(
+    "file", ["net.py", *(pytest.param(file, marks=pytest.mark.grid) for file in ("sizes.py", "run/job.toml"))]
+)
 def test_whatever_was_touched_is_looked_at(folder, file):
     run()
     path = folder / file
@@ -110,7 +112,9 @@ class Lazy(torch.utils.data.Dataset):
 """
 
 
-@pytest.mark.parametrize(("factory", "file"), [("rows", "rows.npy"), ("Lazy", "offset.txt")])
+@pytest.mark.parametrize(
+    ("factory", "file"), [("Lazy", "offset.txt"), pytest.param("rows", "rows.npy", marks=pytest.mark.grid)]
+)
 def test_files_that_a_factory_opens_count(folder, factory, file):
     import numpy as np
 

@@ -78,7 +78,9 @@ class Watch:
         return Observer(self.begin, self.advance, self.said.append)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.grid), 2, pytest.param(4, marks=pytest.mark.grid)]
+)
 def test_worker_processes_write_the_same_bits(job, plan, reference, tmp_path, workers):
     assert plan.task_count > 100
     watch, report = Watch(), tmp_path / "report.html"
@@ -105,6 +107,7 @@ def receipts(out):
     return [json.loads(line) for line in (out / "receipts.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.grid
 def test_progress_is_the_same_in_every_executor(job, plan, tmp_path):
     seen = {}
     for name, scheduler in (("serial", "serial"), ("threads", "threads"), ("workers", ooc_ntk.Cluster(workers=1))):
@@ -167,6 +170,7 @@ def test_killed_workers_leave_the_same_bits(job, rates, tmp_path, kills, tile_sa
     assert watch.amounts["kernel"] == pytest.approx(plan.sample_grid.kernel_tile_count)
 
 
+@pytest.mark.grid
 def test_a_hung_worker_does_not_hold_the_run_up(job, plan, reference, tmp_path):
     stopped = []
 
@@ -347,7 +351,13 @@ def test_an_error_of_a_task_ends_the_run_with_its_own_words(folder, rates, tmp_p
     assert not worker_processes()
 
 
-@pytest.mark.parametrize("kind", ["projected", "live and by layer", "two threads", "extended"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "projected",
+        *(pytest.param(kind, marks=pytest.mark.grid) for kind in ("live and by layer", "two threads", "extended")),
+    ],
+)
 def test_other_jobs_have_the_same_bits_too(folder, rates, tmp_path, kind):
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 24), torch.nn.Tanh(), torch.nn.Linear(24, 5))
     data = np.load(folder / "train.npy")
@@ -406,6 +416,7 @@ def test_no_scheduler_there(job, plan, tmp_path):
         ooc_ntk.run(job, tmp_path / "run", plan=plan, scheduler="tcp://127.0.0.1:9", progress=False)
 
 
+@pytest.mark.grid
 def test_tasks_at_work_are_not_called_slow_before_any_is_done(tmp_path):
     from bench.cluster import Sleeping, nothing, sleeping_tasks
     from ooc_ntk.execution.cluster.dispatch import SLOW_SECONDS, Dispatcher
@@ -424,6 +435,7 @@ def test_tasks_at_work_are_not_called_slow_before_any_is_done(tmp_path):
     assert len(begun) == 2, "each was handed out once"
 
 
+@pytest.mark.grid
 def test_the_session_of_a_killed_driver_is_forgotten(job, plan, reference, folder, tmp_path):
     """On a cluster that goes on: its workers would keep the model and the buffers of a run that nobody waits for."""
     from distributed import Client
