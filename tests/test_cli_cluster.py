@@ -173,7 +173,7 @@ def test_help_has_a_section_of_where(cli, command):
     assert ("--performance-report" in shown) == (command != "plan")
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_signals_stop_workers_in_time_and_the_same_command_goes_on(cli, tmp_path, one_thread):
     job = ("--model", f"{tmp_path}/nets.py:small", "--train", "digits[0:60]", "--device", "cpu", "--batch-size", "2")
     there = ooc_ntk.Job(model=f"{tmp_path}/nets.py:small", train="digits[0:60]", device="cpu", batch_size=2)

@@ -46,6 +46,7 @@ def seed_input(pixels):
     return torch.from_numpy(((image / 255 - IMAGENET[0]) / IMAGENET[1]).transpose(2, 0, 1)).float()
 
 
+@pytest.mark.grid
 def test_a_study_of_empirical_ntks_in_one_line(memory_path):
     data, out = memory_path / "data", memory_path / "out"
     real_files.write_cifar10(data, train=15, test=6)
@@ -271,7 +272,16 @@ def test_every_network_runs_from_its_name_to_its_kernel(model, patterns, columns
     assert command("verify", out, "--samples", "2" if patterns is None else "1").exit_code == 0
 
 
-@pytest.mark.parametrize("model", ["resnet-34_init", "ResNet-34_init", "resnet34,head=1,seed=438", "ResNet-34,head=1"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "resnet-34_init",
+        *(
+            pytest.param(each, marks=pytest.mark.grid)
+            for each in ("ResNet-34_init", "resnet34,head=1,seed=438", "ResNet-34,head=1")
+        ),
+    ],
+)
 def test_spellings_of_one_network_are_one_model(model, memory_path):
     job = ("--train", f"{FAKE}[0:2]", "--parameters", "fc.*", "--parameters", "layer1.0.conv1.*", *CPU, "-q")
     for place, spelling in (("wanted", "resnet34,head=1"), ("found", model)):

@@ -79,7 +79,7 @@ def test_peak_stays_below_the_promise_with_a_jacobian_larger_than_the_budget(
 @pytest.mark.parametrize(
     ("dataflow", "passes"),
     [
-        ("spill", 1),
+        pytest.param("spill", 1, marks=pytest.mark.grid),
         pytest.param("recompute", 2, marks=pytest.mark.grid),
         pytest.param("resident", 1, marks=pytest.mark.grid),
     ],

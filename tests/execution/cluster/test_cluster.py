@@ -208,6 +208,7 @@ def test_a_worker_lost_for_good(job, plan, reference, tmp_path):
     assert bits(tmp_path / "run") == reference
 
 
+@pytest.mark.grid
 def test_a_worker_of_several_threads_does_one_task_at_a_time(job, plan, reference, tmp_path):
     with outside_cluster(tmp_path / "cluster", workers=0) as cluster:
         cluster.add_worker(threads=4)  # as 'dask worker' does where nothing is said
